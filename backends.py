@@ -1,0 +1,764 @@
+"""Image and text towers: OpenCLIP on torch, ONNX Runtime, the Rockchip NPU.
+
+Owns what a picture and a text become before a model sees them, and the models themselves. Knows nothing of gRPC,
+threads, settings or label sets. `decode_image`, `pixels_from_tensor` and `tokenize` may run on any thread;
+`encode_images` and `encode_text` belong to the inference thread alone.
+
+Between layers a picture is uint8 RGB `[n, size, size, 3]`. Mean and std live behind `encode_images`.
+Heavy libraries are imported by the class that needs them, so an edge device never sees torch.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
+
+log = logging.getLogger("lumen.backends")
+
+Pixels = NDArray[np.uint8]  # [n, size, size, 3], RGB
+Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
+Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
+
+# OpenAI's CLIP statistics; open_clip/constants.py has the same.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
+DEFAULT_LOGIT_SCALE = 100.0
+DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
+RKNN_TARGETS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
+# What the default models were read at; another repository is taken at its main branch.
+REVISIONS = {
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "1a25a446712ba5ee05982a381eed697ef9b435cf",
+    "imageomics/bioclip-2": "2957b322090f9cb17ae72c71981c7218a28d81e0",
+}
+TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+class BackendError(Exception):
+    """A model cannot be had or run as configured; the text is one line for the operator."""
+
+
+class BadInput(ValueError):
+    """A picture or tensor that a client sent cannot be used; the text is for that client."""
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes a model's input; fields and defaults are OpenCLIP's `PreprocessCfg`."""
+
+    size: int = 224
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], size: int | None = None) -> Preprocess:
+        """Reads a `preprocess_cfg`; `size` is the model's own side in pixels and wins over the config's.
+
+        Raises BackendError for a recipe that is not supported.
+        """
+        side = size if size is not None else config.get("size", cls.size)
+        if isinstance(side, Sequence):
+            if len(set(side)) != 1:
+                raise BackendError(f"preprocess size {list(side)}: only square inputs are supported")
+            side = side[0]
+        mode = config.get("resize_mode") or cls.resize_mode
+        filter_name = config.get("interpolation") or cls.interpolation
+        if mode not in ("shortest", "squash"):
+            raise BackendError(f"preprocess resize_mode {mode!r}: only 'shortest' and 'squash' are supported")
+        if filter_name not in ("bicubic", "bilinear"):
+            raise BackendError(f"preprocess interpolation {filter_name!r}: only 'bicubic' and 'bilinear'")
+        return cls(
+            size=int(side),
+            mean=tuple(float(x) for x in config.get("mean") or cls.mean),
+            std=tuple(float(x) for x in config.get("std") or cls.std),
+            interpolation=filter_name,
+            resize_mode=mode,
+        )
+
+    @property
+    def tensor_id(self) -> str:
+        """The name under which clients know this recipe, or "" (PROTOCOL: ids that the Lumen SDK can produce)."""
+        return "bioclip2_224_image_v1" if self == Preprocess() else ""
+
+
+def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool) -> dict[Preprocess, Pixels]:
+    """Decodes one picture by its content and prepares it for each recipe: uint8 RGB `[size, size, 3]`.
+
+    Plain RGB files decoded in full equal OpenCLIP's own transform to the last bit. `draft` lets a JPEG be decoded at
+    a fraction of its size, at least `DRAFT_MARGIN` times the largest recipe's side. Raises BadInput.
+    """
+    recipes = list(recipes)
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
+        log.debug("not an image: %r", error)
+        raise BadInput(f"payload: not an image that can be read; allowed: {', '.join(IMAGE_FORMATS)}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+        if draft and image.format in ("JPEG", "MPO"):
+            side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
+            image.draft(None, (side, side))
+        rgb = _to_rgb(image)
+        return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
+    except BadInput:
+        raise
+    except Exception as error:
+        log.debug("undecodable %s: %r", image.format, error)
+        raise BadInput(f"payload: the {image.format} image is damaged or cut off") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB as a viewer would show it: alpha over white, 16 bits scaled, not clipped."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit greyscale; Pillow's own conversion clips at 255.
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+# EXIF orientation -> the operation that shows the picture upright (as Pillow's ImageOps.exif_transpose has it).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def _resize(image: Image.Image, recipe: Preprocess, orientation: int, max_pixels: int) -> Pixels:
+    """torchvision's Resize and CenterCrop on a PIL image, with its truncation and its banker's rounding."""
+    side = recipe.size
+    width, height = image.size
+    if recipe.resize_mode == "squash":
+        target = (side, side)
+    elif width <= height:
+        target = (side, int(side * height / width))
+    else:
+        target = (int(side * width / height), side)
+    if target[0] * target[1] > max_pixels:
+        raise BadInput(f"payload: the image is too narrow ({width} x {height} pixels)")
+    if target != image.size:
+        image = image.resize(target, _FILTERS[recipe.interpolation])
+    # Turned after the resize: the picture is small by now.
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    left, top = (round((length - side) / 2.0) for length in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+TENSOR_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+
+
+def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preprocess) -> Pixels:
+    """A client's ready-made input `[1, 3, size, size]` back into the pixels it came from: uint8 `[size, size, 3]`.
+
+    Exact for any tensor that was `(pixel / 255 - mean) / std`. Raises BadInput, naming the meta key.
+    """
+    shape = [1, 3, recipe.size, recipe.size]
+    expected = {
+        "lumen.tensor.layout": "NCHW",
+        "lumen.tensor.format": "contiguous",
+        "lumen.tensor.byte_order": "little",
+        "lumen.preprocess.id": recipe.tensor_id,
+        "lumen.preprocess.skip": "true",
+    }
+    for key, value in expected.items():
+        if meta.get(key) != value:
+            raise BadInput(f"meta {key}: {meta.get(key, '')!r}; allowed: {value!r}")
+    dtype = TENSOR_DTYPES.get(meta.get("lumen.tensor.dtype", ""))
+    if dtype is None:
+        raise BadInput(f"meta lumen.tensor.dtype: {meta.get('lumen.tensor.dtype', '')!r}; allowed: fp32, fp16")
+    try:
+        sent: object = json.loads(meta.get("lumen.tensor.shape", ""))
+    except (ValueError, RecursionError):
+        sent = None
+    if sent != shape:
+        raise BadInput(f"meta lumen.tensor.shape: {meta.get('lumen.tensor.shape', '')[:80]!r}; allowed: {shape}")
+    if len(payload) != 3 * recipe.size**2 * dtype.itemsize:
+        raise BadInput(f"payload: {len(payload)} bytes; a tensor {shape} has {3 * recipe.size**2 * dtype.itemsize}")
+    values = np.frombuffer(payload, dtype).reshape(3, recipe.size, recipe.size).astype(np.float32)
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
+    with np.errstate(all="ignore"):  # the next line judges what overflowed
+        levels = np.rint((values * std + mean) * 255)
+        valid = bool(np.all((levels >= -1) & (levels <= 256)))  # false for NaN as well
+    if not valid:
+        raise BadInput("payload: tensor values outside (pixel/255 - mean)/std of an image")
+    return np.ascontiguousarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair tokenizer, equal to OpenCLIP's SimpleTokenizer on any text, at the speed of `tokenizers`.
+
+    A CLIP `tokenizer.json` used as it is shipped differs from OpenCLIP on curly quotes, HTML entities, ligatures,
+    control characters and more, because its normalizer lacks ftfy. So only its vocabulary and merges are taken;
+    cleaning and splitting are done here, as OpenCLIP does them.
+    """
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
+        import regex
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        self.context_length = context_length
+        self._split = regex.compile(
+            r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE,
+        )
+        self.start, self.end = _special_ids(vocab)
+        self._specials = {"<start_of_text>": self.start, "<end_of_text>": self.end}
+        bpe = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>")
+        self._bpe = Tokenizer(bpe)
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    @classmethod
+    def from_file(cls, path: Path, context_length: int) -> ClipTokenizer:
+        """From a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
+        try:
+            model = json.loads(path.read_text("utf-8"))["model"]
+            vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+            if model.get("end_of_word_suffix") != "</w>":
+                raise BackendError(f"{path}: not a CLIP byte-pair tokenizer, which alone is supported")
+            return cls(vocab, merges, context_length)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
+        tokens = np.zeros((len(texts), self.context_length), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [self.start, *self._encode(clean_text(text)), self.end][: self.context_length]
+            ids[-1] = self.end
+            row[: len(ids)] = ids
+        return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        # A word has one token at least, so more words than the context holds are never read.
+        words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
+        ids: list[int] = []
+        for word in words:
+            if word in self._specials:
+                ids.append(self._specials[word])
+            else:
+                ids.extend(self._bpe.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
+        return ids
+
+
+def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
+    for start, end in (("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>")):
+        if start in vocab and end in vocab:
+            return vocab[start], vocab[end]
+    raise ValueError("the vocabulary lacks the start and end tokens of CLIP")
+
+
+def clean_text(text: str) -> str:
+    """OpenCLIP's `clean="lower"`: ftfy, HTML entities twice, single spaces, lower case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def _true_length(tokens: Tokens) -> int:
+    """Length of the longest text with its end token, which has the highest id and is the first of its kind.
+
+    A causal tower never looks to the right, so what follows the end token may be cut off exactly.
+    """
+    return int(tokens.argmax(axis=1).max()) + 1
+
+
+# --- models -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What an operator asked for; `name` ("CLIP" or "BIOCLIP") leads the variables that error lines name."""
+
+    name: str
+    backend: str
+    model: str
+    data_dir: Path
+    device: str = ""
+    precision: str = "fp32"
+    onnx_image: str = ""
+    onnx_text: str = ""
+    ort_providers: tuple[str, ...] = ()
+    rknn_model: str = ""
+    rknn_target: str = "rk3588"
+
+    def error(self, variable: str, value: str, text: str) -> BackendError:
+        return BackendError(f"{self.name}_{variable}={value}: {text}")
+
+
+class Backend(Protocol):
+    """One model: two towers, and the facts that scoring and capabilities need."""
+
+    model_id: str  # the same for images and texts
+    runtime: str  # "torch", "torch-cuda", "onnxrt", "rknn"
+    precision: str  # "fp32" or "fp16"; what really runs
+    dim: int
+    logit_scale: float  # of the model itself; exp() already taken
+    preprocess: Preprocess
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """int64 `[n, context_length]`."""
+
+    def encode_images(self, pixels: Pixels) -> Vectors:
+        """uint8 `[n, size, size, 3]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
+
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
+
+
+def create_backend(options: ModelOptions) -> Backend:
+    """Loads a model and runs both towers once, so that the first request is as fast as the rest.
+
+    Raises BackendError with one line that names the variable to change.
+    """
+    classes: dict[str, Callable[[ModelOptions], Backend]] = {
+        "torch": TorchBackend,
+        "onnxrt": ONNXRTBackend,
+        "rknn": RKNNBackend,
+    }
+    backend = classes[options.backend](options)
+    try:
+        side = backend.preprocess.size
+        images = backend.encode_images(np.full((1, side, side, 3), 127, np.uint8))
+        texts = backend.encode_text(backend.tokenize(["a photo"]))
+    except Exception as error:
+        log.debug("first run failed", exc_info=True)
+        raise options.error("MODEL", options.model, f"the model does not run ({_line(error)})") from error
+    if images.shape[1] != texts.shape[1]:
+        text = f"image vectors have {images.shape[1]} dimensions and text vectors {texts.shape[1]}: not one model"
+        raise options.error("MODEL", options.model, text)
+    return backend
+
+
+def _unit_rows(vectors: NDArray[Any]) -> Vectors:
+    vectors = np.array(vectors, np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(norms).all() and (norms > 1e-6).all()):
+        raise ValueError("the model returned a vector that is not finite or has no length")
+    return np.asarray(vectors / norms, np.float32)
+
+
+def _line(error: BaseException) -> str:
+    """An exception as a part of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _needs(modules: Iterable[str], options: ModelOptions) -> None:
+    # find_spec, not import: importing torch raises SIGILL on some boards' CPUs.
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise options.error("BACKEND", options.backend, f"{', '.join(missing)} is not installed here")
+
+
+def _split_model(options: ModelOptions) -> tuple[str, str]:
+    """`ARCH:weights` -> (arch, weights)."""
+    arch, _, weights = options.model.partition(":")
+    if not arch or not weights:
+        text = "not a folder; allowed: ARCH:pretrained-tag, ARCH:path/to/weights, hf-hub:org/name, or a folder"
+        raise options.error("MODEL", options.model, text)
+    return arch, weights
+
+
+def fetch_repository(options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """The files that `choose` takes from a hub repository's list, downloaded once to `data/models/`.
+
+    A marker with every file's size says that the folder is whole; with it there is no network call at all. A
+    download that was cut off goes on where it stopped. Raises BackendError.
+    """
+    folder = options.data_dir / "models" / repo.replace("/", "--")
+    marker = folder / f".complete-{options.backend}.json"
+    if _is_whole(folder, marker):
+        return folder
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    revision = REVISIONS.get(repo, "main")
+    log.info("downloading %s@%s to %s", repo, revision[:12], folder)
+    try:
+        files = choose(HfApi().list_repo_files(repo, revision=revision))
+        snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        replace_file(marker, json.dumps(sizes).encode())
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        text = f"cannot download the model from the hub repository {repo} ({_line(error)})"
+        raise options.error("MODEL", options.model, text) from error
+    return folder
+
+
+def _is_whole(folder: Path, marker: Path) -> bool:
+    try:
+        sizes: dict[str, int] = json.loads(marker.read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a small file so that a kill at any moment leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class TorchBackend:
+    """OpenCLIP on torch: CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        _needs(("torch", "open_clip"), options)
+        import open_clip
+        import torch
+
+        device = options.device or self._best_device()
+        if options.precision != "fp32" and device.split(":")[0] == "cpu":
+            raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
+        name, arguments, self.model_id = self._resolve(options)
+        try:
+            model: Any = open_clip.create_model(
+                name, device=device, precision=options.precision, require_pretrained=True, **arguments
+            )
+            tokenizer: Any = open_clip.get_tokenizer(name)
+        except Exception as error:
+            log.debug("OpenCLIP could not build %s", name, exc_info=True)
+            text = f"OpenCLIP cannot load it on {device} ({_line(error)})"
+            raise options.error("MODEL", options.model, text) from error
+        self._torch, self._model, self._device = torch, model.eval(), torch.device(device)
+        self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
+        self.precision = options.precision
+        self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self.preprocess = Preprocess.from_config(model.visual.preprocess_cfg, model.visual.image_size)
+        self._mean, self._std = (
+            torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
+        )
+        # OpenCLIP's own tokenizer remembers every word it ever saw; a daemon that runs for months must not.
+        if type(tokenizer) is open_clip.SimpleTokenizer:
+            self._tokenizer: Any = ClipTokenizer(
+                tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.context_length or 77
+            )
+        else:
+            self._tokenizer = lambda texts: tokenizer(list(texts)).numpy()
+        # Cutting at the end token is exact for a causal tower that is pooled there, and for no other.
+        self._causal = (
+            type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
+        )
+        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    @staticmethod
+    def _best_device() -> str:
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+    @staticmethod
+    def _resolve(options: ModelOptions) -> tuple[str, dict[str, Any], str]:
+        """What to ask OpenCLIP for: (name, arguments, model_id), with every file on disk already."""
+        import open_clip
+
+        value = options.model
+        if Path(value).is_dir():
+            return f"local-dir:{value}", {}, Path(value).resolve().name
+        if value.startswith("hf-hub:"):
+            repo = value.removeprefix("hf-hub:")
+            return f"local-dir:{fetch_repository(options, repo, _torch_files)}", {}, repo
+        arch, weights = _split_model(options)
+        if arch not in open_clip.list_models():
+            raise options.error("MODEL", value, f"OpenCLIP has no architecture {arch!r}")
+        if Path(weights).is_file():
+            return arch, {"pretrained": weights}, f"{arch}:{Path(weights).stem}"
+        config = open_clip.get_pretrained_cfg(arch, weights)
+        if not config:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+            raise options.error("MODEL", value, f"{weights!r} is neither a file nor a tag of {arch}; tags: {tags}")
+        if not config.get("hf_hub"):  # a plain URL, which OpenCLIP fetches once and checks by its sha-256
+            return arch, {"pretrained": weights, "cache_dir": str(options.data_dir / "models")}, value
+        repo, file = os.path.split(config["hf_hub"])
+        choose = _torch_files if not file else (lambda files: [file])
+        folder = fetch_repository(options, repo, choose)
+        path = folder / file if file else next(folder / name for name in TORCH_WEIGHTS if (folder / name).is_file())
+        # OpenCLIP ties these to the tag; with a path they have to be said.
+        recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
+        quick_gelu = bool(config.get("quick_gelu", False))
+        return arch, {"pretrained": str(path), "force_quick_gelu": quick_gelu, "force_preprocess_cfg": recipe}, value
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        tokens: Tokens = self._tokenizer(texts)
+        return tokens
+
+    def encode_images(self, pixels: Pixels) -> Vectors:
+        torch = self._torch
+        with torch.inference_mode():
+            x = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).contiguous().float()
+            x = ((x / 255 - self._mean) / self._std).to(self._dtype)
+            return _unit_rows(self._model.encode_image(x).float().cpu().numpy())
+
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        torch = self._torch
+        with torch.inference_mode():
+            if self._causal:
+                x = self._encode_causal(torch.from_numpy(tokens[:, : _true_length(tokens)]).to(self._device))
+            else:
+                x = self._model.encode_text(torch.from_numpy(tokens).to(self._device))
+            return _unit_rows(x.float().cpu().numpy())
+
+    def _encode_causal(self, tokens: Any) -> Any:
+        """`CLIP.encode_text` for a sequence shorter than the context: int64 `[n, length]` -> `[n, dim]`."""
+        model, length = self._model, tokens.shape[1]
+        x = model.token_embedding(tokens).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        x = x[self._torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
+        projection = model.text_projection
+        if projection is None:
+            return x
+        return projection(x) if callable(projection) else x @ projection
+
+
+def _torch_files(files: list[str]) -> list[str]:
+    """The weights (safetensors first, nothing twice), the config, and what a tokenizer may need."""
+    weights = next((name for name in TORCH_WEIGHTS if name in files), None)
+    if weights is None:
+        raise ValueError(f"it has none of {', '.join(TORCH_WEIGHTS)}")
+    return [weights] + [name for name in files if "/" not in name and name.endswith((".json", ".txt", ".model"))]
+
+
+class ONNXRTBackend:
+    """ONNX Runtime on towers in the `visual/` + `textual/` folder layout (RKNN.md section 6).
+
+    Takes image towers with uint8 `[n, h, w, 3]` or float32 `[n, 3, h, w]` input, text towers with int32 or int64 ids,
+    each with a fixed or an open batch; the first output is the embedding, whatever its name.
+    """
+
+    def __init__(self, options: ModelOptions) -> None:
+        _needs(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
+        self._options = options
+        self._folder, self.model_id = self._resolve()
+        config = _read_json(self._folder / "config.json") if self._folder else {}
+        manifest = _read_json(self._folder / "manifest.json") if self._folder else {}
+        self.model_id = manifest.get("model_id", self.model_id)
+        self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
+        self.precision = str(manifest.get("precision", "fp32"))
+        self._load_image_tower()
+        self._load_text_tower(config)
+        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    def _resolve(self) -> tuple[Path | None, str]:
+        """(folder, model_id); no folder when both towers are given as files."""
+        options, value = self._options, self._options.model
+        if Path(value).is_dir():
+            return Path(value), Path(value).resolve().name
+        if self._image_file() and options.onnx_text:
+            return None, value.removeprefix("hf-hub:")
+        if value.startswith("hf-hub:"):
+            repo = value.removeprefix("hf-hub:")
+            return fetch_repository(options, repo, self._wanted_files), repo
+        arch, tag = _split_model(options)
+        if Path(tag).exists():
+            raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
+        # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
+        repo = f"immich-app/{arch}__{tag.replace('_', '-')}"
+        return fetch_repository(options, repo, self._wanted_files), value
+
+    def _wanted_files(self, files: list[str]) -> list[str]:
+        """Both towers and their configs; what belongs to other runtimes stays on the hub."""
+        if "visual/model.onnx" not in files or "textual/model.onnx" not in files:
+            raise ValueError("it has no visual/model.onnx and textual/model.onnx, so it has no form for ONNX Runtime")
+        return [
+            name
+            for name in files
+            if name in ("config.json", "manifest.json")
+            or (name.startswith(("visual/", "textual/")) and "/rknpu/" not in name and not name.endswith(".armnn"))
+        ]
+
+    def _image_file(self) -> str:
+        return self._options.onnx_image
+
+    def _load_image_tower(self) -> None:
+        path = self._tower_path("ONNX_IMAGE", self._options.onnx_image, "visual")
+        self._image = self._session(path, "ONNX_IMAGE")
+        tower = self._image.get_inputs()[0]
+        self._takes_uint8 = tower.type == "tensor(uint8)"
+        side = tower.shape[1] if self._takes_uint8 else tower.shape[2]
+        recipe = _read_json(path.parent / "preprocess_cfg.json")
+        self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
+        used = self._image.get_providers()[0]
+        short = used.removesuffix("ExecutionProvider").lower()
+        self.runtime = "onnxrt" if short == "cpu" else f"onnxrt-{short}"
+
+    def _load_text_tower(self, config: Mapping[str, Any]) -> None:
+        path = self._tower_path("ONNX_TEXT", self._options.onnx_text, "textual")
+        self._text = self._session(path, "ONNX_TEXT")
+        inputs = self._text.get_inputs()
+        if len(inputs) != 1:
+            names = ", ".join(x.name for x in inputs)
+            raise self._options.error("ONNX_TEXT", str(path), f"takes {names}; only towers fed by token ids alone")
+        length = inputs[0].shape[1]
+        self._open_length = not isinstance(length, int)
+        context = config.get("text_cfg", {}).get("context_length", 77) if self._open_length else length
+        self._tokenizer = ClipTokenizer.from_file(path.parent / "tokenizer.json", int(context))
+
+    def _tower_path(self, variable: str, value: str, part: str) -> Path:
+        path = Path(value) if value or self._folder is None else self._folder / part / "model.onnx"
+        if not path.is_file():
+            if value:
+                raise self._options.error(variable, value, "no such file")
+            raise self._options.error("MODEL", self._options.model, f"the folder has no {part}/model.onnx")
+        return path
+
+    def _session(self, path: Path, variable: str) -> Any:
+        import onnxruntime
+
+        wanted = list(self._options.ort_providers) or ["CPUExecutionProvider"]
+        missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
+        if missing:
+            have = ", ".join(onnxruntime.get_available_providers())
+            raise self._options.error("ORT_PROVIDERS", ",".join(wanted), f"{missing[0]} is not available; here: {have}")
+        try:
+            session = onnxruntime.InferenceSession(str(path), providers=wanted)
+        except Exception as error:
+            raise self._options.error(variable, str(path), f"ONNX Runtime cannot load it ({_line(error)})") from error
+        if session.get_providers()[0] != wanted[0]:  # never a silent fall-back
+            text = f"ONNX Runtime fell back to {session.get_providers()[0]}"
+            raise self._options.error("ORT_PROVIDERS", ",".join(wanted), text)
+        return session
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        return self._tokenizer(texts)
+
+    def encode_images(self, pixels: Pixels) -> Vectors:
+        return self._run(self._image, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
+
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        if self._open_length:
+            tokens = tokens[:, : _true_length(tokens)]
+        integers = np.int32 if self._text.get_inputs()[0].type == "tensor(int32)" else np.int64
+        return self._run(self._text, tokens.astype(integers))
+
+    @staticmethod
+    def _run(session: Any, batch: NDArray[Any]) -> Vectors:
+        """Runs a batch, in pieces of the size that the graph has fixed, if it has."""
+        tower = session.get_inputs()[0]
+        fixed = tower.shape[0]
+        if not isinstance(fixed, int):
+            return _unit_rows(session.run(None, {tower.name: batch})[0])
+        rows = []
+        for start in range(0, len(batch), fixed):
+            piece = batch[start : start + fixed]
+            padding = [(0, fixed - len(piece))] + [(0, 0)] * (batch.ndim - 1)
+            rows.append(session.run(None, {tower.name: np.pad(piece, padding, mode="edge")})[0][: len(piece)])
+        return _unit_rows(np.concatenate(rows))
+
+
+def normalize(pixels: Pixels, recipe: Preprocess) -> NDArray[np.float32]:
+    """uint8 `[n, h, w, 3]` -> float32 `[n, 3, h, w]`, `(x / 255 - mean) / std` in OpenCLIP's order of operations."""
+    x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    x /= np.float32(255)
+    x -= np.array(recipe.mean, np.float32)[:, None, None]
+    x /= np.array(recipe.std, np.float32)[:, None, None]
+    return x
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. Raises BackendError if it is damaged."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{path}: not readable as JSON ({_line(error)})") from error
+    if not isinstance(content, dict):
+        raise BackendError(f"{path}: not a JSON object")
+    return content
+
+
+class RKNNBackend(ONNXRTBackend):
+    """The image tower on a Rockchip NPU, the text tower on the CPU by ONNX Runtime."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        if importlib.util.find_spec("rknnlite") is None:
+            text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
+            raise options.error("BACKEND", options.backend, text)
+        super().__init__(options)
+        self.precision = "fp16"
+
+    def _wanted_files(self, files: list[str]) -> list[str]:
+        npu = f"visual/rknpu/{self._options.rknn_target}/"
+        if f"{npu}model.rknn" not in files:
+            raise ValueError(f"it has no {npu}model.rknn")
+        return super()._wanted_files(files) + [name for name in files if name.startswith(npu)]
+
+    def _image_file(self) -> str:
+        return self._options.rknn_model
+
+    def _load_image_tower(self) -> None:
+        from rknnlite.api import RKNNLite
+
+        options = self._options
+        if options.rknn_model or self._folder is None:
+            path = Path(options.rknn_model)
+        else:
+            path = self._folder / "visual" / "rknpu" / options.rknn_target / "model.rknn"
+        if not path.is_file():
+            raise options.error("RKNN_MODEL", options.rknn_model, f"no NPU model for {options.rknn_target} at {path}")
+        recipe = next(
+            (f for f in (path.parent, *path.parents[:3]) if (f / "preprocess_cfg.json").is_file()), path.parent
+        )
+        self.preprocess = Preprocess.from_config(_read_json(recipe / "preprocess_cfg.json"))
+        # The file does not say whether mean and std are baked in; a model.json beside it means ours, which are.
+        self._takes_uint8 = (path.parent / "model.json").is_file()
+        self._npu = RKNNLite()
+        if self._npu.load_rknn(str(path)) != 0:
+            raise options.error(
+                "RKNN_MODEL", str(path), f"the NPU runtime cannot read it; is it for {options.rknn_target}?"
+            )
+        if self._npu.init_runtime() != 0:
+            raise options.error("RKNN_MODEL", str(path), "the NPU runtime does not start; driver, /dev/dri, librknnrt?")
+        self.runtime = "rknn"
+
+    def encode_images(self, pixels: Pixels) -> Vectors:
+        batch = pixels if self._takes_uint8 else normalize(pixels, self.preprocess)
+        layout = "nhwc" if self._takes_uint8 else "nchw"
+        rows = []
+        for start in range(len(batch)):  # NPU programs have a fixed batch of one
+            outputs = self._npu.inference(inputs=[batch[start : start + 1]], data_format=layout)
+            if outputs is None:  # it logs its failures and raises nothing
+                raise RuntimeError("the NPU runtime failed on an image")
+            rows.append(np.array(outputs[0], np.float32).reshape(1, -1))
+        return _unit_rows(np.concatenate(rows))
