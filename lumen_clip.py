@@ -1,0 +1,1373 @@
+"""lumen-clip: CLIP and BioCLIP-2 over gRPC (`home_native.v1.Inference`), batched across all clients.
+
+The way of one request:
+
+    stream's reader thread   chunks -> one whole Request         (Assembler, Stream.read)
+    decode threads           bytes -> pixels or token ids        (DecodePool, prepare)
+    the inference thread     the task's steps, in true batches   (Engine; it alone touches a model)
+    stream's own thread      answers, in the order of requests   (Stream.answers)
+
+A task is a generator that yields the steps it needs; TASKS is the one table that routing, validation and
+capabilities read. `main()` binds the port first, then loads the models, then tells mDNS and systemd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import empty_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import backends
+import labels
+from backends import Backend, BackendError, BadInput, Preprocess
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+from labels import LabelError, LabelSet
+
+log = logging.getLogger("lumen")
+
+VERSION = "1.0.0"
+DATA_DIR = Path(__file__).resolve().parent / "data"
+PROTOCOL_VERSION = "1.0"
+SERVICE = "home_native.v1.Inference"
+TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
+OWN_LABELS_MAX = 256  # labels a caller may bring
+OWN_LABELS_KEPT = 4096  # text vectors of callers' labels that are remembered (2 KB each)
+TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
+CHUNKS_MAX = 65_536  # of one request
+OPEN_IDS_MAX = 64  # unfinished requests on one stream
+WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
+TURN_SECONDS = 0.05  # each request that a stream has in work puts its next one so much further back in line
+CHUNK_IDLE_S = 30  # between two chunks of one request
+STREAM_IDLE_S = 300  # of a stream that has nothing in work
+READER_IDLE_S = 60  # of a client that does not read its answer
+DRAIN_S = 20  # for requests in work when the daemon is told to stop
+
+
+# --- settings ---------------------------------------------------------------------------------------------------
+
+
+class SettingError(ValueError):
+    """An operator's value is not allowed; the text is one line that names the variable."""
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"allowed: {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
+            raise ValueError(f"allowed: a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _mdns_types(text: str) -> tuple[str, ...]:
+    types = () if text == "off" else _names(text)
+    if not all(t.startswith("_") and t.endswith(("._tcp.local.", "._tcp.local")) for t in types):
+        raise ValueError("allowed: service types such as _lumen._tcp.local., separated by commas, or off")
+    return tuple(t.rstrip(".") + "." for t in types)
+
+
+def _mdns_name(text: str) -> str:
+    if "." in text or not 0 < len(text.encode()) <= 63:
+        raise ValueError("allowed: one DNS label, 1 to 63 bytes without a dot")
+    return text
+
+
+def _ipv4(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise ValueError("allowed: an IPv4 address") from None
+
+
+def _templates(text: str) -> int:
+    return int(_choice(*map(str, labels.TEMPLATES))(text))
+
+
+def _switch(text: str) -> bool:
+    return _choice("0", "1")(text) == "1"
+
+
+def _setting(default: Any, parse: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"parse": parse})
+
+
+_BACKEND = _choice("torch", "onnxrt", "rknn", "none")
+_BATCH = _number(1, 1024)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting under its variable's name in lower case; README has the table. An empty variable is unset."""
+
+    clip_backend: str = _setting("torch", _BACKEND)
+    bioclip_backend: str = _setting("", _BACKEND)  # "": CLIP's
+    clip_model: str = _setting("ViT-B-32:laion2b_s34b_b79k")
+    bioclip_model: str = _setting("hf-hub:imageomics/bioclip-2")
+    clip_device: str = _setting("")
+    bioclip_device: str = _setting("")
+    clip_precision: str = _setting("fp32", _choice("fp32", "fp16"))
+    bioclip_precision: str = _setting("fp32", _choice("fp32", "fp16"))
+    batch_size: int = _setting(8, _BATCH)
+    clip_max_batch_size: int = _setting(0, _BATCH)  # 0: BATCH_SIZE
+    bioclip_max_batch_size: int = _setting(0, _BATCH)
+    clip_onnx_image: str = _setting("")
+    clip_onnx_text: str = _setting("")
+    bioclip_onnx_image: str = _setting("")
+    bioclip_onnx_text: str = _setting("")
+    clip_ort_providers: tuple[str, ...] = _setting((), _names)
+    bioclip_ort_providers: tuple[str, ...] = _setting((), _names)
+    clip_rknn_model: str = _setting("")
+    bioclip_rknn_model: str = _setting("")
+    clip_rknn_target: str = _setting("rk3588", _choice(*backends.RKNN_TARGETS))
+    bioclip_rknn_target: str = _setting("rk3588", _choice(*backends.RKNN_TARGETS))
+    clip_templates: int = _setting(7, _templates)
+    clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
+    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
+    clip_mdns_uuid: str = _setting("")
+    clip_mdns_status: str = _setting("ready")
+    clip_mdns_version: str = _setting("1.0.0")
+    advertise_ip: str = _setting("", _ipv4)
+    lumen_data_dir: Path = _setting(DATA_DIR, Path)
+    lumen_jpeg_draft: bool = _setting(True, _switch)
+    lumen_max_streams: int = _setting(64, _number(1, 4096))
+    lumen_max_request_mb: int = _setting(64, _number(1, 1024))
+    lumen_max_megapixels: int = _setting(40, _number(1, 1000))
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Raises SettingError: one line with the variable, its value and what is allowed."""
+        values: dict[str, Any] = {}
+        for setting in fields(cls):
+            name = setting.name.upper()
+            if text := environment.get(name, "").strip():
+                try:
+                    values[setting.name] = setting.metadata["parse"](text)
+                except ValueError as error:
+                    raise SettingError(f"{name}={text}: {error}") from None
+        settings = cls(**values)
+        if settings.backend_of("clip") == settings.backend_of("bioclip") == "none":
+            raise SettingError("CLIP_BACKEND=none: there is nothing to serve; allowed for one of the two models")
+        return settings
+
+    def backend_of(self, model: str) -> str:
+        return self.clip_backend if model == "clip" else self.bioclip_backend or self.clip_backend
+
+    def options(self, model: str) -> backends.ModelOptions:
+        """What the backend of "clip" or "bioclip" needs to know."""
+        shared = {"device", "precision", "onnx_image", "onnx_text", "ort_providers", "rknn_model", "rknn_target"}
+        return backends.ModelOptions(
+            name=model.upper(),
+            backend=self.backend_of(model),
+            model=getattr(self, f"{model}_model"),
+            data_dir=self.lumen_data_dir,
+            **{name: getattr(self, f"{model}_{name}") for name in shared},
+        )
+
+    def batch_size_of(self, model: str) -> int:
+        return int(getattr(self, f"{model}_max_batch_size")) or self.batch_size
+
+
+# --- the inference thread ---------------------------------------------------------------------------------------
+
+
+class Line:
+    """The items that wait for one engine, which runs them in batches: `run(items) -> one result an item`."""
+
+    SCORING, TEXT, BULK = range(3)
+
+    def __init__(self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int) -> None:
+        self.name, self.run, self.batch_size, self.kind = name, run, batch_size, kind
+        self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
+
+
+Steps = Generator[tuple[Line, Sequence[Any]], list[Any], "Answer"]  # a task at work
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a task returns: a JSON schema's name, its object, and meta for the response."""
+
+    schema: str
+    content: dict[str, Any]
+    meta: dict[str, str]
+
+
+class Job:
+    """A request on its way; `answer` resolves to an Answer or to the exception that the client shall hear of."""
+
+    def __init__(self, correlation_id: str, due: float) -> None:
+        self.correlation_id = correlation_id
+        self.due = due  # when its turn comes, by time.monotonic()
+        self.arrived = time.monotonic()
+        self.steps: Steps | None = None
+        self.answer: futures.Future[Answer] = futures.Future()
+
+    def finish(self, result: Answer | Exception) -> None:
+        if self.answer.set_running_or_notify_cancel():  # False: the client has left
+            if isinstance(result, Exception):
+                self.answer.set_exception(result)
+            else:
+                self.answer.set_result(result)
+
+
+class _Step:
+    """One `yield` of a task: the job goes on when the last of its items has its result."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        self.job = job
+        self.results: list[Any] = [None] * count
+        self.missing = count
+        self.error: Exception | None = None
+
+
+class Engine:
+    """The one inference thread. No timer: a batch is what has gathered while the last one ran."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._lines: list[Line] = []
+        self._new: list[Job] = []
+        self._serial = itertools.count()  # keeps the order of items that are due together
+        self._text_ran_last = False
+        self._stopping = False
+        self.thread = threading.Thread(target=self._loop, name="inference", daemon=True)
+
+    def line(self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int) -> Line:
+        self._lines.append(Line(name, run, batch_size, kind))
+        return self._lines[-1]
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self._new.append(job)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._new or self._stopping or any(line.waiting for line in self._lines)):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                new, self._new = self._new, []
+            for job in new:
+                self._advance(job, None)
+            if line := self._choose():
+                self._run(line)
+
+    def _choose(self) -> Line | None:
+        """Scoring first, for it ends what has begun; text next, but never twice while others wait; then by due time."""
+        waiting = [line for line in self._lines if line.waiting]
+        if not waiting:
+            return None
+        kinds = {line.kind for line in waiting}
+        if Line.SCORING in kinds:
+            kind = Line.SCORING
+        elif kinds == {Line.TEXT, Line.BULK}:
+            kind = Line.BULK if self._text_ran_last else Line.TEXT
+        else:
+            kind = min(kinds)
+        if kind != Line.SCORING:
+            self._text_ran_last = kind == Line.TEXT
+        return min((line for line in waiting if line.kind == kind), key=lambda line: line.waiting[0])
+
+    def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
+        """Takes a task to its next step, or to its end."""
+        assert job.steps is not None  # set before submit()
+        try:
+            line, items = job.steps.throw(error) if error else job.steps.send(results)  # type: ignore[arg-type]
+        except StopIteration as end:
+            job.finish(end.value)
+        except Exception as failure:
+            job.finish(failure)
+        else:
+            step = _Step(job, len(items))
+            for position, item in enumerate(items):
+                step.results[position] = item
+                heapq.heappush(line.waiting, (job.due, next(self._serial), step, position))
+
+    def _run(self, line: Line) -> None:
+        batch: list[tuple[_Step, int]] = []
+        while line.waiting and len(batch) < line.batch_size:
+            _, _, step, position = heapq.heappop(line.waiting)
+            if not step.job.answer.cancelled():  # nobody waits for it any more
+                batch.append((step, position))
+        if not batch:
+            return
+        items = [step.results[position] for step, position in batch]
+        for (step, position), result in zip(batch, self._results(line, items), strict=True):
+            if isinstance(result, Exception):
+                step.error = result
+            step.results[position] = result
+            step.missing -= 1
+            if not step.missing:
+                self._advance(step.job, step.results, step.error)
+
+    @staticmethod
+    def _results(line: Line, items: list[Any]) -> Sequence[Any]:
+        """A batch that fails is run again item by item, so that one bad item fails alone."""
+        try:
+            log.debug("%s: batch of %d", line.name, len(items))
+            return line.run(items)
+        except Exception as error:
+            if len(items) == 1:
+                return [error]
+            log.warning("%s: a batch of %d failed, running its items alone (%s)", line.name, len(items), error)
+        return [Engine._results(line, [item])[0] for item in items]
+
+
+class DecodePool:
+    """Threads that turn payloads into pixels, in the order of due times. Pillow frees the GIL meanwhile."""
+
+    def __init__(self, threads: int) -> None:
+        self._work: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self._serial = itertools.count()
+        self._threads = [threading.Thread(target=self._loop, name=f"decode-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, due: float, work: Callable[[], None]) -> None:
+        """`work` must not raise."""
+        self._work.put((due, next(self._serial), work))
+
+    def stop(self) -> None:
+        for _ in self._threads:
+            self._work.put((float("inf"), next(self._serial), None))
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _loop(self) -> None:
+        while (work := self._work.get()[2]) is not None:
+            work()
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- models and tasks -------------------------------------------------------------------------------------------
+
+
+class Model:
+    """A backend with its lines. Prompts are texts nobody types a query with: they wait among the images."""
+
+    def __init__(self, backend: Backend, name: str, engine: Engine, batch_size: int) -> None:
+        self.backend = backend
+
+        def images(items: list[Any]) -> Sequence[Any]:
+            return list(backend.encode_images(np.stack(items)))
+
+        def texts(items: list[Any]) -> Sequence[Any]:
+            return list(backend.encode_text(np.stack(items)))
+
+        self.image = engine.line(f"{name} image", images, batch_size, Line.BULK)
+        self.text = engine.line(f"{name} text", texts, batch_size, Line.TEXT)
+        self.prompts = engine.line(f"{name} prompts", texts, batch_size, Line.BULK)
+
+
+class Models:
+    """All that the tasks work with; `clip` or `bioclip` is None when its backend is "none"."""
+
+    def __init__(
+        self, engine: Engine, clip: Model | None, bioclip: Model | None, sets: Mapping[str, LabelSet], batch_size: int
+    ) -> None:
+        self.clip, self.bioclip = clip, bioclip
+        self.sets = sets  # "imagenet", "scenes", "species"
+        self._lines = {
+            name: engine.line(f"{name} scoring", self._scorer(labelset), batch_size, Line.SCORING)
+            for name, labelset in sets.items()
+        }
+        self._own: OrderedDict[str, Any] = OrderedDict()  # prompt -> vector; the inference thread's alone
+
+    @staticmethod
+    def _scorer(labelset: LabelSet) -> Callable[[list[Any]], Sequence[Any]]:
+        def run(items: list[Any]) -> Sequence[Any]:
+            rows = labelset.probabilities(np.stack([vector for vector, _, _ in items]))
+            return [
+                labelset.top(row, min(k, len(labelset)), render)
+                for row, (_, k, render) in zip(rows, items, strict=True)
+            ]
+
+        return run
+
+    def get(self, name: str) -> Model | None:
+        return self.clip if name == "clip" else self.bioclip
+
+    def ask(self, name: str) -> Model:
+        """The model of a task that is offered; see `offered`."""
+        model = self.get(name)
+        assert model is not None
+        return model
+
+    def offered(self) -> list[Task]:
+        return [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
+
+    def best(self, labelset: str, vector: Any, k: int, render: Callable[[str], str] = str) -> Generator[Any, Any, Any]:
+        """Step: the k best labels of a built-in set."""
+        return (yield self._lines[labelset], [(vector, k, render)])[0]
+
+    def best_of_own(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
+        """Step: the best of the labels that the caller brought, whose text vectors are kept in a small LRU."""
+        clip = self.ask("clip")
+        missing = [i for i, prompt in enumerate(request.prompts) if prompt not in self._own]
+        found = {prompt: self._own[prompt] for prompt in request.prompts if prompt in self._own}
+        if missing:
+            vectors = yield clip.prompts, [request.tokens[i] for i in missing]
+            found.update(zip((request.prompts[i] for i in missing), vectors, strict=True))
+        for prompt in request.prompts:
+            self._own[prompt] = found[prompt]
+            self._own.move_to_end(prompt)
+        while len(self._own) > OWN_LABELS_KEPT:
+            self._own.popitem(last=False)
+        matrix = np.stack([found[prompt] for prompt in request.prompts])
+        own = LabelSet(request.labels, matrix, clip.backend.logit_scale)
+        return own.top(own.probabilities(vector[None])[0], min(request.topk, len(own)))
+
+
+@dataclass
+class Request:
+    """One whole request. The assembler fills the first part, `read_meta` the second, `prepare` the third."""
+
+    correlation_id: str
+    task: str
+    mime: str
+    meta: Mapping[str, str]
+    payload: bytes
+
+    topk: int = 0
+    labels: tuple[str, ...] = ()
+    template: str = ""
+    label_format: str = "lineage"
+
+    pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
+    tokens: Any = None  # int64 [n, context_length]: the text, or the caller's labels
+    prompts: list[str] = field(default_factory=list)  # the caller's labels in their template
+
+
+def clip_classify(models: Models, request: Request) -> Steps:
+    clip = models.ask("clip")
+    vector = (yield clip.image, [request.pixels["clip"]])[0]
+    if request.labels:
+        best = yield from models.best_of_own(vector, request)
+    else:
+        best = yield from models.best("imagenet", vector, request.topk)
+    return _labels_answer(best, clip, "clip_classification")
+
+
+def bioclip_classify(models: Models, request: Request) -> Steps:
+    bioclip = models.ask("bioclip")
+    vector = (yield bioclip.image, [request.pixels["bioclip"]])[0]
+    best = yield from models.best(
+        "species", vector, request.topk, lambda lineage: labels.render_species(lineage, request.label_format)
+    )
+    return _labels_answer(best, bioclip, "bioclip_classification")
+
+
+def smart_classify(models: Models, request: Request) -> Steps:
+    clip = models.ask("clip")
+    vector = (yield clip.image, [request.pixels["clip"]])[0]
+    scene = yield from models.best("scenes", vector, 1)
+    if scene[0][0] in labels.ANIMAL_SCENES:
+        return (yield from bioclip_classify(models, request))
+    return _labels_answer(scene, clip, "scene_classification")
+
+
+def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
+    def embed(models: Models, request: Request) -> Steps:
+        model = models.ask(name)
+        return _embedding_answer((yield model.image, [request.pixels[name]])[0], model)
+
+    return embed
+
+
+def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
+    def embed(models: Models, request: Request) -> Steps:
+        model = models.ask(name)
+        return _embedding_answer((yield model.text, list(request.tokens))[0], model)
+
+    return embed
+
+
+def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> Answer:
+    rows = [{"label": label, "score": score} for label, score in best]
+    content = {"labels": rows, "model_id": model.backend.model_id}
+    return Answer("labels_v1", content, {"labels_count": str(len(rows)), "source": source})
+
+
+def _embedding_answer(vector: Any, model: Model) -> Answer:
+    content = {"vector": vector.tolist(), "dim": len(vector), "model_id": model.backend.model_id}
+    return Answer("embedding_v1", content, {"dim": str(len(vector))})
+
+
+IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (("image/avif",) if "AVIF" in backends.IMAGE_FORMATS else ())
+TENSOR_MIME = "application/octet-stream"
+TEXT_MIMES = ("text/plain", "text/markdown", "text/html")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table: what a task takes, what it gives, and its defaults and limits."""
+
+    name: str
+    run: Callable[[Models, Request], Steps]
+    models: tuple[str, ...]  # all must be loaded; capabilities list the task under the first
+    takes: str  # "image" or "text"
+    topk: int = 0  # default; 0: the task has none
+    own_labels: bool = False
+    label_formats: bool = False
+    tensor: bool = False  # takes ready-made tensors, where the model's recipe has an id
+
+    @property
+    def schema(self) -> str:
+        return "labels_v1" if self.topk else "embedding_v1"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("clip_classify", clip_classify, ("clip",), "image", topk=5, own_labels=True),
+        Task("clip_embed", _embed_text("clip"), ("clip",), "text"),
+        Task("clip_image_embed", _embed_image("clip"), ("clip",), "image"),
+        Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, label_formats=True),
+        Task("bioclip_classify", bioclip_classify, ("bioclip",), "image", topk=3, label_formats=True, tensor=True),
+        Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
+        Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
+    )
+}
+TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
+
+
+def read_meta(task: Task, request: Request) -> None:
+    """Checks the request against its task's row and fills its options. Raises BadInput, naming the field."""
+    base = request.mime.partition(";")[0].strip().lower()
+    fits = base.startswith("text/") if task.takes == "text" else base.startswith("image/") or base == TENSOR_MIME
+    if base and not fits:
+        allowed = TEXT_MIMES if task.takes == "text" else (*IMAGE_MIMES, TENSOR_MIME)
+        raise BadInput(f"payload_mime: {request.mime[:80]!r}; {task.name} takes {', '.join(allowed)}")
+    if not request.payload:
+        raise BadInput("payload: it is empty")
+    meta = request.meta
+    if task.topk:
+        request.topk = next((_topk(key, meta[key]) for key in TOPK_KEYS if key in meta), task.topk)
+    if task.own_labels and "labels" in meta:
+        request.labels = _own_labels(meta["labels"])
+    if task.takes == "text" or request.labels:
+        default = "a photo of a {}." if request.labels else "{}"
+        request.template = meta.get("prompt_template", default)
+        if request.template.count("{}") != 1 or len(request.template) > 1000:
+            raise BadInput("meta prompt_template: allowed: a text with one {} in it, of at most 1000 characters")
+    if task.label_formats and "label_format" in meta:
+        request.label_format = meta["label_format"]
+        if request.label_format not in labels.LABEL_FORMATS:
+            raise BadInput(
+                f"meta label_format: {meta['label_format'][:80]!r}; allowed: {', '.join(labels.LABEL_FORMATS)}"
+            )
+
+
+def _topk(key: str, text: str) -> int:
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit()) or not digits.strip("0"):
+        raise BadInput(f"meta {key}: {text[:80]!r}; allowed: a whole number from 1 (at most {TOPK_MAX} are returned)")
+    return TOPK_MAX if len(digits.lstrip("0")) > 9 else min(int(digits), TOPK_MAX)
+
+
+def _own_labels(text: str) -> tuple[str, ...]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    if (
+        not isinstance(content, list)
+        or not 1 <= len(content) <= OWN_LABELS_MAX
+        or not all(isinstance(label, str) and label.strip() and len(label) <= 1000 for label in content)
+    ):
+        raise BadInput(
+            f"meta labels: allowed: a JSON list of 1 to {OWN_LABELS_MAX} texts, none blank or over 1000 characters"
+        )
+    return tuple(dict.fromkeys(content))
+
+
+def prepare(task: Task, request: Request, models: Models, settings: Settings) -> None:
+    """Turns the payload into what the models take: pixels for each, or token ids. Raises BadInput."""
+    if task.takes == "text":
+        if len(request.payload) > TEXT_BYTES_MAX:
+            raise BadInput(f"payload: a text of {len(request.payload)} bytes; allowed: {TEXT_BYTES_MAX}")
+        try:
+            text = request.payload.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadInput("payload: the text is not UTF-8") from None
+        if not text.strip():
+            raise BadInput("payload: the text is blank")
+        prompt = request.template.replace("{}", text)
+        request.tokens = models.ask(task.models[0]).backend.tokenize([prompt])
+        return
+    recipes = {name: models.ask(name).backend.preprocess for name in task.models}
+    request.pixels = _pixels(task, request, recipes, settings)
+    if request.labels:
+        request.prompts = [request.template.replace("{}", label) for label in request.labels]
+        request.tokens = models.ask("clip").backend.tokenize(request.prompts)
+
+
+def _pixels(task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings) -> dict[str, Any]:
+    kind = request.meta.get("lumen.input.kind", "") or "raw"
+    if kind == "raw":
+        limit = settings.lumen_max_megapixels * 1_000_000
+        pictures = backends.decode_image(request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft)
+        return {name: pictures[recipe] for name, recipe in recipes.items()}
+    recipe = recipes[task.models[0]]
+    if kind != "tensor" or not task.tensor or not recipe.tensor_id:
+        allowed = "raw, tensor" if task.tensor and recipe.tensor_id else "raw"
+        raise BadInput(f"meta lumen.input.kind: {kind[:80]!r}; {task.name} takes {allowed}")
+    return {task.models[0]: backends.pixels_from_tensor(request.payload, request.meta, recipe)}
+
+
+# --- one stream -------------------------------------------------------------------------------------------------
+
+
+class Overload(Exception):
+    """The memory set aside for payloads is taken."""
+
+
+class Budget:
+    """Bytes of payloads that are held and not yet decoded, over all streams."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._changed = threading.Condition()
+
+    def take(self, size: int, gone: Callable[[], bool]) -> None:
+        """Waits for room, for the decoder makes some. Raises Overload if none comes or the client is gone."""
+        deadline = time.monotonic() + CHUNK_IDLE_S
+        with self._changed:
+            while self._free < size:
+                if gone() or time.monotonic() > deadline:
+                    raise Overload
+                self._changed.wait(1)
+            self._free -= size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._free += size
+            self._changed.notify_all()
+
+
+class ChunkError(ValueError):
+    """Chunks that do not make a request; the text is for the client."""
+
+
+class Assembler:
+    """Chunks of one stream -> whole requests, keyed by the literal correlation id, which may be empty.
+
+    Bounded in bytes and in count, never by a number that the client sent. An id that failed is answered once; the
+    rest of its chunks is ignored until a chunk with seq 0 begins it anew.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._open: dict[str, dict[int, pb.InferRequest]] = {}
+        self._sizes: dict[str, int] = {}
+        self._failed: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, message: pb.InferRequest) -> Request | None:
+        """The request that this message completes, or None. Raises ChunkError."""
+        key = message.correlation_id
+        if key in self._failed:
+            if message.seq > 0:
+                return None
+            del self._failed[key]
+        try:
+            return self._add(key, message)
+        except ChunkError:
+            self.drop(key)
+            self._failed[key] = None
+            if len(self._failed) > OPEN_IDS_MAX:
+                self._failed.popitem(last=False)
+            raise
+
+    def unfinished(self) -> list[str]:
+        return list(self._open)
+
+    def held(self) -> int:
+        """Bytes of chunks that wait for the rest of their requests."""
+        return sum(self._sizes.values())
+
+    def drop(self, key: str) -> None:
+        self._open.pop(key, None)
+        self._sizes.pop(key, None)
+
+    def _add(self, key: str, message: pb.InferRequest) -> Request | None:
+        if key not in self._open and message.total <= 1:
+            if message.seq or message.offset:
+                raise ChunkError(
+                    f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
+                    "allowed: the number of chunks on each of them"
+                )
+            self._check_size(len(message.payload))
+            return self._request(message, message.payload)
+        chunks = self._open.setdefault(key, {})
+        if len(self._open) > OPEN_IDS_MAX:
+            raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
+        self._check_chunk(chunks, message)
+        chunks[message.seq] = message
+        self._sizes[key] = self._sizes.get(key, 0) + len(message.payload)
+        self._check_size(self._sizes[key])
+        if len(chunks) < message.total:
+            return None
+        parts = [chunks[seq] for seq in range(message.total)]
+        self._check_offsets(parts)
+        self.drop(key)
+        return self._request(parts[0], b"".join(part.payload for part in parts))
+
+    @staticmethod
+    def _request(first: pb.InferRequest, payload: bytes) -> Request:
+        return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise ChunkError(f"payload: over {self._max_bytes} bytes, the most that a request may have")
+
+    @staticmethod
+    def _check_chunk(chunks: Mapping[int, pb.InferRequest], message: pb.InferRequest) -> None:
+        if message.total > CHUNKS_MAX:
+            raise ChunkError(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
+        if message.seq >= message.total:
+            raise ChunkError(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
+        if message.seq in chunks:
+            raise ChunkError(f"seq: {message.seq} was sent twice")
+        for first in itertools.islice(chunks.values(), 1):
+            for name in ("total", "task", "payload_mime", "meta"):
+                if getattr(first, name) != getattr(message, name):
+                    raise ChunkError(f"{name}: it differs between the chunks of one request")
+
+    @staticmethod
+    def _check_offsets(parts: Sequence[pb.InferRequest]) -> None:
+        if not any(part.offset for part in parts):  # some clients leave it at 0
+            return
+        length = 0
+        for part in parts:
+            if part.offset != length:
+                raise ChunkError(f"offset: {part.offset} on chunk {part.seq}; the chunks before it have {length} bytes")
+            length += len(part.payload)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The last thing in a stream's line of jobs: how it ends."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    details: str = ""
+
+
+class Stream:
+    """One Infer call: a reader thread makes jobs of its messages, its own thread answers them in their order."""
+
+    def __init__(self, daemon: Daemon, models: Models, messages: Iterator[pb.InferRequest], context: Any) -> None:
+        self._daemon, self._models, self._messages, self._context = daemon, models, messages, context
+        self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
+        self._in_work: set[Job] = set()
+        self._window = threading.Semaphore(WINDOW)
+        self._assembler = Assembler(daemon.settings.lumen_max_request_mb << 20)
+        self._gone = False  # the client has left or the call is over
+        self._idle_since = self._answering_since = time.monotonic()
+
+    def answers(self) -> Iterator[pb.InferResponse]:
+        if not self._context.add_callback(self._leave):
+            return
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        try:
+            while isinstance(job := self._jobs.get(), Job):
+                try:
+                    response = self._response(job)
+                except futures.CancelledError:
+                    return
+                self._in_work.discard(job)
+                self._answering_since = time.monotonic()
+                yield response
+                self._idle_since = self._answering_since = time.monotonic()
+                self._window.release()
+            if job.code is not grpc.StatusCode.OK and not self._gone:
+                self._context.abort(job.code, job.details)
+        finally:
+            self._leave()
+
+    def check(self, now: float) -> None:
+        """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
+        if self._in_work:
+            return
+        silent = now - self._idle_since
+        if self._answering_since > self._idle_since:
+            if now - self._answering_since > READER_IDLE_S:
+                self._context.cancel()  # blocked in `yield`: the client does not read
+        elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
+            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
+        elif silent > STREAM_IDLE_S:
+            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
+
+    def close(self, closing: Closing) -> None:
+        """Answers what is in work, then ends the stream."""
+        self._jobs.put(closing)
+
+    def _leave(self) -> None:
+        self._gone = True
+        for job in list(self._in_work):
+            job.answer.cancel()
+        self._window.release()
+        self._jobs.put(Closing())
+
+    def _read(self) -> None:
+        closing = Closing()
+        held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
+        empty = True
+        try:
+            for message in self._messages:
+                empty = False
+                self._idle_since = time.monotonic()
+                size = len(message.payload)
+                self._daemon.budget.take(size, lambda: self._gone)
+                held += size
+                try:
+                    request = self._assembler.add(message)
+                except ChunkError as error:
+                    self._start(message.correlation_id, None, BadInput(str(error)))
+                else:
+                    if request:
+                        held -= len(request.payload)
+                        self._start(request.correlation_id, request)
+                self._daemon.budget.give(held - self._assembler.held())
+                held = self._assembler.held()
+                if self._gone:
+                    break
+            for key in self._assembler.unfinished():
+                self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
+            if empty:
+                closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
+        except Overload:
+            closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
+        except grpc.RpcError:
+            log.debug("a client left its stream")
+        except Exception:
+            log.exception("a stream's reader failed")
+            closing = Closing(grpc.StatusCode.INTERNAL, "internal error")
+        finally:
+            self._daemon.budget.give(held)
+            self._jobs.put(closing)
+
+    def _start(self, correlation_id: str, request: Request | None, error: Exception | None = None) -> None:
+        """Puts a request in line for its answer and to work; `request` is None for one that failed already."""
+        self._window.acquire()
+        now = time.monotonic()
+        job = Job(correlation_id, now + len(self._in_work) * TURN_SECONDS)
+        self._in_work.add(job)
+        self._jobs.put(job)
+        if request is None:
+            job.finish(error or BadInput("payload: it is missing"))
+            return
+        size = len(request.payload)
+        try:
+            task = self._task(request.task)
+            read_meta(task, request)
+        except BadInput as bad:
+            self._daemon.budget.give(size)
+            job.finish(bad)
+            return
+        if task.takes == "text":  # quick: no reason to wait among pictures
+            self._prepare(job, task, request, size)
+        else:
+            self._daemon.decoders.submit(job.due, lambda: self._prepare(job, task, request, size))
+
+    def _task(self, name: str) -> Task:
+        offered = self._models.offered()
+        for task in offered:
+            if task.name == name:
+                return task
+        allowed = ", ".join(task.name for task in offered)
+        reason = "its model is switched off here" if name in TASKS else "unknown"
+        raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {allowed}")
+
+    def _prepare(self, job: Job, task: Task, request: Request, size: int) -> None:
+        try:
+            if job.answer.cancelled():
+                return
+            prepare(task, request, self._models, self._daemon.settings)
+            job.steps = task.run(self._models, request)
+            self._daemon.engine.submit(job)
+        except Exception as error:
+            job.finish(error)
+        finally:
+            request.payload = b""
+            self._daemon.budget.give(size)
+
+    def _response(self, job: Job) -> pb.InferResponse:
+        """Waits for a job's answer. Raises CancelledError when the client has left."""
+        try:
+            answer = job.answer.result()
+            result = json.dumps(answer.content, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+        except futures.CancelledError:
+            raise
+        except Exception as error:
+            return _error_response(job, error)
+        milliseconds = round((time.monotonic() - job.arrived) * 1000)
+        return pb.InferResponse(
+            correlation_id=job.correlation_id,
+            is_final=True,
+            result=result,
+            meta={**answer.meta, "model_id": answer.content["model_id"], "lat_ms": str(milliseconds)},
+            total=1,
+            result_mime=f"application/json;schema={answer.schema}",
+            result_schema=answer.schema,
+        )
+
+
+def _error_response(job: Job, error: Exception) -> pb.InferResponse:
+    """An error has an empty result and result_mime, so that no client takes it for an answer."""
+    if isinstance(error, BadInput):
+        code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
+    else:
+        # The client gets a number, the log gets the story.
+        code, text = pb.ERROR_CODE_INTERNAL, f"internal error {uuid.uuid4().hex[:8]}; the daemon's log says more"
+        log.error("%s", text.partition(";")[0], exc_info=error)
+    problem = pb.Error(code=code, message=text)
+    return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
+
+
+# --- the service ------------------------------------------------------------------------------------------------
+
+
+class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
+    """The four RPCs, and what they share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = Engine()
+        self.decoders = DecodePool(min(usable_cores(), 4))  # each may hold a decoded picture of 160 MB
+        self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
+        self.health = health.HealthServicer()
+        self.loading = "starting"  # said to clients until the models are there
+        self._models: Models | None = None
+        self._admission = threading.BoundedSemaphore(settings.lumen_max_streams)
+        self._streams: set[Stream] = set()
+        self._draining = False
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def serve(self, models: Models) -> None:
+        """From now on requests are answered."""
+        self._models = models
+        self.engine.thread.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self) -> None:
+        """Answers what is in work and ends every stream; the port is closed by the caller."""
+        self._draining = True
+        self.health.enter_graceful_shutdown()
+        for stream in list(self._streams):
+            stream.close(Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down"))
+
+    def check_streams(self) -> None:
+        for stream in list(self._streams):
+            stream.check(time.monotonic())
+
+    def _set_health(self, status: Any) -> None:
+        for name in ("", SERVICE):
+            self.health.set(name, status)
+
+    def _ready(self, context: Any) -> Models:
+        if self._draining:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
+        if self._models is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"not ready: {self.loading}")
+        assert self._models is not None
+        return self._models
+
+    def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
+        models = self._ready(context)
+        if not self._admission.acquire(blocking=False):
+            text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        stream = Stream(self, models, request_iterator, context)
+        self._streams.add(stream)
+        try:
+            yield from stream.answers()
+        finally:
+            self._streams.discard(stream)
+            self._admission.release()
+
+    def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
+        models = self._ready(context)
+        return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"))
+
+    def StreamCapabilities(self, request: empty_pb2.Empty, context: Any) -> Iterator[pb.Capability]:
+        models = self._ready(context)
+        for name in ("clip", "bioclip"):
+            if models.get(name):
+                yield self._capability(name, models, (name,))
+
+    def Health(self, request: empty_pb2.Empty, context: Any) -> empty_pb2.Empty:
+        return empty_pb2.Empty()
+
+    def _capability(self, service: str, models: Models, names: Sequence[str]) -> pb.Capability:
+        backs = {name: model.backend for name in names if (model := models.get(name))}
+        runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
+        extra = {"version": VERSION}
+        for name, back in backs.items():
+            extra[f"{name}_model"] = back.model_id
+            extra[f"{name}_embedding_dim"] = str(back.dim)
+            extra[f"{name}_runtime"] = back.runtime
+            extra[f"{name}_batch_size"] = str(self.settings.batch_size_of(name))
+        return pb.Capability(
+            service_name=service,
+            model_ids=[back.model_id for back in backs.values()],
+            runtime=runtimes[0] if len(runtimes) == 1 else "mixed",
+            max_concurrency=self.settings.lumen_max_streams,
+            precisions=sorted({back.precision for back in backs.values()}),
+            extra=extra,
+            tasks=[self._io_task(task, models) for task in models.offered() if task.models[0] in names],
+            protocol_version=PROTOCOL_VERSION,
+        )
+
+    def _io_task(self, task: Task, models: Models) -> pb.IOTask:
+        backend = models.ask(task.models[0]).backend
+        limits = {"max_payload_size": str(self.settings.lumen_max_request_mb << 20)}
+        if task.takes == "image":
+            limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)
+        else:
+            limits["max_payload_size"] = str(TEXT_BYTES_MAX)
+        if task.topk:
+            limits |= {"topk_default": str(task.topk), "topk_max": str(TOPK_MAX)}
+        else:
+            limits["dim"] = str(backend.dim)
+        if task.own_labels:
+            limits["labels_max"] = str(OWN_LABELS_MAX)
+        tensor_id = backend.preprocess.tensor_id if task.tensor else ""
+        mimes = TEXT_MIMES if task.takes == "text" else IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
+        return pb.IOTask(
+            name=task.name,
+            input_mimes=mimes,
+            output_mimes=[f"application/json;schema={task.schema}"],
+            limits=limits,
+            tensor_preprocess_id=tensor_id,
+            tensor_batching_supported=bool(tensor_id),
+        )
+
+
+def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int]:
+    """Binds the port and serves; -> (server, the port). Raises OSError in one line if the port cannot be had."""
+    family, address = (socket.AF_INET6, f"[{host}]:{port}") if ":" in host else (socket.AF_INET, f"{host}:{port}")
+    with socket.socket(family) as probe:  # says why a port cannot be had; gRPC does not
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
+    threads = daemon.settings.lumen_max_streams + 8  # eight more, so that Health never waits for a stream
+    message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
+    server = grpc.server(
+        futures.ThreadPoolExecutor(threads, "grpc"),
+        maximum_concurrent_rpcs=threads,
+        options=[
+            ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
+            ("grpc.max_receive_message_length", message_bytes),
+            ("grpc.max_send_message_length", message_bytes),
+            # The Lumen SDK pings every 10 s; the defaults would end its connection with too_many_pings.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A peer that is gone is noticed within 40 s; without ping_timeout_ms it takes 90.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),
+        ],
+    )
+    pb_grpc.add_InferenceServicer_to_server(daemon, server)
+    health_pb2_grpc.add_HealthServicer_to_server(daemon.health, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+    server.start()
+    return server, bound
+
+
+def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) -> Models:
+    """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError."""
+    loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
+    sets: dict[str, LabelSet] = {}
+    for name in loaded:
+        if settings.backend_of(name) == "none":
+            continue
+        options = settings.options(name)
+        say(f"loading {options.model} ({options.backend})")
+        backend = backends.create_backend(options)
+        loaded[name] = Model(backend, name, engine, settings.batch_size_of(name))
+        log.info(
+            "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
+        )
+        sets |= _label_sets(name, backend, settings, say)
+    return Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size)
+
+
+def _label_sets(name: str, backend: Backend, settings: Settings, say: Callable[[str], None]) -> dict[str, LabelSet]:
+    folder = settings.lumen_data_dir / name
+
+    def encode(texts: list[str]) -> labels.Vectors:
+        return backend.encode_text(backend.tokenize(texts))
+
+    if name == "clip":
+        names, recipe = labels.imagenet_names(settings.lumen_data_dir), labels.imagenet_recipe(settings.clip_templates)
+        older = sorted(folder.glob("*_imagenet_vectors.npz"))
+    else:
+        names, recipe = labels.species_names(settings.lumen_data_dir), labels.SPECIES_RECIPE
+        older = [folder / "text_vectors.npz"]
+    say(f"text vectors of {len(names)} labels for {backend.model_id}")
+    vectors = labels.cached_vectors(
+        folder / backend.runtime / backend.model_id.replace("/", "--"),
+        names,
+        recipe,
+        encode,
+        labels.CacheKey.of(names, recipe, backend.model_id, backend.dim),
+        older,
+        lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
+    )
+    if name == "bioclip":
+        return {"species": LabelSet(names, vectors, backend.logit_scale)}
+    scenes = labels.label_vectors(labels.SCENES, labels.SCENE_RECIPE, encode)
+    return {
+        "imagenet": LabelSet(names, vectors, backend.logit_scale),
+        "scenes": LabelSet(labels.SCENES, scenes, backend.logit_scale),
+    }
+
+
+# --- being found and being supervised ---------------------------------------------------------------------------
+
+
+def advertised_ip(host: str) -> str | None:
+    """The one IPv4 address that the LAN reaches us at, or None. Nothing is sent, and no internet is needed."""
+    if host not in ("0.0.0.0", "::"):
+        try:
+            own = ipaddress.ip_address(host)
+        except ValueError:
+            return None
+        return None if own.version == 6 or own.is_loopback else host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("224.0.0.251", 5353))  # the mDNS group: the kernel names the interface it would use
+            found = str(probe.getsockname()[0])
+        except OSError:
+            return None
+    return None if ipaddress.ip_address(found).is_loopback else found
+
+
+class Beacon:
+    """The mDNS advertisement. It stands only while the models answer; a network without mDNS costs a warning."""
+
+    def __init__(self, settings: Settings, host: str, port: int, runtime: str) -> None:
+        self._zeroconf: Any = None
+        address = settings.advertise_ip or advertised_ip(host)
+        if not settings.clip_mdns_type:
+            return
+        if address is None:
+            log.warning("mDNS: no address that others could reach; set ADVERTISE_IP to be found")
+            return
+        from zeroconf import IPVersion, ServiceInfo, Zeroconf
+
+        properties = {
+            "uuid": settings.clip_mdns_uuid or kept_uuid(settings.lumen_data_dir),
+            "status": settings.clip_mdns_status,
+            "version": settings.clip_mdns_version,
+            "v": settings.clip_mdns_version,
+            "runtime": runtime,
+        }
+        try:
+            self._zeroconf = Zeroconf(interfaces=[address], ip_version=IPVersion.V4Only)
+            for kind in settings.clip_mdns_type:
+                info = ServiceInfo(
+                    kind,
+                    f"{settings.clip_mdns_name}.{kind}",
+                    port=port,
+                    properties=properties,
+                    server=f"lumen-clip-{properties['uuid'][:8]}.local.",
+                    addresses=[socket.inet_aton(address)],
+                )
+                self._zeroconf.register_service(info, allow_name_change=True)
+                log.info("mDNS: %s at %s:%d", info.name, address, port)
+        except Exception as error:  # zeroconf raises its own kinds and OSError; none is worth the service
+            log.warning("mDNS: not advertised (%s: %s)", type(error).__name__, error)
+
+    def close(self) -> None:
+        """Says goodbye, so that clients forget us at once."""
+        if self._zeroconf:
+            self._zeroconf.unregister_all_services()
+            self._zeroconf.close()
+
+
+def kept_uuid(data_dir: Path) -> str:
+    """This node's name across restarts."""
+    path = data_dir / "uuid"
+    try:
+        return str(uuid.UUID(path.read_text().strip()))
+    except (OSError, ValueError):
+        fresh = str(uuid.uuid4())
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        backends.replace_file(path, f"{fresh}\n".encode())
+    except OSError as error:
+        log.warning("cannot keep the node's uuid in %s (%s)", path, error)
+    return fresh
+
+
+def notify(state: str) -> None:
+    """Tells systemd, when it has started us (sd_notify's one datagram)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+# --- main -------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "lumen_clip.py", description="CLIP and BioCLIP-2 over gRPC. Settings come from the environment; see README.md."
+    )
+    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
+    parsed = parser.parse_args(arguments)
+    if not 0 <= parsed.port <= 65535:
+        parser.error(f"--port {parsed.port}: allowed: 0 to 65535")
+    parsed.host = parsed.host.strip("[]")
+    return parsed
+
+
+def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], None]) -> None:
+    """Loads on its own thread, so that signals and RPCs are heard meanwhile."""
+
+    def say(text: str) -> None:
+        daemon.loading = text
+        notify(f"STATUS={text}")
+
+    def load() -> None:
+        try:
+            done(load_models(daemon.settings, daemon.engine, say))
+        except BaseException as error:
+            done(error)
+
+    threading.Thread(target=load, name="load", daemon=True).start()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    # The level is ours; libraries speak when something is wrong.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log.setLevel(options.log_level.upper())
+    try:
+        settings = Settings.from_environment(os.environ)
+        daemon = Daemon(settings)
+        server, port = start_server(daemon, options.host, options.port)
+    except (SettingError, OSError) as error:
+        print(f"lumen-clip: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingError) else 1
+    log.info("listening on %s port %d; loading models", options.host, port)
+
+    events: queue.SimpleQueue[Models | BaseException | None] = queue.SimpleQueue()  # None: told to stop
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: events.put(None))
+    load_in_background(daemon, events.put)
+    event = events.get()
+    if event is None:
+        log.info("stopped while loading")
+        _leave(0)
+    if isinstance(event, BaseException):
+        _report(event)
+        _leave(1)
+    assert isinstance(event, Models)
+    daemon.serve(event)
+    capability = daemon.GetCapabilities(empty_pb2.Empty(), None)
+    beacon = Beacon(settings, options.host, port, capability.runtime)
+    notify("READY=1\nSTATUS=serving")
+    log.info("ready: %s", ", ".join(task.name for task in event.offered()))
+    status = supervise(daemon, events)
+
+    notify("STOPPING=1")
+    log.info("stopping: answering what is in work")
+    beacon.close()
+    daemon.drain()
+    server.stop(DRAIN_S).wait()
+    daemon.decoders.stop()
+    daemon.engine.stop()
+    log.info("stopped")
+    return status
+
+
+def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException | None]) -> int:
+    """Waits for the signal to stop and looks after the streams meanwhile; -> the exit status."""
+    while True:
+        try:
+            events.get(timeout=5)
+            return 0
+        except queue.Empty:
+            daemon.check_streams()
+        if not daemon.engine.thread.is_alive():
+            log.critical("the inference thread has died; leaving, so that a supervisor starts the daemon again")
+            return 1
+
+
+def _report(error: BaseException) -> None:
+    if isinstance(error, BackendError | LabelError):
+        print(f"lumen-clip: {error}", file=sys.stderr)
+    else:
+        log.critical("loading the models failed", exc_info=error)
+
+
+def _leave(status: int) -> None:
+    """Ends the process while a load may be deep in native code, which an orderly exit would wait for."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
