@@ -1,0 +1,475 @@
+"""The way in for people: a small client class and its command line.
+
+    python client.py clip_classify photo.jpg --topk 3
+    python client.py clip_embed "a red bicycle"
+    python client.py clip_image_embed ~/Photos --out vectors.npz
+
+Runs with `grpcio`, `protobuf` and `gen/` alone, so it can be copied into another project. numpy (for .npz), tqdm (for
+a progress bar) and zeroconf (for --discover) are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mimetypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import empty_pb2
+
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+MESSAGE_BYTES_MAX = 65 << 20
+CHUNK_THRESHOLD = 1 << 20  # a payload up to this travels as one message, as in the Lumen SDK
+CHUNK_BYTES = 256 << 10
+IN_FLIGHT = 32  # unanswered requests of `infer_many`
+IMAGE_TASKS = ("clip_classify", "bioclip_classify", "smart_classify", "clip_image_embed", "bioclip_image_embed")
+TEXT_TASKS = ("clip_embed", "bioclip_embed")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
+DISCOVERY_SECONDS = 3.0
+HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
+
+
+class LumenError(Exception):
+    """A request failed. `code` is an ErrorCode or gRPC status in lower case, such as "invalid_argument"."""
+
+    def __init__(self, code: str, message: str, detail: str = "") -> None:
+        super().__init__(f"{message} ({code})")
+        self.code, self.message, self.detail = code, message, detail
+
+    @classmethod
+    def of_call(cls, error: grpc.RpcError) -> LumenError:
+        """A gRPC failure as an error of ours."""
+        call: Any = error  # grpc.RpcError is a Call too, which its type does not say
+        return cls(call.code().name.lower(), call.details() or "the call failed")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to ask: a task, its payload, and meta such as topk, labels, prompt_template or label_format."""
+
+    task: str
+    payload: bytes
+    mime: str = ""
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer: `data` is the labels_v1 or embedding_v1 object, `meta` the response's own."""
+
+    task: str
+    mime: str
+    data: dict[str, Any]
+    meta: dict[str, str]
+
+
+class LumenClient:
+    """One channel to a daemon; safe to use from several threads. `timeout` is in seconds a call."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0) -> None:
+        options = [
+            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ]
+        self.timeout = timeout
+        self._channel = grpc.insecure_channel(address, options)
+        self._stub = pb_grpc.InferenceStub(self._channel)
+
+    def __enter__(self) -> LumenClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def infer(self, task: str, payload: bytes, mime: str = "", meta: Mapping[str, str] | None = None) -> Result:
+        """One request; chunked when its payload is over 1 MiB. Raises LumenError."""
+        request = Request(task, payload, mime, meta or {})
+        try:
+            for response in self._stub.Infer(iter(_messages(request, "")), timeout=self.timeout):
+                return _result(task, response)
+        except grpc.RpcError as error:
+            raise LumenError.of_call(error) from error
+        raise LumenError("internal", "the stream ended without an answer")
+
+    def infer_many(self, requests: Iterable[Request]) -> Iterator[Result | LumenError]:
+        """Many requests on one stream, answered in their order; one that fails yields its LumenError in its place.
+
+        Requests are drawn as they are sent, at most 32 ahead of the answers. Raises LumenError if the stream fails,
+        and whatever `requests` raises.
+        """
+        window = threading.Semaphore(IN_FLIGHT)
+        tasks: list[str] = []
+        failure: list[Exception] = []
+        over = threading.Event()
+
+        def send() -> Iterator[pb.InferRequest]:
+            try:
+                for number, request in enumerate(requests):
+                    window.acquire()
+                    if over.is_set():
+                        return
+                    tasks.append(request.task)
+                    yield from _messages(request, str(number))
+            except Exception as error:  # gRPC would report it as a bare "exception iterating requests"
+                failure.append(error)
+
+        call = self._stub.Infer(send())
+        try:
+            for number, response in enumerate(call):
+                if response.correlation_id != str(number):
+                    raise LumenError("internal", f"answer {number} carries the id {response.correlation_id!r}")
+                window.release()
+                yield _result_or_error(tasks[number], response)
+        except grpc.RpcError as error:
+            # A file that cannot be read ends the stream before its first request: that is the reason to give.
+            if not failure:
+                raise LumenError.of_call(error) from error
+        finally:
+            over.set()
+            window.release()
+            call.cancel()
+        if failure:
+            raise failure[0]
+
+    def classify(
+        self, image: bytes, task: str = "clip_classify", topk: int | None = None, labels: Sequence[str] | None = None
+    ) -> list[tuple[str, float]]:
+        """(label, probability) pairs, best first; `labels` are the caller's own (clip_classify). Raises LumenError."""
+        meta = {} if topk is None else {"topk": str(topk)}
+        if labels is not None:
+            meta["labels"] = json.dumps(list(labels))
+        rows = self.infer(task, image, meta=meta).data["labels"]
+        return [(row["label"], row["score"]) for row in rows]
+
+    def embed_image(self, image: bytes, task: str = "clip_image_embed") -> list[float]:
+        """The picture's embedding: `dim` floats of unit length. Raises LumenError."""
+        vector: list[float] = self.infer(task, image).data["vector"]
+        return vector
+
+    def embed_text(self, text: str, task: str = "clip_embed") -> list[float]:
+        """The text's embedding, comparable with the same model's image embeddings. Raises LumenError."""
+        vector: list[float] = self.infer(task, text.encode(), "text/plain").data["vector"]
+        return vector
+
+    def capabilities(self) -> list[pb.Capability]:
+        """One for each model. Raises LumenError."""
+        try:
+            return list(self._stub.StreamCapabilities(empty_pb2.Empty(), timeout=self.timeout))
+        except grpc.RpcError as error:
+            raise LumenError.of_call(error) from error
+
+    def health(self) -> str:
+        """ "SERVING", "NOT_SERVING", ...: what the standard health service says. Raises LumenError.
+
+        The reply is one varint field (number 1), read here so that no health package is needed.
+        """
+        check = self._channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
+        try:
+            reply: bytes = check(b"", timeout=self.timeout)
+        except grpc.RpcError as error:
+            raise LumenError.of_call(error) from error
+        state = reply[1] if len(reply) == 2 and reply[0] == 0x08 else 0
+        return HEALTH_STATES[state] if state < len(HEALTH_STATES) else "UNKNOWN"
+
+
+def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
+    shared: dict[str, Any] = {
+        "correlation_id": correlation_id,
+        "task": request.task,
+        "payload_mime": request.mime,
+        "meta": dict(request.meta),
+    }
+    payload = request.payload
+    if len(payload) <= CHUNK_THRESHOLD:
+        yield pb.InferRequest(payload=payload, **shared)
+        return
+    total = -(-len(payload) // CHUNK_BYTES)
+    for seq in range(total):
+        offset = seq * CHUNK_BYTES
+        yield pb.InferRequest(
+            payload=payload[offset : offset + CHUNK_BYTES], seq=seq, total=total, offset=offset, **shared
+        )
+
+
+def _result_or_error(task: str, response: pb.InferResponse) -> Result | LumenError:
+    if response.error.message or response.error.code:
+        name = pb.ErrorCode.Name(response.error.code).removeprefix("ERROR_CODE_").lower()
+        return LumenError(name, response.error.message, response.error.detail)
+    return Result(task, response.result_mime, json.loads(response.result), dict(response.meta))
+
+
+def _result(task: str, response: pb.InferResponse) -> Result:
+    found = _result_or_error(task, response)
+    if isinstance(found, LumenError):
+        raise found
+    return found
+
+
+def discover(seconds: float = DISCOVERY_SECONDS) -> str:
+    """The address of the first daemon that answers on mDNS. Raises LumenError.
+
+    `LUMEN_MDNS_INTERFACE` is the IPv4 address of the interface to ask on; all by default.
+    """
+    try:
+        from zeroconf import IPVersion, ServiceBrowser, Zeroconf
+    except ImportError:
+        raise LumenError("unavailable", "--discover needs the zeroconf package") from None
+    found = threading.Event()
+    names: list[tuple[str, str]] = []
+
+    class Listener:
+        def add_service(self, _: Zeroconf, kind: str, name: str) -> None:
+            names.append((kind, name))
+            found.set()
+
+        def update_service(self, *_: object) -> None:
+            """Part of zeroconf's interface; the first sight of a node is enough."""
+
+        remove_service = update_service
+
+    interface = os.environ.get("LUMEN_MDNS_INTERFACE")
+    options: dict[str, Any] = {"interfaces": [interface]} if interface else {}
+    browser = Zeroconf(ip_version=IPVersion.V4Only, **options)
+    try:
+        ServiceBrowser(browser, "_lumen._tcp.local.", listener=Listener())  # type: ignore[arg-type]
+        deadline = time.monotonic() + seconds
+        while found.wait(max(deadline - time.monotonic(), 0)):
+            kind, name = names.pop(0)
+            info = browser.get_service_info(kind, name, 1000)
+            if info and info.port and (addresses := info.parsed_addresses(IPVersion.V4Only)):
+                return f"{addresses[0]}:{info.port}"
+            if not names:
+                found.clear()
+    finally:
+        browser.close()
+    raise LumenError("unavailable", f"no daemon answered on mDNS in {seconds:.0f} s")
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """The command cannot be run as it was given."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("client.py", description="Ask a lumen-clip daemon.")
+    parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
+    parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
+    parser.add_argument("--address", default=os.environ.get("LUMEN_ADDRESS", DEFAULT_ADDRESS), metavar="HOST:PORT")
+    parser.add_argument("--discover", action="store_true", help="find the daemon by mDNS")
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
+    parser.add_argument("--topk", metavar="K")
+    parser.add_argument("--labels", metavar="A,B,...", help="own labels of clip_classify; @FILE has one a line")
+    parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
+    parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+    return parser
+
+
+def request_meta(options: argparse.Namespace) -> dict[str, str]:
+    """The options as request meta. Raises OSError if a label file cannot be read."""
+    meta = {"topk": options.topk, "label_format": options.label_format, "prompt_template": options.prompt_template}
+    if options.labels:
+        text: str = options.labels
+        own = Path(text[1:]).read_text("utf-8").splitlines() if text.startswith("@") else text.split(",")
+        meta["labels"] = json.dumps([label.strip() for label in own if label.strip()])
+    return {key: value for key, value in meta.items() if value is not None}
+
+
+def image_paths(inputs: Sequence[str]) -> list[str]:
+    """Files as they are, folders searched for pictures; sorted within a folder. Raises UsageError."""
+    paths: list[str] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not found:
+                raise UsageError(f"{name}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder")
+            paths += map(str, found)
+        elif name != "-" and not path.is_file():
+            raise UsageError(f"{name}: no such file or folder")
+        else:
+            paths.append(name)
+    return paths
+
+
+def read_requests(task: str, inputs: Iterable[str], meta: Mapping[str, str]) -> Iterator[Request]:
+    """One request an input, read when it is about to be sent; an unreadable file is sent empty and so answered."""
+    for name in inputs:
+        if task in TEXT_TASKS:
+            yield Request(task, (sys.stdin.read() if name == "-" else name).encode(), "text/plain", meta)
+            continue
+        try:
+            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        except OSError as error:
+            print(f"client.py: {name}: {error.strerror}", file=sys.stderr)
+            data = b""
+        yield Request(task, data, mimetypes.guess_type(name)[0] or "application/octet-stream", meta)
+
+
+def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """A bar on the terminal for more than a handful, where tqdm is installed."""
+    if total < 4:
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    bar: Iterable[Any] = tqdm(items, total=total, unit="photo")
+    return bar
+
+
+def as_text(data: Mapping[str, Any]) -> str:
+    if "labels" in data:
+        return "\n".join(f"{row['score']:7.2%}  {row['label']}" for row in data["labels"])
+    first = ", ".join(f"{x:.4f}" for x in data["vector"][:6])
+    return f"{data['model_id']}, {data['dim']} dimensions: [{first}, ...]"
+
+
+def row_writer(options: argparse.Namespace, several: bool, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
+    """Where a result's row goes: plain text, JSON lines, or a file that appears whole when the stack closes."""
+    if options.out is None:
+
+        def show(row: dict[str, Any]) -> None:
+            if options.json:
+                print(json.dumps(row, ensure_ascii=False))
+            elif "error" not in row:
+                print((f"{row['input']}\n" if several else "") + as_text(row))
+
+        return show
+    if options.out.suffix not in (".jsonl", ".npz"):
+        raise UsageError(f"--out {options.out}: allowed: a name that ends in .jsonl or .npz")
+    if options.out.suffix == ".npz" and options.task.endswith("classify"):
+        raise UsageError(f"--out {options.out}: only embeddings go to .npz; allowed for {options.task}: .jsonl")
+    temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
+    file = temporary.open("wb")
+    rows: list[dict[str, Any]] = []
+
+    def finish(kind: type[BaseException] | None, *_: object) -> None:
+        with file:
+            if kind is None and options.out.suffix == ".npz":
+                write_npz(file, rows)
+        if kind is None:
+            temporary.replace(options.out)
+        else:
+            temporary.unlink()
+
+    stack.push(finish)
+    if options.out.suffix == ".npz":
+        import_numpy()
+        return rows.append
+
+    def append(row: dict[str, Any]) -> None:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    return append
+
+
+def import_numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        raise UsageError("--out: .npz needs the numpy package; .jsonl does not") from None
+    return numpy
+
+
+def write_npz(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`; failed inputs are left out."""
+    np = import_numpy()
+    good = [row for row in rows if "error" not in row]
+    np.savez(
+        file,
+        paths=np.array([row["input"] for row in good], dtype=str),
+        vectors=np.array([row["vector"] for row in good], dtype=np.float32),
+        model_id=np.array(good[0]["model_id"] if good else ""),
+    )
+
+
+def run_task(client: LumenClient, options: argparse.Namespace) -> int:
+    """Asks for every input; -> 1 if one failed. Raises LumenError, UsageError or OSError."""
+    if not options.inputs:
+        raise UsageError(
+            f"{options.task}: name at least one {'text' if options.task in TEXT_TASKS else 'file or folder'}"
+        )
+    inputs = options.inputs if options.task in TEXT_TASKS else image_paths(options.inputs)
+    failed = 0
+    requests = read_requests(options.task, inputs, request_meta(options))
+    with ExitStack() as stack:
+        write = row_writer(options, len(inputs) > 1, stack)
+        answers = client.infer_many(requests)
+        for name, answer in zip(inputs, progress(answers, len(inputs)), strict=True):
+            if isinstance(answer, LumenError):
+                failed += 1
+                print(f"client.py: {name}: {answer.message}", file=sys.stderr)
+                write({"input": name, "error": answer.message})
+            else:
+                write({"input": name, **answer.data})
+    return 1 if failed else 0
+
+
+def show_capabilities(client: LumenClient, as_json: bool) -> int:
+    for capability in client.capabilities():
+        models, tasks = ", ".join(capability.model_ids), ", ".join(task.name for task in capability.tasks)
+        if as_json:
+            from google.protobuf.json_format import MessageToDict
+
+            print(json.dumps(MessageToDict(capability, preserving_proto_field_name=True)))
+        else:
+            precisions = ", ".join(capability.precisions)
+            print(f"{capability.service_name}: {models} on {capability.runtime} ({precisions})\n  {tasks}")
+    return 0
+
+
+def show_health(client: LumenClient, as_json: bool) -> int:
+    state = client.health()
+    print(json.dumps({"status": state}) if as_json else state)
+    return 0 if state == "SERVING" else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_intermixed_args(arguments)
+    try:
+        if options.discover:
+            options.address = discover()
+            print(f"client.py: found {options.address}", file=sys.stderr)
+        with LumenClient(options.address, options.timeout) as client:
+            if options.task == "capabilities":
+                return show_capabilities(client, options.json)
+            if options.task == "health":
+                return show_health(client, options.json)
+            return run_task(client, options)
+    except BrokenPipeError:
+        # The reader of our output has seen enough; Python's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UsageError as error:
+        print(f"client.py: {error}", file=sys.stderr)
+        return 2
+    except LumenError as error:
+        print(f"client.py: {options.address}: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"client.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
