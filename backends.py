@@ -111,7 +111,9 @@ def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, dr
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
         log.debug("not an image: %r", error)
-        raise BadInput(f"payload: not an image that can be read; allowed: {', '.join(IMAGE_FORMATS)}") from error
+        raise BadInput(
+            f"payload: not an image that can be read; allowed: whole files of {', '.join(IMAGE_FORMATS)}"
+        ) from error
     width, height = image.size
     if width * height > max_pixels:
         raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
@@ -404,7 +406,6 @@ def fetch_repository(options: ModelOptions, repo: str, choose: Callable[[list[st
     if _is_whole(folder, marker):
         return folder
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     revision = REVISIONS.get(repo, "main")
     log.info("downloading %s@%s to %s", repo, revision[:12], folder)
@@ -413,7 +414,8 @@ def fetch_repository(options: ModelOptions, repo: str, choose: Callable[[list[st
         snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace_file(marker, json.dumps(sizes).encode())
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
+        log.debug("download failed", exc_info=True)
         text = f"cannot download the model from the hub repository {repo} ({_line(error)})"
         raise options.error("MODEL", options.model, text) from error
     return folder

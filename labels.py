@@ -135,13 +135,13 @@ def _label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], lis
     if path.is_file():
         return _read_names(path, f"{path}: not the file {filename} of {repo}", parse)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     staging = path.parent / ".download"
     log.info("downloading %s of %s", filename, repo)
     try:
         staged = Path(hf_hub_download(repo, filename, repo_type="dataset", local_dir=staging))
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
+        log.debug("download failed", exc_info=True)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise LabelError(f"cannot download {filename} of the hub dataset {repo} ({reason})") from error
     try:

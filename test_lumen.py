@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -23,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -802,3 +805,1139 @@ def test_a_model_that_is_left_out_is_not_offered(small_node: Node) -> None:
         "clip_image_embed",
     }
     assert "switched off" in small_node.ask("smart_classify", encoded(picture(RED))).error.message
+
+
+# --- batching ----------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A real backend that notes its batches, waits at a gate, and chokes on pictures of pure white."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.daemon: Any = None
+        self.batches: list[tuple[str, int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.busy = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def _note(self, kind: str, count: int) -> None:
+        self.batches.append((kind, count))
+        self.busy.set()
+        assert self.gate.wait(30)
+
+    def encode_images(self, pixels: Any) -> Any:
+        self._note("image", len(pixels))
+        if (pixels == 255).all(axis=(1, 2, 3)).any():
+            raise RuntimeError("a secret path /etc/lumen")
+        return self._backend.encode_images(pixels)
+
+    def encode_text(self, tokens: Any) -> Any:
+        self._note("text", len(tokens))
+        return self._backend.encode_text(tokens)
+
+
+@pytest.fixture
+def watched(tiny_onnx: Path, tmp_path: Path) -> Iterator[tuple[Watched, Any]]:
+    """A daemon inside this process, on a real socket, around a watched model."""
+    settings = lumen_clip.Settings(
+        lumen_data_dir=tmp_path, clip_backend="onnxrt", bioclip_backend="none", clip_model=str(tiny_onnx)
+    )
+    daemon = lumen_clip.Daemon(settings)
+    backend = Watched(backends.create_backend(settings.options("clip")))
+    names = ["an animal", "a landscape"]
+    vectors = labels.label_vectors(
+        names, labels.SCENE_RECIPE, lambda texts: backend.encode_text(backend.tokenize(texts))
+    )
+    model = lumen_clip.Model(backend, "clip", daemon.engine, 8)
+    sets = {"imagenet": labels.LabelSet(names, vectors, 100.0)}
+    server, port = lumen_clip.start_server(daemon, "127.0.0.1", 0)
+    daemon.serve(lumen_clip.Models(daemon.engine, model, None, sets, 8))
+    backend.daemon = daemon
+    backend.batches.clear()
+    backend.busy.clear()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield backend, pb_grpc.InferenceStub(channel)
+    backend.gate.set()
+    server.stop(0).wait()
+    daemon.decoders.stop()
+    daemon.engine.stop()
+
+
+def one(stub: Any, task: str, payload: bytes, **meta: str) -> pb.InferResponse:
+    [response] = stub.Infer(iter([pb.InferRequest(task=task, payload=payload, meta=meta)]), timeout=30)
+    return response
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def test_eight_clients_are_one_forward_pass_when_the_thread_is_busy(watched: Any) -> None:
+    """Lost otherwise: the throughput of a batch, which is what a shared daemon is for."""
+    backend, stub = watched
+    photo = encoded(picture(RED))
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        backend.gate.clear()
+        first = clients.submit(one, stub, "clip_image_embed", photo)
+        assert backend.busy.wait(10)
+        tasks = ["clip_image_embed", "clip_classify"] * 4  # of different tasks, too
+        waiting = [clients.submit(one, stub, task, photo) for task in tasks]
+        time.sleep(0.5)  # all eight are decoded by then
+        backend.gate.set()
+        assert first.result().result and all(f.result().result for f in waiting)
+    assert backend.batches == [("image", 1), ("image", 8)]
+
+
+def test_one_poison_image_in_a_batch_fails_alone(watched: Any) -> None:
+    """Lost otherwise: seven good photographs, and the reason of the eighth; and no client reads our paths."""
+    backend, stub = watched
+    photos = [encoded(picture(RED, seed=i), "PNG") for i in range(7)] + [
+        encoded(Image.new("RGB", (300, 300), "white"), "PNG")
+    ]
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        backend.gate.clear()
+        first = clients.submit(one, stub, "clip_image_embed", photos[0])
+        assert backend.busy.wait(10)
+        waiting = [clients.submit(one, stub, "clip_image_embed", photo) for photo in photos]
+        time.sleep(0.5)
+        backend.gate.set()
+        *good, bad = [f.result() for f in [first, *waiting]]
+    assert backend.batches[1] == ("image", 8) and all(r.result for r in good)
+    assert bad.error.code == pb.ERROR_CODE_INTERNAL and "secret" not in bad.error.message and not bad.result_mime
+    assert one(stub, "clip_image_embed", photos[0]).result
+
+
+def test_text_is_not_stuck_behind_a_bulk_import(watched: Any) -> None:
+    """Lost otherwise: search, for as long as somebody imports their holiday."""
+    backend, stub = watched
+    photo = encoded(picture(RED))
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        backend.gate.clear()
+        bulk = [pb.InferRequest(task="clip_image_embed", payload=photo) for _ in range(30)]
+        imported = clients.submit(lambda: list(stub.Infer(iter(bulk), timeout=30)))
+        assert backend.busy.wait(10)
+        query = clients.submit(one, stub, "clip_embed", b"a dog")
+        time.sleep(0.5)
+        backend.gate.set()
+        assert query.result().result and all(r.result for r in imported.result())
+    assert [kind for kind, _ in backend.batches].index("text") == 1
+
+
+def test_a_single_picture_overtakes_most_of_a_bulk_import(watched: Any) -> None:
+    """Lost otherwise: the person who looks at one photograph waits for ten thousand others."""
+    backend, stub = watched
+    bulk = [pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED, seed=i))) for i in range(60)]
+    done = []
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        backend.gate.clear()
+
+        def importing() -> None:
+            for response in stub.Infer(iter(bulk), timeout=30):
+                assert response.result
+                done.append(response)
+
+        imported = clients.submit(importing)
+        assert backend.busy.wait(10)
+        time.sleep(0.5)
+        single = clients.submit(one, stub, "clip_image_embed", encoded(picture(GREEN)))
+        time.sleep(0.2)
+        backend.gate.set()
+        assert single.result().result
+        assert len(done) <= 24, f"{len(done)} of the import went first"
+        imported.result()
+
+
+def test_work_whose_caller_has_left_is_not_run(watched: Any) -> None:
+    """Lost otherwise: the time of those who still wait."""
+    backend, stub = watched
+    backend.gate.clear()
+    first = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))]), timeout=30)
+    assert backend.busy.wait(10)
+    leaver = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))] * 8), timeout=30)
+    time.sleep(0.5)
+    leaver.cancel()
+    time.sleep(0.2)
+    backend.gate.set()
+    assert len(list(first)) == 1
+    assert one(stub, "clip_embed", b"a dog").result
+    assert [count for kind, count in backend.batches if kind == "image"] == [1]
+
+
+def test_a_vector_that_is_not_finite_never_leaves(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: an index with a NaN in it, which finds nothing any more."""
+    backend, stub = watched
+    monkeypatch.setattr(
+        backend._backend, "_run", lambda session, batch: backends._unit_rows(np.full((len(batch), 64), np.nan))
+    )
+    assert one(stub, "clip_embed", b"a dog").error.code == pb.ERROR_CODE_INTERNAL
+    monkeypatch.undo()
+    assert one(stub, "clip_embed", b"a dog").result
+
+
+def test_callers_labels_are_encoded_once(watched: Any) -> None:
+    """Lost otherwise: a forward pass a label for each photograph of an album."""
+    backend, stub = watched
+    own = json.dumps([f"thing {i}" for i in range(20)])
+    for _ in range(3):
+        assert one(stub, "clip_classify", encoded(picture(RED)), labels=own).result
+    assert sum(count for kind, count in backend.batches if kind == "text") == 20
+
+
+def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: 64 forgotten streams are a daemon that serves nobody."""
+    backend, stub = watched
+    monkeypatch.setattr(lumen_clip, "STREAM_IDLE_S", 0.2)
+    monkeypatch.setattr(lumen_clip, "CHUNK_IDLE_S", 0.2)
+    release = threading.Event()
+
+    def held(message: pb.InferRequest) -> Iterator[pb.InferRequest]:
+        yield message
+        release.wait(30)
+
+    silent = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog")), timeout=30)
+    assert next(silent).result
+    unfinished = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog", total=2)), timeout=30)
+    time.sleep(0.5)
+    backend.daemon.check_streams()
+    for call, said in ((silent, "no request"), (unfinished, "no chunk")):
+        with pytest.raises(grpc.RpcError) as error:
+            next(call)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED and said in error.value.details()
+    release.set()
+
+
+# --- pictures and text -------------------------------------------------------------------------------------------
+
+FULL = 40_000_000
+
+
+def pixels_of(data: bytes, draft: bool = False) -> Any:
+    [pixels] = backends.decode_image(data, [backends.Preprocess()], FULL, draft).values()
+    return pixels
+
+
+@pytest.mark.parametrize(
+    "size", [(300, 240), (240, 301), (224, 224), (3, 500), (100, 75), (1999, 1333), (225, 227), (80, 1000)]
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_preprocessing_equals_openclips_transform_to_the_last_bit(size: tuple[int, int], kind: str) -> None:
+    """Lost otherwise: vectors that drift from the model's by the library that resized the picture."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    data = encoded(picture(RED, size), kind)
+    expected = image_transform_v2(PreprocessCfg(), is_train=False)(Image.open(io.BytesIO(data)))
+    assert np.array_equal(backends.normalize(pixels_of(data)[None], backends.Preprocess())[0], expected.numpy())
+
+
+def test_a_picture_is_seen_as_a_viewer_shows_it() -> None:
+    """Lost otherwise: portraits lie on their side, logos turn black, scans turn white."""
+    half = Image.new("RGB", (400, 300), "blue")
+    half.paste("red", (0, 0, 400, 100))  # the upper third
+    upright = pixels_of(encoded(half, "PNG")).astype(int)
+    turned = {
+        2: (Image.Transpose.FLIP_LEFT_RIGHT,),
+        3: (Image.Transpose.ROTATE_180,),
+        6: (Image.Transpose.ROTATE_90,),
+        8: (Image.Transpose.ROTATE_270,),
+    }
+    for orientation, (operation,) in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        seen = pixels_of(encoded(half.transpose(operation), "PNG", exif=exif)).astype(int)
+        assert np.abs(seen - upright).max() <= 2, orientation
+    clear = Image.new("RGBA", (300, 300), (255, 0, 0, 0))
+    assert (pixels_of(encoded(clear, "PNG")) == 255).all()
+    assert (pixels_of(encoded(clear.convert("LA"), "PNG")) == 255).all()
+    palette = Image.new("P", (300, 300), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    assert (pixels_of(encoded(palette, "PNG")) == (10, 20, 30)).all()
+    assert (pixels_of(encoded(palette, "PNG", transparency=0)) == 255).all()
+    grey16 = Image.fromarray(np.full((300, 300), 0x8000, np.uint16))
+    assert (pixels_of(encoded(grey16, "PNG")) == 128).all()
+    assert (pixels_of(encoded(Image.new("1", (300, 300), 1), "PNG")) == 255).all()
+    assert (pixels_of(encoded(Image.new("L", (300, 300), 77), "JPEG")) == 77).all()
+    assert (
+        np.abs(
+            pixels_of(encoded(Image.new("CMYK", (300, 300), (0, 255, 255, 0)), "JPEG")).astype(int) - (255, 0, 0)
+        ).max()
+        < 8
+    )
+    animation = encoded(
+        Image.new("RGB", (300, 300), "red"),
+        "WEBP",
+        save_all=True,
+        append_images=[Image.new("RGB", (300, 300), "blue")],
+        lossless=True,
+    )
+    assert (pixels_of(animation) == (255, 0, 0)).all()
+    phone = encoded(
+        Image.new("RGB", (300, 300), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (300, 300), "blue")]
+    )
+    assert np.abs(pixels_of(phone).astype(int) - (254, 0, 0)).max() < 3
+    if "AVIF" in backends.IMAGE_FORMATS:
+        assert (
+            np.abs(pixels_of(encoded(Image.new("RGB", (300, 300), "red"), "AVIF")).astype(int) - (255, 0, 0)).max() < 8
+        )
+
+
+def test_damaged_and_foreign_files_are_bad_input_and_nothing_else() -> None:
+    """Lost otherwise: a crashed thread, or a secret from an exception's text."""
+    rng = np.random.default_rng(3)
+    refused = 0
+    for kind in ("JPEG", "PNG", "WEBP"):
+        whole = encoded(picture(RED), kind)
+        with pytest.raises(backends.BadInput, match=r"damaged or cut off|not an image that can be read"):
+            pixels_of(whole[: len(whole) // 2])
+        for _ in range(150):
+            mutant = bytearray(whole)
+            for position in rng.integers(0, len(mutant), 8):
+                mutant[position] = rng.integers(256)
+            try:
+                assert pixels_of(bytes(mutant)).shape == (224, 224, 3)
+            except backends.BadInput as error:
+                assert str(error).startswith("payload: ")
+                refused += 1
+    assert refused > 50
+    for kind in ("TIFF", "GIF", "BMP"):
+        with pytest.raises(backends.BadInput, match="allowed: whole files of JPEG, PNG, WEBP"):
+            pixels_of(encoded(picture(RED), kind))
+
+
+def test_a_scaled_jpeg_decode_sees_the_same_picture(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: either six times the decoding time, or the sense of the picture."""
+    photo = picture(GREEN, (2400, 1800)).resize((4000, 3000), Image.Resampling.BICUBIC)
+    backend = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(tiny_onnx), tmp_path))
+    full, draft = (backend.encode_images(pixels_of(encoded(photo), draft)[None])[0] for draft in (False, True))
+    assert full @ draft > 0.999
+    assert not np.array_equal(pixels_of(encoded(photo)), pixels_of(encoded(photo), draft=True))
+
+
+HOSTILE = [
+    "“curly” ‘quotes’ it’s", "&amp;lt;b&gt; &eacute;", "😀👩‍👩‍👧 emoji", "e\u0301 é", "<end_of_text> foo",
+    "a<start_of_text>b", "!!<end_of_text>", "<|endoftext|>", "ﬁ ligature", "ＦＵＬＬ width", "ΣΑΣ ς", "ǅ", "'ſ it'ſ",
+    "a\x0bb\x00c\x1b[31m", "word " * 200, "x" * 1000, "don't they'll I'M", "½ ² 10000", "\u200bzero\u00adwidth",
+    "mojibake Ã©", "O'ahu ʻ", "", "  ", "\u0345",
+]  # fmt: skip
+
+
+def test_the_tokenizer_equals_openclips_on_hostile_texts(tiny_onnx: Path) -> None:
+    """Lost otherwise: another vector for a label because somebody typed a curly quote."""
+    import open_clip
+
+    ours, theirs = (
+        backends.ClipTokenizer.from_file(tiny_onnx / "textual" / "tokenizer.json", 77),
+        open_clip.SimpleTokenizer(),
+    )
+    rng = np.random.default_rng(5)
+    alphabet = [
+        chr(c) for c in (*range(32, 0x250), *range(0x370, 0x500), *range(0x1E00, 0x2100), 0x1F600, 0x4E2D, 0x301)
+    ]
+    texts = HOSTILE + ["".join(rng.choice(alphabet, 20)) for _ in range(2000)]
+    differing = [
+        t for t, a, b in zip(texts, ours(texts), theirs(texts).numpy(), strict=True) if not np.array_equal(a, b)
+    ]
+    assert not differing
+    with pytest.raises(backends.BackendError, match=r"no CLIP tokenizer\.json"):
+        backends.ClipTokenizer.from_file(tiny_onnx / "config.json", 77)
+
+
+# --- label sets and their caches ---------------------------------------------------------------------------------
+
+
+def test_templates_are_openclips_own() -> None:
+    """Lost otherwise: scores that can be compared with published ones."""
+    import open_clip
+
+    assert {t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES} == set(labels.TEMPLATES[80])
+    assert [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES] == list(labels.TEMPLATES[7])
+    assert len(labels.TEMPLATES[80]) == 80
+
+
+def test_label_vectors_equal_openclips_classifier(reference: Any, tiny: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the accuracy that averaged templates bring."""
+    import open_clip
+
+    backend = backends.create_backend(backends.ModelOptions("CLIP", "torch", str(tiny), tmp_path))
+    names = ["tench", "great white shark", "toilet tissue, toilet paper"]
+    ours = labels.label_vectors(
+        names, labels.imagenet_recipe(7), lambda texts: backend.encode_text(backend.tokenize(texts))
+    )
+    expected = open_clip.build_zero_shot_classifier(
+        reference[0], reference[2], ["tench", "great white shark", "toilet tissue"], open_clip.SIMPLE_IMAGENET_TEMPLATES
+    )
+    assert np.allclose(ours, expected.numpy().T, atol=1e-5)
+
+
+def test_species_prompts_are_bioclips_captions() -> None:
+    """Lost otherwise: species accuracy; BioCLIP never saw an article or a Python list in training."""
+    fox, fish, rose = (labels.species_prompts(labels._lineage(0, row)) for row in SPECIES[:3])
+    assert fox == ["a photo of Animalia Chordata Mammalia Carnivora Canidae Vulpes vulpes with common name red fox."]
+    assert fish == [
+        "a photo of Animalia Chordata Cypriniformes Cyprinidae Carassius auratus with common name Goldfish."
+    ]
+    assert rose == ["a photo of Plantae Tracheo-phyta Magnoliopsida Rosales Rosaceae Rosa canina."]
+
+
+def test_top_k_equals_a_full_sort_and_names_no_text_twice() -> None:
+    """Lost otherwise: the right answer, or the app's insert, which wants each label once."""
+    rng = np.random.default_rng(0)
+    vectors = backends._unit_rows(rng.normal(size=(5000, 16)))
+    names = [f"label {i // 2}" for i in range(5000)]
+    labelset = labels.LabelSet(names, vectors.astype(np.float16), 20.0)
+    for row in labelset.probabilities(vectors[:20]):
+        assert row.sum() == pytest.approx(1, abs=1e-4)
+        expected: dict[str, float] = {}
+        for i in np.argsort(-row, kind="stable"):
+            expected.setdefault(names[i], float(row[i]))
+        for k in (1, 7, 2500):
+            assert labelset.top(row, k) == list(expected.items())[:k]
+    same = labels.LabelSet(["same"] * 100, vectors[:100], 1.0)
+    assert len(same.top(same.probabilities(vectors[:1])[0], 5)) == 1
+
+
+class Texts:
+    """A text tower by hash: other texts, other vectors; `seed` stands for the weights."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.calls = seed, 0
+
+    def __call__(self, texts: list[str]) -> Any:
+        self.calls += len(texts)
+        return backends._unit_rows([np.random.default_rng([self.seed, *t.encode()]).normal(size=16) for t in texts])
+
+
+NAMES = [f"label {i}" for i in range(100)]
+
+
+def cached(
+    folder: Path, texts: Texts, names: list[str] = NAMES, templates: int = 1, older: tuple[Path, ...] = ()
+) -> Any:
+    recipe = labels.imagenet_recipe(templates)
+    return labels.cached_vectors(folder, names, recipe, texts, labels.CacheKey.of(names, recipe, "model", 16), older)
+
+
+def test_a_cache_is_used_while_it_fits_and_rebuilt_when_anything_changed(tmp_path: Path) -> None:
+    """Lost otherwise: minutes at each start, or answers from another model's vectors."""
+    first = cached(tmp_path, Texts())
+    again = Texts()
+    assert np.array_equal(cached(tmp_path, again), first) and again.calls == labels.PROBE_LABELS
+    meta = json.loads((tmp_path / "text_vectors.meta.json").read_text())
+    assert (meta["model_id"], meta["count"], meta["dim"], meta["recipe"]) == ("model", 100, 16, "imagenet-1")
+    other = [*NAMES[:-1], "other"]
+    for seed, templates, names in ((1, 1, NAMES), (0, 7, NAMES), (0, 1, other), (0, 1, NAMES[:50])):
+        texts = Texts(seed)
+        expected = labels.label_vectors(names, labels.imagenet_recipe(templates), Texts(seed))
+        assert np.array_equal(cached(tmp_path, texts, names, templates), expected) and texts.calls >= len(names)
+        cached(tmp_path, Texts())  # back again
+
+
+def test_a_damaged_cache_is_rebuilt_and_never_unpickled(tmp_path: Path) -> None:
+    """Lost otherwise: a daemon that does not start, or one that runs what somebody put in the data folder."""
+    good = cached(tmp_path, Texts())
+    path = tmp_path / "text_vectors.npz"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for data in (b"", whole[:5], whole[:50], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
+        path.write_bytes(data)
+        assert np.array_equal(cached(tmp_path, Texts()), good)
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "trapped",))
+
+    np.savez(path, vecs=np.array([Trap()], dtype=object), meta=np.array([Trap()], dtype=object))
+    assert np.array_equal(cached(tmp_path, Texts()), good)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_caches_of_older_layouts_are_taken_over_when_they_fit(tmp_path: Path) -> None:
+    """Lost otherwise: hours of encoding that were already done; or upstream's wrong vectors live on."""
+    good = labels.label_vectors(NAMES, labels.imagenet_recipe(1), Texts())
+    names = np.array(NAMES, dtype=object)
+    fitting, wrong = tmp_path / "a_imagenet_vectors.npz", tmp_path / "b_imagenet_vectors.npz"
+    np.savez(fitting, names=names, vecs=good)
+    np.savez(
+        wrong, names=names, vecs=labels.label_vectors([str(i) for i in range(100)], labels.imagenet_recipe(1), Texts())
+    )
+    texts = Texts()
+    assert np.array_equal(cached(tmp_path / "x", texts, older=(tmp_path / "missing.npz", wrong, fitting)), good)
+    assert texts.calls == 2 * labels.PROBE_LABELS
+    texts = Texts()
+    assert np.array_equal(cached(tmp_path / "y", texts, older=(wrong,)), good)
+    assert texts.calls > 100
+
+
+def test_a_kill_while_a_cache_is_written_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    """Lost otherwise: the next start, after a power cut."""
+    script = (
+        "import sys, itertools, numpy as np, labels\nfrom pathlib import Path\n"
+        "key = labels.CacheKey('model', 'recipe', 'sha', 20000, 16)\n"
+        "for i in itertools.count():\n"
+        "    rows = np.zeros((20000, 16), np.float32); rows[:, i % 16] = 1\n"
+        "    labels._save_cache(Path(sys.argv[1]), key, rows)\n"
+        "    print(i, flush=True)\n"
+    )
+    key = labels.CacheKey("model", "recipe", "sha", 20000, 16)
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+        assert writer.stdout and writer.stdout.readline()
+        time.sleep(float(rng.uniform(0, 0.05)))
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+        vectors = labels._load_cache(tmp_path / "text_vectors.npz", key)
+        assert vectors is not None and (vectors.sum(axis=0) > 0).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("clip/imagenet_class_names.json", {"0": "tench"}),
+        ("clip/imagenet_class_names.json", list(IMAGENET.values())),
+        ("clip/imagenet_class_names.json", IMAGENET | {"5": ""}),
+        ("bioclip/txt_emb_species.json", []),
+        ("bioclip/txt_emb_species.json", [[["Animalia"], "x"]]),
+        ("bioclip/txt_emb_species.json", {"a": 1}),
+    ],
+)
+def test_a_label_file_of_another_form_is_refused_by_name(tmp_path: Path, name: str, content: Any) -> None:
+    """Lost otherwise: labels that stand one row beside their vectors."""
+    path = label_files(tmp_path) / name
+    path.write_text(json.dumps(content))
+    read = labels.imagenet_names if "imagenet" in name else labels.species_names
+    with pytest.raises(labels.LabelError, match=path.name):
+        read(tmp_path)
+
+
+# --- starting, downloading, stopping -----------------------------------------------------------------------------
+
+
+class FakeHub:
+    """Just enough of the hub's HTTP interface for huggingface_hub itself, on loopback."""
+
+    COMMIT = "c" * 40
+
+    def __init__(self, repos: dict[str, dict[str, bytes]]) -> None:
+        self.repos = repos  # "datasets/org/name" or "org/name" -> path -> content
+        self.requests: list[str] = []
+        self.cut_after: dict[str, int] = {}  # path -> bytes after which its next download is cut off
+        self.stall_after: dict[str, int] = {}  # path -> bytes after which its next download says no more
+        self.stalled = threading.Event()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                """Quiet: `requests` has them."""
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, handler: Any, body: bool) -> None:
+        path = handler.path.partition("?")[0].lstrip("/")
+        self.requests.append(f"{handler.command} {path}")
+        for repo, files in self.repos.items():
+            api = f"api/{repo if repo.startswith('datasets/') else f'models/{repo}'}/"
+            if path.startswith(api):
+                if "/tree/" in path:
+                    content: Any = [
+                        {"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in files.items()
+                    ]
+                else:
+                    content = {"id": repo, "sha": self.COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                return self._send(handler, 200, json.dumps(content).encode(), body, {})
+            if path.startswith(f"{repo}/resolve/"):
+                name = path.removeprefix(f"{repo}/resolve/").partition("/")[2]
+                if name in files:
+                    return self._file(handler, name, files[name], body)
+                return self._send(handler, 404, b"", body, {"X-Error-Code": "EntryNotFound"})
+        return self._send(handler, 404, b"", body, {"X-Error-Code": "RepoNotFound"})
+
+    def _file(self, handler: Any, name: str, data: bytes, body: bool) -> None:
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": self.COMMIT}
+        start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        cut = self.cut_after.pop(name, None) if body else None
+        stall = self.stall_after.pop(name, None) if body else None
+        self._send(handler, 206 if start else 200, data[start:], body, headers, stall or cut)
+        if stall:
+            handler.wfile.flush()
+            self.stalled.set()
+            time.sleep(60)
+
+    @staticmethod
+    def _send(
+        handler: Any, status: int, data: bytes, body: bool, headers: dict[str, str], cut: int | None = None
+    ) -> None:
+        handler.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if body:
+            handler.wfile.write(data[:cut])
+        if cut is not None:
+            handler.close_connection = True
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    label_repos = {
+        "datasets/huggingface/label-files": {"imagenet-1k-id2label.json": json.dumps(IMAGENET).encode()},
+        "datasets/imageomics/TreeOfLife-10M": {"embeddings/txt_emb_species.json": json.dumps(SPECIES).encode()},
+    }
+    hub = FakeHub(label_repos)
+    yield hub
+    hub.close()
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+IMMICH_REPO = "immich-app/ViT-B-32__laion2b-s34b-b79k"
+
+
+def test_first_start_downloads_and_the_second_asks_nobody(tmp_path: Path, hub: FakeHub, tiny_immich: Path) -> None:
+    """Lost otherwise: a library that works when the internet is away; it works after one start with it."""
+    hub.repos[IMMICH_REPO] = folder_content(tiny_immich) | {"visual/rknpu/rk3588/model.rknn": b"not for us"}
+    del hub.repos[IMMICH_REPO]["manifest.json"]  # the real one has none
+    bio = {"BIOCLIP_MODEL": tiny_immich, "HF_ENDPOINT": hub.url}
+    hub.cut_after = {"visual/model.onnx": 5000, "imagenet-1k-id2label.json": 100}
+    for start in (1, 2):
+        node = Node(tmp_path, CLIP_BACKEND="onnxrt", **bio).ready()
+        assert node.result("clip_embed", b"a dog")["model_id"] == "ViT-B-32:laion2b_s34b_b79k"
+        assert len(node.result("clip_classify", encoded(picture(RED)))["labels"]) == 5
+        assert node.stop() == 0
+        if start == 1:
+            assert "Fetching" in node.log and "text vectors: 100%" in node.log  # progress bars
+            assert any("visual/model.onnx" in r for r in hub.requests) and not any("rknn" in r for r in hub.requests)
+            hub.requests.clear()
+    assert hub.requests == [] and "text vectors" not in node.log
+    for path in ("clip/imagenet_class_names.json", "bioclip/txt_emb_species.json"):
+        assert (tmp_path / path).is_file()
+    for path in ("clip/onnxrt/ViT-B-32:laion2b_s34b_b79k", "bioclip/onnxrt/tiny"):
+        assert {p.name for p in (tmp_path / path).iterdir()} == {"text_vectors.npz", "text_vectors.meta.json"}
+
+
+def test_a_kill_in_the_middle_of_a_download_costs_no_more_than_the_rest(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: a half model that looks like a whole one."""
+    hub.repos["org/model"] = folder_content(tiny_onnx)
+    hub.stall_after = {"textual/model.onnx": 3_000_000}
+    settings = {
+        "CLIP_BACKEND": "onnxrt",
+        "BIOCLIP_BACKEND": "none",
+        "CLIP_MODEL": "hf-hub:org/model",
+        "HF_ENDPOINT": hub.url,
+    }
+    node = Node(label_files(tmp_path), **settings).bound()
+    assert hub.stalled.wait(60)
+    node.process.kill()
+    node.stop()
+    node = Node(tmp_path, **settings).ready()
+    assert node.result("clip_embed", b"a dog")["dim"] == 64
+    assert node.stop() == 0
+
+
+def test_a_wrong_label_file_from_the_hub_is_refused_and_named(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
+    """Lost otherwise: labels from a file that somebody replaced."""
+    hub.repos["datasets/huggingface/label-files"]["imagenet-1k-id2label.json"] = b'{"0": "tench"}'
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx, "HF_ENDPOINT": hub.url}
+    node = Node(tmp_path, **settings)
+    assert node.process.wait(60) == 1
+    node.stop()
+    assert (
+        "lumen-clip: the hub's imagenet-1k-id2label.json of huggingface/label-files is not what it should be"
+        in node.log
+    )
+    assert "Traceback" not in node.log
+    hub.repos["datasets/huggingface/label-files"]["imagenet-1k-id2label.json"] = json.dumps(IMAGENET).encode()
+    assert Node(tmp_path, **settings).ready().stop() == 0  # the hub was asked again
+
+
+def test_torch_weights_come_from_the_hub_once(tmp_path: Path, hub: FakeHub, tiny: Path) -> None:
+    """Lost otherwise: the default backend; with `hf-hub:` and with OpenCLIP's tags alike."""
+    hub.repos["org/tiny"] = folder_content(tiny)
+    options = backends.ModelOptions("CLIP", "torch", "hf-hub:org/tiny", tmp_path)
+    script = (
+        "import backends, sys; from pathlib import Path\n"
+        f"options = backends.ModelOptions('CLIP', 'torch', {options.model!r}, Path(sys.argv[1]))\n"
+        "print(backends.create_backend(options).model_id)"
+    )
+    for endpoint in (hub.url, NOWHERE):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint}
+        run = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == "org/tiny", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CLIP_BACKEND", "tensorflow", "allowed: torch, onnxrt, rknn, none"),
+        ("BIOCLIP_BACKEND", "cuda", "allowed: torch, onnxrt, rknn, none"),
+        ("CLIP_BACKEND", "none", "there is nothing to serve"),
+        ("BATCH_SIZE", "0", "allowed: a whole number from 1 to 1024"),
+        ("BATCH_SIZE", "eight", "allowed: a whole number from 1 to 1024"),
+        ("CLIP_MAX_BATCH_SIZE", "-4", "allowed: a whole number from 1 to 1024"),
+        ("CLIP_TEMPLATES", "3", "allowed: 1, 7, 80"),
+        ("CLIP_RKNN_TARGET", "rk3399", "allowed: rk3562, rk3566, rk3568, rk3576, rk3588"),
+        ("CLIP_PRECISION", "int4", "allowed: fp32, fp16"),
+        ("ADVERTISE_IP", "300.1.1.1", "allowed: an IPv4 address"),
+        ("CLIP_MDNS_TYPE", "lumen", "allowed: service types"),
+        ("CLIP_MDNS_NAME", "a.b", "allowed: one DNS label"),
+        ("LUMEN_JPEG_DRAFT", "yes", "allowed: 0, 1"),
+        ("LUMEN_MAX_STREAMS", "0", "allowed: a whole number from 1 to 4096"),
+        ("LUMEN_MAX_MEGAPIXELS", "1e3", "allowed: a whole number from 1 to 1000"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, variable: str, value: str, said: str) -> None:
+    """Lost otherwise: an operator's evening with a traceback."""
+    node = Node(tmp_path, **{variable: value})
+    assert node.process.wait(60) == 2
+    node.stop()
+    assert node.log.startswith(f"lumen-clip: {variable}={value}: ") and said in node.log and node.log.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"CLIP_MODEL": "ViT-B-99:laion2b"}, "CLIP_MODEL=ViT-B-99:laion2b: OpenCLIP has no architecture 'ViT-B-99'"),
+        (
+            {"CLIP_MODEL": "ViT-B-32:laion9b"},
+            "CLIP_MODEL=ViT-B-32:laion9b: 'laion9b' is neither a file nor a tag of ViT-B-32; tags: openai",
+        ),
+        ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL=/no/such/folder: not a folder; allowed: ARCH:pretrained-tag"),
+        ({"CLIP_PRECISION": "fp16", "CLIP_DEVICE": "cpu"}, "CLIP_PRECISION=fp16: half precision runs on a GPU only"),
+        ({"CLIP_BACKEND": "onnxrt"}, f"the hub repository {IMMICH_REPO}"),
+        ({"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "."}, "CLIP_MODEL=.: the folder has no visual/model.onnx"),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": ".", "CLIP_ONNX_IMAGE": "x.onnx"},
+            "CLIP_ONNX_IMAGE=x.onnx: no such file",
+        ),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "@", "CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"},
+            "CUDAExecutionProvider is not available",
+        ),
+        ({"CLIP_BACKEND": "rknn"}, "CLIP_BACKEND=rknn: needs a Rockchip board"),
+    ],
+)
+def test_a_model_that_cannot_be_had_ends_the_start_with_one_line(
+    tmp_path: Path, tiny_onnx: Path, settings: dict[str, Any], said: str
+) -> None:
+    """Lost otherwise: a daemon that hangs, or serves something else."""
+    settings = {k: tiny_onnx if v == "@" else v for k, v in settings.items()}
+    node = Node(tmp_path, BIOCLIP_BACKEND="none", **settings)
+    assert node.process.wait(90) == 1
+    node.stop()
+    [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+    assert said in line and "Traceback" not in node.log
+
+
+def test_while_loading_health_answers_and_the_rest_says_what_is_loaded(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: clients that take a starting daemon for a dead one, or for a ready one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        node = Node(tmp_path, CLIP_BACKEND="onnxrt", CLIP_MODEL="hf-hub:org/model", HF_ENDPOINT=endpoint).bound()
+        node.wait_for("downloading org/model")
+        node.stub.Health(Empty(), timeout=5)
+        check = health_pb2_grpc.HealthStub(node.channel).Check
+        assert (
+            check(health_pb2.HealthCheckRequest(service=SERVICE)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        calls = (
+            lambda: node.infer(),
+            lambda: node.stub.GetCapabilities(Empty()),
+            lambda: list(node.stub.StreamCapabilities(Empty())),
+        )
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as error:
+                call()
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert error.value.details() == "not ready: loading hf-hub:org/model (onnxrt)"
+        assert node.stop() == 0  # SIGTERM is heard while loading
+
+
+def test_a_taken_port_is_one_line_and_the_first_daemon_goes_on(torch_node: Node, tmp_path: Path) -> None:
+    """Lost otherwise: two daemons share a port, and every second request goes astray."""
+    port = torch_node.address.partition(":")[2]
+    second = Node(tmp_path, ("--port", port))
+    assert second.process.wait(60) == 1
+    second.stop()
+    assert second.log == f"lumen-clip: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert torch_node.result("clip_embed", b"a dog")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_answers_what_it_has_and_exits_0(
+    tmp_path: Path, tiny_onnx: Path, number: signal.Signals
+) -> None:
+    """Lost otherwise: photographs in flight, at each upgrade."""
+    node = Node(label_files(tmp_path), CLIP_BACKEND="onnxrt", BIOCLIP_BACKEND="none", CLIP_MODEL=tiny_onnx).ready()
+    photo = encoded(picture(RED, (4000, 3000)), "PNG")  # takes a while to decode
+    release = threading.Event()
+
+    def requests() -> Iterator[pb.InferRequest]:
+        yield pb.InferRequest(task="clip_embed", payload=b"a dog")
+        yield from chunks(photo, 20, task="clip_image_embed")
+        release.wait(30)
+
+    call = node.stub.Infer(requests(), timeout=30)
+    assert next(call).result
+    wait_until(lambda: call.is_active())
+    time.sleep(0.15)
+    node.process.send_signal(number)
+    answers, status = [], None
+    try:
+        answers = [next(call)]
+        next(call)
+    except grpc.RpcError as error:
+        status = error.code()
+    release.set()
+    assert all(r.result for r in answers) and status is grpc.StatusCode.UNAVAILABLE
+    assert node.process.wait(25) == 0 and "Traceback" not in node.log
+
+
+# --- the client, and being found ---------------------------------------------------------------------------------
+
+
+def run_client(
+    *arguments: str, address: str = "", stdin: bytes = b"", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "client.py"), *arguments, *(("--address", address) if address else ())]
+    run = subprocess.run(command, capture_output=True, input=stdin, env={**os.environ, **environment}, timeout=60)
+    return subprocess.CompletedProcess(command, run.returncode, run.stdout.decode(), run.stderr.decode())
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    for i, colour in enumerate(COLOURS.values()):
+        path = tmp_path / "album" / f"{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(colour, (1600, 1200)), quality=98))
+    return tmp_path / "album"
+
+
+def test_the_command_line_speaks_to_people_and_to_programs(onnx_node: Node, album: Path) -> None:
+    """Lost otherwise: the way in for everybody without a photo app."""
+    address, photo = onnx_node.address, str(album / "0" / "0.jpg")
+    assert Path(photo).stat().st_size > 1 << 20  # it is sent in chunks
+    run = run_client(
+        "clip_classify",
+        photo,
+        "--topk",
+        "3",
+        "--labels",
+        "an animal, a bird,a landscape",
+        "--prompt-template",
+        "a photo of {}",
+        address=address,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(r"\s*[\d.]+%  an animal\n(\s+[\d.]+%  .+\n){2}", run.stdout)
+    run = run_client("smart_classify", photo, "--json", address=address)
+    assert json.loads(run.stdout)["labels"][0]["label"].count("/") == 7
+    run = run_client("--json", "clip_embed", "a red bicycle", address=address)
+    assert json.loads(run.stdout)["dim"] == 64
+    assert run_client("clip_image_embed", "-", address=address, stdin=Path(photo).read_bytes()).returncode == 0
+    assert "clip: tiny on onnxrt (fp32)" in run_client("capabilities", address=address).stdout
+    assert run_client("health", address=address).stdout == "SERVING\n"
+
+
+def test_a_folder_goes_into_one_file_and_a_bad_photograph_is_named(
+    onnx_node: Node, album: Path, tmp_path: Path
+) -> None:
+    """Lost otherwise: an import that stops at the first broken file, or half an index."""
+    (album / "broken.jpg").write_bytes(b"not a picture")
+    run = run_client("clip_image_embed", str(album), "--out", str(tmp_path / "v.npz"), address=onnx_node.address)
+    assert run.returncode == 1 and "broken.jpg: payload: not an image" in run.stderr and "photo" in run.stderr
+    with np.load(tmp_path / "v.npz", allow_pickle=False) as file:
+        assert file["vectors"].shape == (6, 64) and file["vectors"].dtype == np.float32
+        assert [Path(p).name for p in file["paths"]] == ["0.jpg", "2.jpg", "4.jpg", "1.jpg", "3.jpg", "5.jpg"]
+        assert file["model_id"] == "tiny"
+        expected = onnx_node.result("clip_image_embed", Path(file["paths"][3]).read_bytes())["vector"]
+        assert file["vectors"][3] == pytest.approx(expected, abs=1e-5)
+    run = run_client("bioclip_classify", str(album), "--out", str(tmp_path / "v.jsonl"), address=onnx_node.address)
+    rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 and sum("error" in row for row in rows) == 1
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_mistake_at_the_command_line_is_one_line(onnx_node: Node, tmp_path: Path) -> None:
+    """Lost otherwise: a traceback for a typing error."""
+    for arguments, status, said in (
+        (("clip_classify", "nowhere.jpg"), 2, "nowhere.jpg: no such file or folder"),
+        (("clip_classify",), 2, "name at least one file or folder"),
+        (("clip_classify", str(tmp_path)), 2, "no pictures"),
+        (("clip_embed", "x", "--out", "x.csv"), 2, ".jsonl or .npz"),
+        (("clip_classify", __file__, "--out", "x.npz"), 2, "only embeddings"),
+        (("clip_classify", __file__, "--labels", "@nowhere"), 1, "nowhere"),
+        (("clip_embed", "x", "--topk", "0", "--address", "127.0.0.1:9"), 1, "127.0.0.1:9"),
+    ):
+        run = run_client(*arguments, address="" if "--address" in arguments else onnx_node.address)
+        assert run.returncode == status and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_the_client_runs_without_numpy_tqdm_and_zeroconf(onnx_node: Node, tmp_path: Path, album: Path) -> None:
+    """Lost otherwise: copying client.py and gen/ into another project."""
+    shutil.copytree(ROOT / "gen", tmp_path / "gen")
+    shutil.copy(ROOT / "client.py", tmp_path)
+    for name in ("numpy", "tqdm", "zeroconf", "PIL", "grpc_health", "google_crc32c"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')")
+    command = [sys.executable, "client.py", "clip_image_embed", str(album), "--json", "--address", onnx_node.address]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 6, run.stderr
+
+
+def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the photo app, which knows no address by heart."""
+    settings = {
+        "CLIP_BACKEND": "onnxrt",
+        "BIOCLIP_BACKEND": "none",
+        "CLIP_MODEL": tiny_onnx,
+        "ADVERTISE_IP": "127.0.0.1",
+    }
+    types = "_homenative-node._tcp.local.,_lumen._tcp.local."
+    name = f"lumen-test-{os.getpid()}"
+    found = []
+    for _ in range(2):
+        node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
+        run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
+        assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
+        found.append(_browse(name, "_homenative-node._tcp.local."))
+        assert _browse(name, "_lumen._tcp.local.").addresses == [socket.inet_aton("127.0.0.1")]
+        assert node.stop() == 0
+    properties = [{k.decode(): v.decode() for k, v in info.properties.items()} for info in found]
+    assert properties[0] == properties[1]  # the uuid is kept
+    assert properties[0] == {
+        "uuid": (tmp_path / "uuid").read_text().strip(),
+        "status": "ready",
+        "version": "1.0.0",
+        "v": "1.0.0",
+        "runtime": "onnxrt",
+    }
+    assert run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1").returncode == 1  # goodbye was said
+
+
+def _browse(name: str, kind: str) -> Any:
+    from zeroconf import Zeroconf
+
+    browser = Zeroconf(interfaces=["127.0.0.1"])
+    try:
+        info = browser.get_service_info(kind, f"{name}.{kind}", 3000)
+        assert info is not None
+        return info
+    finally:
+        browser.close()
+
+
+def test_a_name_on_the_lan_is_taken_by_one_daemon_only(tmp_path: Path) -> None:
+    """Lost otherwise: an address that nobody can reach."""
+    assert lumen_clip.advertised_ip("127.0.0.1") is None
+    assert lumen_clip.advertised_ip("192.168.7.7") == "192.168.7.7"
+    first = lumen_clip.kept_uuid(tmp_path)
+    assert first == lumen_clip.kept_uuid(tmp_path)
+
+
+def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: units that start after us find nobody."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(60)
+        settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
+        node = Node(label_files(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", **settings).bound()
+        said: list[str] = []
+        while not said or not said[-1].startswith("READY=1"):
+            said.append(supervisor.recv(4096).decode())
+        assert said[0] == f"STATUS=loading {tiny_onnx} (onnxrt)"
+        assert node.result("clip_embed", b"a dog")
+        assert node.stop() == 0
+        assert supervisor.recv(4096) == b"STOPPING=1"
+
+
+FOREIGN_CLIENT = r"""
+const [proto, address, photo] = process.argv.slice(2);
+const fs = require("fs"), grpc = require("@grpc/grpc-js"), loader = require("@grpc/proto-loader");
+const service = grpc.loadPackageDefinition(loader.loadSync(proto, { keepCase: true, longs: Number })).home_native.v1;
+const client = new service.Inference(address, grpc.credentials.createInsecure());
+function infer(messages) {
+  return new Promise((resolve, reject) => {
+    const call = client.Infer();
+    call.on("error", reject);
+    call.on("data", (answer) => { call.end(); resolve(answer); });  // half-closes only after the answer, as old SDKs do
+    messages.forEach((message) => call.write(message));
+  });
+}
+function capabilities() {
+  return new Promise((resolve, reject) => {
+    const found = [], call = client.StreamCapabilities({});
+    call.on("error", reject);
+    call.on("data", (c) => found.push([c.service_name, c.protocol_version]));
+    call.on("end", () => resolve(found));
+  });
+}
+(async () => {
+  const data = fs.readFileSync(photo), size = 65536, total = Math.ceil(data.length / size), messages = [];
+  for (let seq = 0; seq < total; seq++)
+    messages.push({ task: "clip_image_embed", payload_mime: "image/webp", seq, total, offset: seq * size,
+                    payload: data.subarray(seq * size, (seq + 1) * size), meta: { service: "clip" } });
+  const image = await infer(messages);
+  const query = { task: "clip_embed", payload_mime: "text/plain; charset=utf-8", payload: Buffer.from("a bird") };
+  const text = await infer([query]);
+  console.log(JSON.stringify({ total, mime: image.result_mime, image: JSON.parse(image.result),
+                               text: JSON.parse(text.result), capabilities: await capabilities() }));
+  client.close();
+})().catch((error) => { console.error(error); process.exit(1); });
+"""
+
+
+@pytest.mark.node
+def test_a_foreign_client_gets_the_same_answers(
+    onnx_node: Node, tmp_path_factory: pytest.TempPathFactory, album: Path
+) -> None:
+    """Lost otherwise: every client that is not Python's gRPC."""
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed, which brings the foreign gRPC client")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "foreign.js").write_text(FOREIGN_CLIENT)
+    subprocess.run(
+        ["npm", "install", "--silent", "@grpc/grpc-js@1", "@grpc/proto-loader@0.8"], cwd=folder, check=True, timeout=120
+    )
+    photo = album / "1" / "1.jpg"
+    command = ["node", "foreign.js", str(ROOT / "ml_service.proto"), onnx_node.address, str(photo)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["total"] > 10 and answer["mime"] == "application/json;schema=embedding_v1"
+    assert answer["capabilities"] == [["clip", "1.0"], ["bioclip", "1.0"]]
+    assert answer["image"]["vector"] == pytest.approx(
+        onnx_node.result("clip_image_embed", photo.read_bytes())["vector"], abs=1e-6
+    )
+    assert answer["text"]["vector"] == pytest.approx(onnx_node.result("clip_embed", b"a bird")["vector"], abs=1e-6)
+
+
+# --- true size ---------------------------------------------------------------------------------------------------
+
+
+def photographs() -> list[Path]:
+    """Real ones: Debian's wallpapers, where they are installed."""
+    folders = Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers")
+    return [path for folder in folders for path in sorted(folder.rglob("*.jpg"))]
+
+
+@pytest.fixture(scope="session")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A true ViT-B-32 with seeded random weights, as OpenCLIP weights and as an ONNX folder."""
+
+    def make(folder: Path) -> None:
+        import open_clip
+        import torch
+
+        folder.mkdir()
+        torch.manual_seed(0)
+        model = open_clip.create_model("ViT-B-32").eval()
+        torch.save(model.state_dict(), folder / "seeded.pt")
+        export_onnx(model, folder / "onnx", immich=False)
+
+    return shared(tmp_path_factory, "big", make)
+
+
+@pytest.mark.big
+def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the right to compare our vectors with OpenCLIP's, at the size that people run."""
+    import open_clip
+
+    weights = str(big / "seeded.pt")
+    model, _, transform = open_clip.create_model_and_transforms("ViT-B-32", pretrained=weights)
+    reference = model.eval(), transform, open_clip.get_tokenizer("ViT-B-32")
+    pictures = [
+        picture(c, size, i)
+        for i, (c, size) in enumerate(zip(COLOURS.values(), [(1200, 800), (640, 480), (333, 999)] * 2, strict=True))
+    ]
+    pictures += [Image.open(path) for path in photographs()[:4]]
+    texts = ["a red bicycle", "x", "“It’s” a café", "word " * 200]
+    expected = reference_vectors(reference, pictures=pictures), reference_vectors(reference, texts=texts)
+    pixels = np.stack([pixels_of(encoded(p.convert("RGB"), "PNG")) for p in pictures])
+    for options in (("torch", f"ViT-B-32:{weights}"), ("onnxrt", str(big / "onnx"))):
+        backend = backends.create_backend(backends.ModelOptions("CLIP", *options, tmp_path))
+        assert backend.dim == 512
+        assert (np.sum(backend.encode_images(pixels) * expected[0], axis=1) > 0.9999).all()
+        assert (np.sum(backend.encode_text(backend.tokenize(texts)) * expected[1], axis=1) > 0.9999).all()
+
+
+@pytest.mark.big
+def test_scaled_decode_on_real_photographs(big: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the figure in the README. Prints it: pytest -s -k real_photographs"""
+    paths = [path for path in photographs() if min(Image.open(path).size) >= 1000]
+    if not paths:
+        pytest.skip("no real photographs here; Debian's gnome-backgrounds and plasma-workspace-wallpapers have some")
+    backend = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(big / "onnx"), tmp_path))
+    cosines = []
+    for path in paths[:40]:
+        full, draft = (backend.encode_images(pixels_of(path.read_bytes(), draft)[None])[0] for draft in (False, True))
+        cosines.append(float(full @ draft))
+    print(f"\n{len(cosines)} photographs: mean cosine {np.mean(cosines):.6f}, worst {min(cosines):.6f}")
+    assert min(cosines) > 0.995
+
+
+# --- the front door ----------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_of_settings_is_the_programs() -> None:
+    """Lost otherwise: a setting that nobody can find, or one that does nothing."""
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = {name: default.strip("`") for name, default, _ in rows}
+    shown = {"tuple": lambda v: ",".join(v), "bool": lambda v: str(int(v))}
+    expected = {}
+    for setting in dataclasses.fields(lumen_clip.Settings):
+        default = setting.default
+        text = shown.get(type(default).__name__, str)(default)
+        expected[setting.name.upper()] = text
+    expected |= {
+        "LUMEN_DATA_DIR": "data",
+        "CLIP_MAX_BATCH_SIZE": "BATCH_SIZE",
+        "BIOCLIP_MAX_BATCH_SIZE": "BATCH_SIZE",
+        "BIOCLIP_BACKEND": "CLIP_BACKEND",
+    }
+    assert table == expected
+
+
+def test_every_capability_of_the_table_is_in_the_readme() -> None:
+    """Lost otherwise: a task that nobody knows of."""
+    text = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in text for name in lumen_clip.TASKS)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", *sorted(p.name for p in ROOT.glob("*.py")))],
+)
+def test_lint_and_types(command: tuple[str, ...]) -> None:
+    """Lost otherwise: the reader's trust."""
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
