@@ -811,7 +811,8 @@ class Stream:
         self._window = threading.Semaphore(WINDOW)
         self._assembler = Assembler(daemon.settings.lumen_max_request_mb << 20)
         self._gone = False  # the client has left or the call is over
-        self._idle_since = self._answering_since = time.monotonic()
+        self._idle_since = time.monotonic()
+        self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
 
     def answers(self) -> Iterator[pb.InferResponse]:
         if not self._context.add_callback(self._leave):
@@ -824,9 +825,9 @@ class Stream:
                 except futures.CancelledError:
                     return
                 self._in_work.discard(job)
-                self._answering_since = time.monotonic()
+                self._yielding_since = time.monotonic()
                 yield response
-                self._idle_since = self._answering_since = time.monotonic()
+                self._yielding_since, self._idle_since = None, time.monotonic()
                 self._window.release()
             if job.code is not grpc.StatusCode.OK and not self._gone:
                 self._context.abort(job.code, job.details)
@@ -835,12 +836,12 @@ class Stream:
 
     def check(self, now: float) -> None:
         """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
-        if self._in_work:
-            return
         silent = now - self._idle_since
-        if self._answering_since > self._idle_since:
-            if now - self._answering_since > READER_IDLE_S:
-                self._context.cancel()  # blocked in `yield`: the client does not read
+        if self._yielding_since is not None:
+            if now - self._yielding_since > READER_IDLE_S:
+                self._context.cancel()  # the client does not read
+        elif self._in_work:
+            return
         elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
         elif silent > STREAM_IDLE_S:
@@ -895,18 +896,16 @@ class Stream:
             self._daemon.budget.give(held)
             self._jobs.put(closing)
 
-    def _start(self, correlation_id: str, request: Request | None, error: Exception | None = None) -> None:
-        """Puts a request in line for its answer and to work; `request` is None for one that failed already."""
+    def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
+        """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
         self._window.acquire()
-        now = time.monotonic()
-        job = Job(correlation_id, now + len(self._in_work) * TURN_SECONDS)
+        size = len(request.payload) if request else 0
+        job = Job(correlation_id, time.monotonic() + len(self._in_work) * TURN_SECONDS)
         self._in_work.add(job)
         self._jobs.put(job)
-        if request is None:
-            job.finish(error or BadInput("payload: it is missing"))
-            return
-        size = len(request.payload)
         try:
+            if request is None or self._gone:
+                raise error or BadInput("the client has left")
             task = self._task(request.task)
             read_meta(task, request)
         except BadInput as bad:

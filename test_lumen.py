@@ -1013,6 +1013,22 @@ def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.M
     release.set()
 
 
+def test_a_client_that_never_reads_loses_its_stream(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a thread for ever; pings are still answered, so keepalive is no help."""
+    backend, stub = watched
+    monkeypatch.setattr(lumen_clip, "READER_IDLE_S", 0.3)
+    call = stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5000), timeout=60)
+    wait_until(lambda: bool(backend.daemon._streams))
+    [stream] = backend.daemon._streams
+    wait_until(lambda: stream._yielding_since is not None and time.monotonic() - stream._yielding_since > 0.4, 30)
+    backend.daemon.check_streams()
+    wait_until(lambda: not backend.daemon._streams)
+    assert one(stub, "clip_embed", b"a dog").result
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    assert error.value.code() is grpc.StatusCode.CANCELLED
+
+
 # --- pictures and text -------------------------------------------------------------------------------------------
 
 FULL = 40_000_000
