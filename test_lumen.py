@@ -1164,6 +1164,49 @@ def test_the_tokenizer_equals_openclips_on_hostile_texts(tiny_onnx: Path) -> Non
         backends.ClipTokenizer.from_file(tiny_onnx / "config.json", 77)
 
 
+FAKE_NPU = """
+import onnxruntime
+class RKNNLite:  # what a board's library does, on ONNX Runtime
+    def load_rknn(self, path):
+        self.session = onnxruntime.InferenceSession(path)
+        return 0
+    def init_runtime(self):
+        return 0
+    def inference(self, inputs, data_format):
+        tower = self.session.get_inputs()[0]
+        if len(inputs[0]) != 1 or data_format != ("nhwc" if "uint8" in tower.type else "nchw"):
+            return None
+        return self.session.run(None, {tower.name: inputs[0]})
+"""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_npu_gets_one_picture_at_a_time_in_the_form_its_file_wants(
+    tiny_onnx: Path, tiny_immich: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """Lost otherwise: right-looking vectors of wrong pixels; the .rknn file does not say which form it takes."""
+    source = tiny_onnx if ours else tiny_immich
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    shutil.copytree(source / "visual", folder / "visual" / "rknpu" / "rk3588")
+    program = folder / "visual" / "rknpu" / "rk3588"
+    (program / "model.onnx").rename(program / "model.rknn")
+    (program / "preprocess_cfg.json").unlink()
+    if ours:
+        (program / "model.json").write_text("{}")
+    (tmp_path / "rknnlite").mkdir()
+    (tmp_path / "rknnlite" / "__init__.py").write_text("")
+    (tmp_path / "rknnlite" / "api.py").write_text(FAKE_NPU)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    npu = backends.create_backend(backends.ModelOptions("CLIP", "rknn", str(folder), tmp_path))
+    cpu = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(source), tmp_path))
+    pixels = np.stack([pixels_of(encoded(picture(c))) for c in COLOURS.values()])
+    assert np.allclose(npu.encode_images(pixels), cpu.encode_images(pixels), atol=1e-5)
+    assert (npu.runtime, npu.precision, npu.model_id) == ("rknn", "fp16", cpu.model_id)
+    with pytest.raises(backends.BackendError, match=r"CLIP_RKNN_MODEL.*no NPU model for rk3566"):
+        backends.create_backend(backends.ModelOptions("CLIP", "rknn", str(folder), tmp_path, rknn_target="rk3566"))
+
+
 # --- label sets and their caches ---------------------------------------------------------------------------------
 
 
