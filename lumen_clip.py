@@ -908,6 +908,7 @@ class Stream:
                 raise error or BadInput("the client has left")
             task = self._task(request.task)
             read_meta(task, request)
+            log.debug("%s: a request of %d bytes", task.name, size)
         except BadInput as bad:
             self._daemon.budget.give(size)
             job.finish(bad)

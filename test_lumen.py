@@ -1657,7 +1657,8 @@ def test_told_to_stop_it_answers_what_it_has_and_exits_0(
     tmp_path: Path, tiny_onnx: Path, number: signal.Signals
 ) -> None:
     """Lost otherwise: photographs in flight, at each upgrade."""
-    node = Node(label_files(tmp_path), CLIP_BACKEND="onnxrt", BIOCLIP_BACKEND="none", CLIP_MODEL=tiny_onnx).ready()
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
+    node = Node(label_files(tmp_path), ("--log-level", "debug"), **settings).ready()
     photo = encoded(picture(RED, (4000, 3000)), "PNG")  # takes a while to decode
     release = threading.Event()
 
@@ -1668,17 +1669,13 @@ def test_told_to_stop_it_answers_what_it_has_and_exits_0(
 
     call = node.stub.Infer(requests(), timeout=30)
     assert next(call).result
-    wait_until(lambda: call.is_active())
-    time.sleep(0.15)
+    node.wait_for("clip_image_embed: a request of")
     node.process.send_signal(number)
-    answers, status = [], None
-    try:
-        answers = [next(call)]
+    assert next(call).result
+    with pytest.raises(grpc.RpcError) as error:
         next(call)
-    except grpc.RpcError as error:
-        status = error.code()
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     release.set()
-    assert all(r.result for r in answers) and status is grpc.StatusCode.UNAVAILABLE
     assert node.process.wait(25) == 0 and "Traceback" not in node.log
 
 
