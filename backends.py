@@ -118,7 +118,7 @@ def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, dr
     if width * height > max_pixels:
         raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = _orientation(image)
         if draft and image.format in ("JPEG", "MPO"):
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
             image.draft(None, (side, side))
@@ -129,6 +129,15 @@ def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, dr
     except Exception as error:
         log.debug("undecodable %s: %r", image.format, error)
         raise BadInput(f"payload: the {image.format} image is damaged or cut off") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. Cameras and editors write broken EXIF; the picture is no worse for it."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception as error:
+        log.debug("unreadable EXIF: %r", error)
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

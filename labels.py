@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -150,6 +151,7 @@ def _label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], lis
         staged.unlink()  # a later start shall ask the hub again
         raise
     os.replace(staged, path)
+    shutil.rmtree(staging)
     return names
 
 

@@ -617,6 +617,7 @@ def _topk(key: str, text: str) -> int:
 def _own_labels(text: str) -> tuple[str, ...]:
     try:
         content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
     except (ValueError, RecursionError):
         content = None
     if (
@@ -1200,6 +1201,15 @@ def advertised_ip(host: str) -> str | None:
     return None if ipaddress.ip_address(found).is_loopback else found
 
 
+def is_own(address: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
 class Beacon:
     """The mDNS advertisement. It stands only while the models answer; a network without mDNS costs a warning."""
 
@@ -1211,7 +1221,7 @@ class Beacon:
         if address is None:
             log.warning("mDNS: no address that others could reach; set ADVERTISE_IP to be found")
             return
-        from zeroconf import IPVersion, ServiceInfo, Zeroconf
+        from zeroconf import InterfaceChoice, IPVersion, ServiceInfo, Zeroconf
 
         properties = {
             "uuid": settings.clip_mdns_uuid or kept_uuid(settings.lumen_data_dir),
@@ -1221,7 +1231,9 @@ class Beacon:
             "runtime": runtime,
         }
         try:
-            self._zeroconf = Zeroconf(interfaces=[address], ip_version=IPVersion.V4Only)
+            # An address that is not ours (a container's host, say) is announced on all interfaces.
+            interfaces = [address] if is_own(address) else InterfaceChoice.All
+            self._zeroconf = Zeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
             for kind in settings.clip_mdns_type:
                 info = ServiceInfo(
                     kind,

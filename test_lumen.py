@@ -421,7 +421,7 @@ def test_a_caller_brings_labels_of_their_own(node: Node) -> None:
             rows = node.result("clip_classify", encoded(picture(colour)), labels=own, prompt_template="a photo of {}")
             assert rows["labels"][0]["label"] == label and len(rows["labels"]) == 3
             assert sum(row["score"] for row in rows["labels"]) == pytest.approx(1, abs=1e-5)
-    for bad in ("dog", "[]", '["dog", 3]', '["dog", " "]', json.dumps(["x"] * 257), "[" * 5000):
+    for bad in ("dog", "[]", '["dog", 3]', '["dog", " "]', json.dumps(["x"] * 257), "[" * 5000, '["\\ud800"]'):
         assert "meta labels" in node.ask("clip_classify", encoded(picture(RED)), labels=bad).error.message
 
 
@@ -1068,6 +1068,8 @@ def test_a_picture_is_seen_as_a_viewer_shows_it() -> None:
         exif[0x0112] = orientation
         seen = pixels_of(encoded(half.transpose(operation), "PNG", exif=exif)).astype(int)
         assert np.abs(seen - upright).max() <= 2, orientation
+    broken_exif = encoded(half, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff rubbish")
+    assert np.abs(pixels_of(broken_exif).astype(int) - upright).max() < 80
     clear = Image.new("RGBA", (300, 300), (255, 0, 0, 0))
     assert (pixels_of(encoded(clear, "PNG")) == 255).all()
     assert (pixels_of(encoded(clear.convert("LA"), "PNG")) == 255).all()
@@ -1816,6 +1818,7 @@ def test_a_name_on_the_lan_is_taken_by_one_daemon_only(tmp_path: Path) -> None:
     """Lost otherwise: an address that nobody can reach."""
     assert lumen_clip.advertised_ip("127.0.0.1") is None
     assert lumen_clip.advertised_ip("192.168.7.7") == "192.168.7.7"
+    assert lumen_clip.is_own("127.0.0.1") and not lumen_clip.is_own("192.0.2.77")
     first = lumen_clip.kept_uuid(tmp_path)
     assert first == lumen_clip.kept_uuid(tmp_path)
 
