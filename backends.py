@@ -118,10 +118,11 @@ def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, dr
     if width * height > max_pixels:
         raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
     try:
-        orientation = _orientation(image)
         if draft and image.format in ("JPEG", "MPO"):
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
             image.draft(None, (side, side))
+        image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
+        orientation = _orientation(image)
         rgb = _to_rgb(image)
         return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
     except BadInput:
