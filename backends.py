@@ -10,6 +10,8 @@ Heavy libraries are imported by the class that needs them, so an edge device nev
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import importlib.util
 import io
@@ -17,7 +19,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +39,7 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
+MANIFEST_FORMAT = 1
 DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
 RKNN_TARGETS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
@@ -266,6 +269,10 @@ class ClipTokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`, from which `from_file` makes the same tokenizer."""
+        return str(self._bpe.to_str())
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
         tokens = np.zeros((len(texts), self.context_length), np.int64)
@@ -341,6 +348,9 @@ class Backend(Protocol):
     dim: int
     logit_scale: float  # of the model itself; exp() already taken
     preprocess: Preprocess
+    notice: str  # what whoever made the model wants its users to know, or ""
+    golden: Mapping[str, Any]  # inputs and vectors of the model's export, or {}; see `self_test`
+    space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """int64 `[n, context_length]`."""
@@ -373,7 +383,64 @@ def create_backend(options: ModelOptions) -> Backend:
     if images.shape[1] != texts.shape[1]:
         text = f"image vectors have {images.shape[1]} dimensions and text vectors {texts.shape[1]}: not one model"
         raise options.error("MODEL", options.model, text)
+    if backend.golden:
+        cosine, floor = self_test(backend), float(backend.golden["floor"])
+        if not cosine >= floor:
+            text = f"self-test: cosine {cosine:.6f} to the vectors of its export; allowed: {floor} and more"
+            raise options.error("MODEL", options.model, text)
+        log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend
+
+
+def self_test(backend: Backend) -> float:
+    """The worst cosine of what this machine makes of an export's golden picture and texts to OpenCLIP's vectors."""
+    golden = backend.golden
+    picture = decode_image(base64.b64decode(golden["picture"]), [backend.preprocess], 1 << 20, draft=False)
+    found = [
+        backend.encode_images(picture[backend.preprocess][None]),
+        backend.encode_text(backend.tokenize(golden["texts"])),
+    ]
+    expected = np.array([golden["picture_vector"], *golden["text_vectors"]], np.float32)
+    return float(np.sum(np.concatenate(found) * expected, axis=1).min())
+
+
+def space_of(weights: str, recipe: Preprocess, precision: str) -> str:
+    """A short name that vectors share if they may be compared: same weights, preprocessing and class of precision.
+
+    float32 and float16 are one class, for their vectors agree to a cosine of 0.9999; int8's do not. `weights` is the
+    sha-256 of the file that the model was trained into, whatever was made of it since.
+    """
+    kind = "int8" if precision == "int8" else "float"
+    return hashlib.sha256(json.dumps([weights, asdict(recipe), kind]).encode()).hexdigest()[:12]
+
+
+def sha256_of(*paths: Path) -> str:
+    """Of one file its sha-256; of several, or of a folder's, that of theirs in the order of their names."""
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
+    """`manifest.json` of an export, or {} if the folder has none.
+
+    Raises BackendError if it is of a later format, or if a file is missing or not the one that it names.
+    """
+    manifest = _read_json(folder / "manifest.json")
+    if manifest.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
+        text = f"manifest.json is of format {manifest['format']}; this version reads {MANIFEST_FORMAT}"
+        raise options.error("MODEL", options.model, text)
+    for name, digest in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise options.error("MODEL", options.model, f"manifest.json names {name}, which is missing")
+        if sha256_of(path) != digest:
+            text = f"{name} is not the file that manifest.json names; copy the folder again"
+            raise options.error("MODEL", options.model, text)
+    return manifest
 
 
 def _unit_rows(vectors: NDArray[Any]) -> Vectors:
@@ -460,7 +527,7 @@ class TorchBackend:
         device = options.device or self._best_device()
         if options.precision != "fp32" and device.split(":")[0] == "cpu":
             raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
-        name, arguments, self.model_id = self._resolve(options)
+        name, arguments, self.model_id, self.weights = self._resolve(options)
         try:
             model: Any = open_clip.create_model(
                 name, device=device, precision=options.precision, require_pretrained=True, **arguments
@@ -470,26 +537,26 @@ class TorchBackend:
             log.debug("OpenCLIP could not build %s", name, exc_info=True)
             text = f"OpenCLIP cannot load it on {device} ({_line(error)})"
             raise options.error("MODEL", options.model, text) from error
-        self._torch, self._model, self._device = torch, model.eval(), torch.device(device)
+        self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
-        self.precision = options.precision
+        self.precision, self.notice = options.precision, ""
+        self.golden: Mapping[str, Any] = {}
         self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.preprocess = Preprocess.from_config(model.visual.preprocess_cfg, model.visual.image_size)
         self._mean, self._std = (
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
         )
+        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
         # OpenCLIP's own tokenizer remembers every word it ever saw; a daemon that runs for months must not.
         if type(tokenizer) is open_clip.SimpleTokenizer:
-            self._tokenizer: Any = ClipTokenizer(
+            self.tokenizer: Any = ClipTokenizer(
                 tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.context_length or 77
             )
         else:
-            self._tokenizer = lambda texts: tokenizer(list(texts)).numpy()
+            self.tokenizer = lambda texts: tokenizer(list(texts)).numpy()
         # Cutting at the end token is exact for a causal tower that is pooled there, and for no other.
-        self._causal = (
-            type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
-        )
+        self.causal = type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
     @staticmethod
@@ -501,62 +568,73 @@ class TorchBackend:
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
     @staticmethod
-    def _resolve(options: ModelOptions) -> tuple[str, dict[str, Any], str]:
-        """What to ask OpenCLIP for: (name, arguments, model_id), with every file on disk already."""
+    def _resolve(options: ModelOptions) -> tuple[str, dict[str, Any], str, Path]:
+        """What to ask OpenCLIP for: (name, arguments, model_id, weights), with every file on disk already."""
         import open_clip
 
         value = options.model
-        if Path(value).is_dir():
-            return f"local-dir:{value}", {}, Path(value).resolve().name
-        if value.startswith("hf-hub:"):
+        if Path(value).is_dir() or value.startswith("hf-hub:"):
             repo = value.removeprefix("hf-hub:")
-            return f"local-dir:{fetch_repository(options, repo, _torch_files)}", {}, repo
-        arch, weights = _split_model(options)
+            local = Path(value).is_dir()
+            folder = Path(value) if local else fetch_repository(options, repo, _torch_files)
+            weights = next((folder / name for name in TORCH_WEIGHTS if (folder / name).is_file()), folder)
+            return f"local-dir:{folder}", {}, folder.resolve().name if local else repo, weights
+        arch, tag = _split_model(options)
         if arch not in open_clip.list_models():
             raise options.error("MODEL", value, f"OpenCLIP has no architecture {arch!r}")
-        if Path(weights).is_file():
-            return arch, {"pretrained": weights}, f"{arch}:{Path(weights).stem}"
-        config = open_clip.get_pretrained_cfg(arch, weights)
+        if Path(tag).is_file():
+            return arch, {"pretrained": tag}, f"{arch}:{Path(tag).stem}", Path(tag)
+        config = open_clip.get_pretrained_cfg(arch, tag)
         if not config:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
-            raise options.error("MODEL", value, f"{weights!r} is neither a file nor a tag of {arch}; tags: {tags}")
-        if not config.get("hf_hub"):  # a plain URL, which OpenCLIP fetches once and checks by its sha-256
-            return arch, {"pretrained": weights, "cache_dir": str(options.data_dir / "models")}, value
-        repo, file = os.path.split(config["hf_hub"])
-        choose = _torch_files if not file else (lambda files: [file])
-        folder = fetch_repository(options, repo, choose)
-        path = folder / file if file else next(folder / name for name in TORCH_WEIGHTS if (folder / name).is_file())
+            raise options.error("MODEL", value, f"{tag!r} is neither a file nor a tag of {arch}; tags: {tags}")
+        if config.get("hf_hub"):
+            repo, file = os.path.split(config["hf_hub"])
+            folder = fetch_repository(options, repo, (lambda files: [file]) if file else _torch_files)
+            path = folder / (file or next(name for name in TORCH_WEIGHTS if (folder / name).is_file()))
+        else:  # a plain URL, which OpenCLIP fetches once and checks by its sha-256
+            try:
+                path = Path(open_clip.download_pretrained(config, cache_dir=str(options.data_dir / "models")))
+            except Exception as error:
+                raise options.error("MODEL", value, f"cannot download the weights ({_line(error)})") from error
         # OpenCLIP ties these to the tag; with a path they have to be said.
         recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
         quick_gelu = bool(config.get("quick_gelu", False))
-        return arch, {"pretrained": str(path), "force_quick_gelu": quick_gelu, "force_preprocess_cfg": recipe}, value
+        arguments = {"pretrained": str(path), "force_quick_gelu": quick_gelu, "force_preprocess_cfg": recipe}
+        return arch, arguments, value, path
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        tokens: Tokens = self._tokenizer(texts)
+        tokens: Tokens = self.tokenizer(texts)
         return tokens
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        torch = self._torch
-        with torch.inference_mode():
-            x = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).contiguous().float()
-            x = ((x / 255 - self._mean) / self._std).to(self._dtype)
-            return _unit_rows(self._model.encode_image(x).float().cpu().numpy())
-
-    def encode_text(self, tokens: Tokens) -> Vectors:
-        torch = self._torch
-        with torch.inference_mode():
-            if self._causal:
-                x = self._encode_causal(torch.from_numpy(tokens[:, : _true_length(tokens)]).to(self._device))
-            else:
-                x = self._model.encode_text(torch.from_numpy(tokens).to(self._device))
+        with self._torch.inference_mode():
+            x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
             return _unit_rows(x.float().cpu().numpy())
 
-    def _encode_causal(self, tokens: Any) -> Any:
-        """`CLIP.encode_text` for a sequence shorter than the context: int64 `[n, length]` -> `[n, dim]`."""
-        model, length = self._model, tokens.shape[1]
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        with self._torch.inference_mode():
+            if self.causal:
+                tokens = tokens[:, : _true_length(tokens)]
+            x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
+            return _unit_rows(x.float().cpu().numpy())
+
+    def image_tower(self, pixels: Any) -> Any:
+        """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
+        x = pixels.permute(0, 3, 1, 2).contiguous().float()
+        return self.model.encode_image(((x / 255 - self._mean) / self._std).to(self._dtype))
+
+    def text_tower(self, tokens: Any) -> Any:
+        """int64 tensor `[n, length]` -> `[n, dim]`; a causal tower takes any length up to its context's.
+
+        For such a tower this is `CLIP.encode_text` without its demand for the full context.
+        """
+        model, length = self.model, tokens.shape[1]
+        if not self.causal:
+            return model.encode_text(tokens)
         x = model.token_embedding(tokens).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-        x = x[self._torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
+        x = x[self._torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
         projection = model.text_projection
         if projection is None:
             return x
@@ -583,12 +661,17 @@ class ONNXRTBackend:
         self._options = options
         self._folder, self.model_id = self._resolve()
         config = _read_json(self._folder / "config.json") if self._folder else {}
-        manifest = _read_json(self._folder / "manifest.json") if self._folder else {}
+        manifest = read_manifest(self._folder, options) if self._folder else {}
         self.model_id = manifest.get("model_id", self.model_id)
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
         self.precision = str(manifest.get("precision", "fp32"))
+        self.notice = str(manifest.get("notice", ""))
+        self.golden = manifest.get("golden", {})
+        self._weights: list[Path] = []
         self._load_image_tower()
         self._load_text_tower(config)
+        source = "" if options.onnx_image or options.onnx_text else manifest.get("source", {}).get("sha256", "")
+        self.space = space_of(source or sha256_of(*self._weights), self.preprocess, self.precision)
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
     def _resolve(self) -> tuple[Path | None, str]:
@@ -652,6 +735,7 @@ class ONNXRTBackend:
             if value:
                 raise self._options.error(variable, value, "no such file")
             raise self._options.error("MODEL", self._options.model, f"the folder has no {part}/model.onnx")
+        self._weights.append(path if value else path.parent)
         return path
 
     def _session(self, path: Path, variable: str) -> Any:
@@ -749,6 +833,7 @@ class RKNNBackend(ONNXRTBackend):
             path = self._folder / "visual" / "rknpu" / options.rknn_target / "model.rknn"
         if not path.is_file():
             raise options.error("RKNN_MODEL", options.rknn_model, f"no NPU model for {options.rknn_target} at {path}")
+        self._weights.append(path)
         recipe = next(
             (f for f in (path.parent, *path.parents[:3]) if (f / "preprocess_cfg.json").is_file()), path.parent
         )

@@ -85,16 +85,37 @@ class LabelError(Exception):
 # --- names ------------------------------------------------------------------------------------------------------
 
 
-def imagenet_names(data_dir: Path) -> list[str]:
-    """The 1000 ImageNet labels in the order of the classes, each a WordNet synset ("tench, Tinca tinca")."""
+def class_names(data_dir: Path, own: str = "") -> list[str]:
+    """What `clip_classify` chooses from: the file `own`, a JSON list of names, or else ImageNet-1k's.
+
+    Those are in the order of the classes, each a WordNet synset ("tench, Tinca tinca"). Raises LabelError.
+    """
+    if own:
+        return _read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
     path = data_dir / "clip" / "imagenet_class_names.json"
     return _label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet)
 
 
-def species_names(data_dir: Path) -> list[str]:
-    """TreeOfLife-10M: one eight-slot lineage a row ("Animalia/Chordata/.../Vulpes/vulpes/red fox", "*" for blanks)."""
+def species_names(data_dir: Path, own: str = "") -> list[str]:
+    """One eight-slot lineage a row ("Animalia/Chordata/.../Vulpes/vulpes/red fox", "*" for blanks).
+
+    From the file `own`, a JSON list of `[[kingdom, ..., species], common name]`, or else TreeOfLife-10M's, which has
+    that form. Raises LabelError.
+    """
+    if own:
+        complaint = f"BIOCLIP_LABELS={own}: allowed: a JSON list of [[kingdom, ..., species], common name]"
+        return _read_names(Path(own), complaint, _parse_species)
     path = data_dir / "bioclip" / "txt_emb_species.json"
     return _label_file(path, "imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json", _parse_species)
+
+
+def _parse_list(content: Any) -> list[str]:
+    if not isinstance(content, list) or not content:
+        raise ValueError("not a list of names")
+    for index, name in enumerate(content):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"row {index} is not a name")
+    return content
 
 
 def _parse_imagenet(content: Any) -> list[str]:
@@ -177,6 +198,11 @@ def imagenet_recipe(templates: int) -> Recipe:
     """The label's first synonym in 1, 7 or 80 templates."""
     chosen = TEMPLATES[templates]
     return Recipe(f"imagenet-{templates}", lambda label: [t.format(label.split(",")[0].strip()) for t in chosen])
+
+
+def names_recipe(templates: int) -> Recipe:
+    """The label as it stands, commas and all, in the same templates: for names that are not synsets."""
+    return Recipe(f"names-{templates}", lambda label: [t.format(label.strip()) for t in TEMPLATES[templates]])
 
 
 def species_prompts(lineage: str) -> list[str]:

@@ -50,7 +50,17 @@ from labels import LabelError, LabelSet
 log = logging.getLogger("lumen")
 
 VERSION = "1.0.0"
-DATA_DIR = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
+DATA_DIR = HERE / "data"
+# What `--demo` sets: an ordinary model in the ordinary layout, and the names of what it was shown.
+DEMO_DIR = HERE / "gen" / "demo"
+DEMO = {
+    "CLIP_BACKEND": "onnxrt",
+    "CLIP_MODEL": str(DEMO_DIR),
+    "BIOCLIP_MODEL": str(DEMO_DIR),
+    "CLIP_LABELS": str(DEMO_DIR / "names.json"),
+    "BIOCLIP_LABELS": str(DEMO_DIR / "species.json"),
+}
 PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
 TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
@@ -157,6 +167,8 @@ class Settings:
     bioclip_rknn_model: str = _setting("")
     clip_rknn_target: str = _setting("rk3588", _choice(*backends.RKNN_TARGETS))
     bioclip_rknn_target: str = _setting("rk3588", _choice(*backends.RKNN_TARGETS))
+    clip_labels: str = _setting("")  # "": ImageNet-1k
+    bioclip_labels: str = _setting("")  # "": TreeOfLife-10M
     clip_templates: int = _setting(7, _templates)
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
@@ -415,7 +427,7 @@ class Models:
         self, engine: Engine, clip: Model | None, bioclip: Model | None, sets: Mapping[str, LabelSet], batch_size: int
     ) -> None:
         self.clip, self.bioclip = clip, bioclip
-        self.sets = sets  # "imagenet", "scenes", "species"
+        self.sets = sets  # "classes", "scenes", "species"
         self._lines = {
             name: engine.line(f"{name} scoring", self._scorer(labelset), batch_size, Line.SCORING)
             for name, labelset in sets.items()
@@ -493,7 +505,7 @@ def clip_classify(models: Models, request: Request) -> Steps:
     if request.labels:
         best = yield from models.best_of_own(vector, request)
     else:
-        best = yield from models.best("imagenet", vector, request.topk)
+        best = yield from models.best("classes", vector, request.topk)
     return _labels_answer(best, clip, "clip_classification")
 
 
@@ -534,12 +546,14 @@ def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
 def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> Answer:
     rows = [{"label": label, "score": score} for label, score in best]
     content = {"labels": rows, "model_id": model.backend.model_id}
-    return Answer("labels_v1", content, {"labels_count": str(len(rows)), "source": source})
+    return Answer(
+        "labels_v1", content, {"labels_count": str(len(rows)), "source": source, "space": model.backend.space}
+    )
 
 
 def _embedding_answer(vector: Any, model: Model) -> Answer:
     content = {"vector": vector.tolist(), "dim": len(vector), "model_id": model.backend.model_id}
-    return Answer("embedding_v1", content, {"dim": str(len(vector))})
+    return Answer("embedding_v1", content, {"dim": str(len(vector)), "space": model.backend.space})
 
 
 IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (("image/avif",) if "AVIF" in backends.IMAGE_FORMATS else ())
@@ -1056,6 +1070,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             extra[f"{name}_model"] = back.model_id
             extra[f"{name}_embedding_dim"] = str(back.dim)
             extra[f"{name}_runtime"] = back.runtime
+            extra[f"{name}_space"] = back.space
             extra[f"{name}_batch_size"] = str(self.settings.batch_size_of(name))
         return pb.Capability(
             service_name=service,
@@ -1136,6 +1151,7 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
     """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError."""
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
     sets: dict[str, LabelSet] = {}
+    notices: list[str] = []
     for name in loaded:
         if settings.backend_of(name) == "none":
             continue
@@ -1146,6 +1162,9 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
         log.info(
             "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
         )
+        if backend.notice and backend.notice not in notices:
+            notices.append(backend.notice)
+            log.warning("%s: %s", backend.model_id, backend.notice)
         sets |= _label_sets(name, backend, settings, say)
     return Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size)
 
@@ -1157,10 +1176,13 @@ def _label_sets(name: str, backend: Backend, settings: Settings, say: Callable[[
         return backend.encode_text(backend.tokenize(texts))
 
     if name == "clip":
-        names, recipe = labels.imagenet_names(settings.lumen_data_dir), labels.imagenet_recipe(settings.clip_templates)
+        names = labels.class_names(settings.lumen_data_dir, settings.clip_labels)
+        own = settings.clip_labels
+        recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
         older = sorted(folder.glob("*_imagenet_vectors.npz"))
     else:
-        names, recipe = labels.species_names(settings.lumen_data_dir), labels.SPECIES_RECIPE
+        names = labels.species_names(settings.lumen_data_dir, settings.bioclip_labels)
+        recipe = labels.SPECIES_RECIPE
         older = [folder / "text_vectors.npz"]
     say(f"text vectors of {len(names)} labels for {backend.model_id}")
     vectors = labels.cached_vectors(
@@ -1176,7 +1198,7 @@ def _label_sets(name: str, backend: Backend, settings: Settings, say: Callable[[
         return {"species": LabelSet(names, vectors, backend.logit_scale)}
     scenes = labels.label_vectors(labels.SCENES, labels.SCENE_RECIPE, encode)
     return {
-        "imagenet": LabelSet(names, vectors, backend.logit_scale),
+        "classes": LabelSet(names, vectors, backend.logit_scale),
         "scenes": LabelSet(labels.SCENES, scenes, backend.logit_scale),
     }
 
@@ -1286,6 +1308,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")
+    parser.add_argument("--demo", action="store_true", help="serve the small emoji model in gen/demo; not announced")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
     parsed = parser.parse_args(arguments)
@@ -1293,6 +1316,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--port {parsed.port}: allowed: 0 to 65535")
     parsed.host = parsed.host.strip("[]")
     return parsed
+
+
+def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The demo's models in place of the operator's. Photo apps do not find it unless CLIP_MDNS_TYPE says so."""
+    mdns = {"CLIP_MDNS_TYPE": "off"}
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("CLIP_MDNS_") or not name.startswith(("CLIP_", "BIOCLIP_"))
+    }
+    return mdns | kept | DEMO
 
 
 def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], None]) -> None:
@@ -1317,7 +1351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log.setLevel(options.log_level.upper())
     try:
-        settings = Settings.from_environment(os.environ)
+        settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
         daemon = Daemon(settings)
         server, port = start_server(daemon, options.host, options.port)
     except (SettingError, OSError) as error:
