@@ -506,6 +506,26 @@ def _is_whole(folder: Path, marker: Path) -> bool:
         return False
 
 
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """The cores that this process may use: those of its affinity, or fewer by the quota of its control groups (v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::")).strip("/")
+    except (OSError, StopIteration):  # no Linux, or control groups of version 1
+        return cores
+    folder = cgroups / group
+    for path in (folder, *folder.parents):
+        if cgroups not in (path, *path.parents):
+            break
+        try:
+            quota, period = (path / "cpu.max").read_text().split()
+        except (OSError, ValueError):  # the root has none
+            continue
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a small file so that a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -746,8 +766,12 @@ class ONNXRTBackend:
         if missing:
             have = ", ".join(onnxruntime.get_available_providers())
             raise self._options.error("ORT_PROVIDERS", ",".join(wanted), f"{missing[0]} is not available; here: {have}")
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = usable_cores()
+        # Threads that spin while they wait take the cores that decode the next pictures.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(str(path), providers=wanted)
+            session = onnxruntime.InferenceSession(str(path), settings, providers=wanted)
         except Exception as error:
             raise self._options.error(variable, str(path), f"ONNX Runtime cannot load it ({_line(error)})") from error
         if session.get_providers()[0] != wanted[0]:  # never a silent fall-back
@@ -762,23 +786,22 @@ class ONNXRTBackend:
         return self._run(self._image, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
 
     def encode_text(self, tokens: Tokens) -> Vectors:
-        if self._open_length:
-            tokens = tokens[:, : _true_length(tokens)]
         integers = np.int32 if self._text.get_inputs()[0].type == "tensor(int32)" else np.int64
-        return self._run(self._text, tokens.astype(integers))
+        return self._run(self._text, tokens.astype(integers), cut=self._open_length)
 
     @staticmethod
-    def _run(session: Any, batch: NDArray[Any]) -> Vectors:
-        """Runs a batch, in pieces of the size that the graph has fixed, if it has."""
+    def _run(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors:
+        """Runs a batch, in pieces of the size that the graph has fixed, if it has; `cut`: token ids, at true length."""
         tower = session.get_inputs()[0]
-        fixed = tower.shape[0]
-        if not isinstance(fixed, int):
-            return _unit_rows(session.run(None, {tower.name: batch})[0])
+        size = tower.shape[0] if isinstance(tower.shape[0], int) else len(batch)
         rows = []
-        for start in range(0, len(batch), fixed):
-            piece = batch[start : start + fixed]
-            padding = [(0, fixed - len(piece))] + [(0, 0)] * (batch.ndim - 1)
-            rows.append(session.run(None, {tower.name: np.pad(piece, padding, mode="edge")})[0][: len(piece)])
+        for start in range(0, len(batch), size):
+            piece = batch[start : start + size]
+            if cut:
+                piece = piece[:, : _true_length(piece)]
+            padding = [(0, size - len(piece))] + [(0, 0)] * (batch.ndim - 1)
+            whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
+            rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
         return _unit_rows(np.concatenate(rows))
 
 

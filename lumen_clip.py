@@ -396,10 +396,6 @@ class DecodePool:
             work()
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- models and tasks -------------------------------------------------------------------------------------------
 
 
@@ -997,7 +993,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.engine = Engine()
-        self.decoders = DecodePool(min(usable_cores(), 4))  # each may hold a decoded picture of 160 MB
+        self.decoders = DecodePool(min(backends.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
         self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
         self.health = health.HealthServicer()
         self.loading = "starting"  # said to clients until the models are there
