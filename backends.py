@@ -350,6 +350,7 @@ class Backend(Protocol):
     preprocess: Preprocess
     notice: str  # what whoever made the model wants its users to know, or ""
     golden: Mapping[str, Any]  # inputs and vectors of the model's export, or {}; see `self_test`
+    self_test_cosine: float | None  # what `self_test` found here, or None if there is nothing golden
     space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -360,6 +361,9 @@ class Backend(Protocol):
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
+
+    def rest_text(self) -> None:
+        """Gives the text tower's memory back until a text comes, where the tower can be had back in a second or two."""
 
 
 def create_backend(options: ModelOptions) -> Backend:
@@ -388,6 +392,7 @@ def create_backend(options: ModelOptions) -> Backend:
         if not cosine >= floor:
             text = f"self-test: cosine {cosine:.6f} to the vectors of its export; allowed: {floor} and more"
             raise options.error("MODEL", options.model, text)
+        backend.self_test_cosine = cosine
         log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend
 
@@ -561,6 +566,7 @@ class TorchBackend:
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
         self.precision, self.notice = options.precision, ""
         self.golden: Mapping[str, Any] = {}
+        self.self_test_cosine: float | None = None
         self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.preprocess = Preprocess.from_config(model.visual.preprocess_cfg, model.visual.image_size)
@@ -639,6 +645,9 @@ class TorchBackend:
             x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
             return _unit_rows(x.float().cpu().numpy())
 
+    def rest_text(self) -> None:
+        """Keeps it: both towers are one model here, and OpenCLIP takes long to build it again."""
+
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
         x = pixels.permute(0, 3, 1, 2).contiguous().float()
@@ -687,6 +696,7 @@ class ONNXRTBackend:
         self.precision = str(manifest.get("precision", "fp32"))
         self.notice = str(manifest.get("notice", ""))
         self.golden = manifest.get("golden", {})
+        self.self_test_cosine: float | None = None
         self._weights: list[Path] = []
         self._load_image_tower()
         self._load_text_tower(config)
@@ -738,8 +748,8 @@ class ONNXRTBackend:
         self.runtime = "onnxrt" if short == "cpu" else f"onnxrt-{short}"
 
     def _load_text_tower(self, config: Mapping[str, Any]) -> None:
-        path = self._tower_path("ONNX_TEXT", self._options.onnx_text, "textual")
-        self._text = self._session(path, "ONNX_TEXT")
+        path = self._text_path = self._tower_path("ONNX_TEXT", self._options.onnx_text, "textual")
+        self._text: Any = self._session(path, "ONNX_TEXT")
         inputs = self._text.get_inputs()
         if len(inputs) != 1:
             names = ", ".join(x.name for x in inputs)
@@ -754,7 +764,8 @@ class ONNXRTBackend:
         if not path.is_file():
             if value:
                 raise self._options.error(variable, value, "no such file")
-            raise self._options.error("MODEL", self._options.model, f"the folder has no {part}/model.onnx")
+            text = f"the folder has no {part}/model.onnx; a model needs both towers, {self._options.name}_{variable}"
+            raise self._options.error("MODEL", self._options.model, f"{text} can name one elsewhere")
         self._weights.append(path if value else path.parent)
         return path
 
@@ -785,7 +796,12 @@ class ONNXRTBackend:
     def encode_images(self, pixels: Pixels) -> Vectors:
         return self._run(self._image, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
 
+    def rest_text(self) -> None:
+        self._text = None
+
     def encode_text(self, tokens: Tokens) -> Vectors:
+        if self._text is None:
+            self._text = self._session(self._text_path, "ONNX_TEXT")
         integers = np.int32 if self._text.get_inputs()[0].type == "tensor(int32)" else np.int64
         return self._run(self._text, tokens.astype(integers), cut=self._open_length)
 

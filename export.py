@@ -46,6 +46,7 @@ class Floors:
     golden: float
 
 
+PARTS = {"image": ("visual",), "text": ("textual",), "both": ("visual", "textual")}
 FLOORS = {"fp32": Floors(0.99999, 0.999), "int8": Floors(0.97, 0.96)}
 
 
@@ -56,6 +57,7 @@ class Wanted:
     model_id: str
     precision: str = "fp32"
     notice: str = ""
+    tower: str = "both"
 
 
 class ExportError(Exception):
@@ -199,6 +201,8 @@ def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wan
         "dim": source.dim,
         "context_length": source.tokenizer.context_length,
         "logit_scale": source.logit_scale,
+        "logit_bias": 0.0,  # CLIP has none; the models that have one are refused
+        "preprocess": asdict(source.preprocess),
         "golden": _golden(reference, FLOORS[wanted.precision].golden),
         "source": {"file": source.weights.name, "sha256": backends.sha256_of(source.weights)},
         "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
@@ -289,15 +293,34 @@ class Reference:
         return np.concatenate(rows)
 
 
-def cosines(reference: Reference, written: ONNXRTBackend) -> tuple[NDArray[Any], NDArray[Any]]:
+def read_photos(folder: Path | None) -> list[Image.Image]:
+    """Up to 200 photographs of a folder, the same at each call, or pictures of our own making without one."""
+    if folder is None:
+        return sample_pictures(20)
+    kinds = {".jpg", ".jpeg", ".png", ".webp"}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
+    if not paths:
+        raise ExportError(f"--photos {folder}: no pictures in it")
+    pictures = []
+    for path in paths[:: -(-len(paths) // 200)]:
+        with Image.open(path) as picture:
+            picture.thumbnail((1600, 1600))
+            pictures.append(picture.convert("RGB"))
+    return pictures
+
+
+def cosines(
+    reference: Reference, written: ONNXRTBackend, pictures: Sequence[Image.Image]
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """(pictures, texts): the cosine of each sample between OpenCLIP and the folder, which takes them in batches."""
-    pictures, files, recipe = sample_pictures(20), [], written.preprocess
+    files, recipe = [], written.preprocess
     for picture in pictures:
         file = io.BytesIO()
         picture.save(file, "PNG")
         files.append(file.getvalue())
     pixels = np.stack([backends.decode_image(file, [recipe], 10**7, draft=False)[recipe] for file in files])
-    images = np.concatenate([written.encode_images(part) for part in (pixels[:1], pixels[1:3], pixels[3:])])
+    batches = pixels[:1], pixels[1:3], *(pixels[i : i + 17] for i in range(3, len(pixels), 17))
+    images = np.concatenate([written.encode_images(batch) for batch in batches if len(batch)])
     parts = TEXTS[:1], TEXTS[1:3], TEXTS[3:]  # each batch runs at its own length
     texts = np.concatenate([written.encode_text(written.tokenize(part)) for part in parts])
     return np.sum(images * reference.images(pictures), axis=1), np.sum(texts * reference.texts(TEXTS), axis=1)
@@ -307,27 +330,31 @@ def cosines(reference: Reference, written: ONNXRTBackend) -> tuple[NDArray[Any],
 
 
 def export(
-    model: str, to: Path, precision: str = "fp32", model_id: str = "", notice: str = "", data_dir: Path = Path("data")
+    model: str,
+    to: Path,
+    precision: str = "fp32",
+    model_id: str = "",
+    notice: str = "",
+    tower: str = "both",
+    photos: Path | None = None,
+    data_dir: Path = Path("data"),
 ) -> None:
     """Raises BackendError or ExportError, each one line; `to` then is as it was."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
+    pictures = read_photos(photos)
     source = TorchBackend(ExportOptions("CLIP", "torch", model, data_dir, device="cpu"))
-    if not source.causal or not isinstance(source.tokenizer, backends.ClipTokenizer):
-        raise ExportError(f"--model {model}: only models with CLIP's causal text tower and tokenizer are supported")
+    refuse_what_is_not_clip(source, model)
     # Vectors of two precisions must not be mixed in one index unseen, so the name says which these are.
     name = (model_id or source.model_id) + ("" if precision == "fp32" else f"-{precision}")
-    wanted, reference = Wanted(name, precision, notice), Reference(source, model)
+    wanted, reference = Wanted(name, precision, notice, tower), Reference(source, model)
     staging = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         write_folder(source, reference, staging, wanted)
-        found = cosines(reference, ONNXRTBackend(ExportOptions("CLIP", "onnxrt", str(staging), data_dir)))
-        for part, values in zip(("image", "text"), found, strict=True):
-            low = np.percentile(values, 1)
-            print(f"{part} cosine to OpenCLIP: mean {values.mean():.7f}, 1 % {low:.7f}, worst {values.min():.7f}")
-        floor = FLOORS[precision].worst
-        if min(values.min() for values in found) < floor:
-            raise ExportError(f"the export differs from OpenCLIP, allowed: cosine {floor} and more; nothing is left")
+        written = ONNXRTBackend(ExportOptions("CLIP", "onnxrt", str(staging), data_dir))
+        check(cosines(reference, written, pictures), FLOORS[precision].worst)
+        for part in set(PARTS["both"]) - set(PARTS[tower]):
+            shutil.rmtree(staging / part)
         write_manifest(source, reference, staging, wanted)
         if to.exists():
             to.rmdir()
@@ -338,16 +365,37 @@ def export(
     print(f"{to}: {wanted.model_id}, {source.dim} dimensions, {size / 1e6:.1f} MB")
 
 
+def refuse_what_is_not_clip(source: TorchBackend, model: str) -> None:
+    """SigLIP's and others' text towers look both ways: no true length, other tokenizers, other scores."""
+    if getattr(source.model, "logit_bias", None) is not None:
+        raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
+    if not isinstance(source.tokenizer, backends.ClipTokenizer):
+        raise ExportError(f"--model {model}: its tokenizer is not CLIP's; only CLIP models are supported")
+    if not source.causal:
+        raise ExportError(f"--model {model}: its text tower is not CLIP's causal one; only CLIP models are supported")
+
+
+def check(found: tuple[NDArray[Any], NDArray[Any]], floor: float) -> None:
+    for part, values in zip(("image", "text"), found, strict=True):
+        low, worst = np.percentile(values, 1), values.min()
+        print(f"{part} cosine to OpenCLIP, {len(values)} samples: ", end="")
+        print(f"mean {values.mean():.7f}, 1st percentile {low:.7f}, worst {worst:.7f}")
+    if min(values.min() for values in found) < floor:
+        raise ExportError(f"the export differs from OpenCLIP, allowed: cosine {floor} and more; nothing is left")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("export.py", description="OpenCLIP -> ONNX, checked against its source.")
     parser.add_argument("--model", required=True, help="ARCH:tag, ARCH:weights file, hf-hub:org/name, or a folder")
     parser.add_argument("--to", required=True, type=Path, help="a new folder")
     parser.add_argument("--precision", choices=list(FLOORS), default="fp32", help="default: fp32")
+    parser.add_argument("--tower", choices=list(PARTS), default="both", help="default: both")
+    parser.add_argument("--photos", type=Path, help="a folder of pictures to check with (default: made-up ones)")
     parser.add_argument("--model-id", default="", help="the name that vectors shall carry (default: the source's)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where downloads go (default: data)")
     options = parser.parse_args(arguments)
     try:
-        export(options.model, options.to, options.precision, options.model_id, data_dir=options.data_dir)
+        export(**vars(options))
     except (BackendError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

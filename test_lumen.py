@@ -120,8 +120,12 @@ def train_tiny(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
 
 
-def export_immich(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder as immich's exporter makes it: batch 1, float NCHW, 77 int32 ids, the weights beside the graph."""
+def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False) -> None:
+    """A folder as immich's exporter makes it: 77 int32 ids, the weights beside the graph.
+
+    The older form has a fixed batch of 1 and float NCHW pixels; the newer one an open batch, uint8 NHWC pixels,
+    operators of opset 23, and token embeddings stored in half precision.
+    """
     import torch
 
     class Images(torch.nn.Module):
@@ -130,6 +134,9 @@ def export_immich(model: Any, tokenizer: Any, folder: Path) -> None:
             self.model = model
 
         def forward(self, image: Any) -> Any:
+            if newer:
+                mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backends.OPENAI_MEAN, backends.OPENAI_STD))
+                image = (image.permute(0, 3, 1, 2).float() / 255 - mean) / std
             return self.model.encode_image(image, normalize=True)
 
     class Texts(Images):
@@ -138,9 +145,11 @@ def export_immich(model: Any, tokenizer: Any, folder: Path) -> None:
 
     torch.backends.mha.set_fastpath_enabled(False)
     side = backends.Preprocess.from_config({}, model.visual.image_size).size
+    count = 2 if newer else 1
+    pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8) if newer else torch.zeros(1, 3, side, side)
     towers = (
-        ("visual", "image", Images(), torch.zeros(1, 3, side, side)),
-        ("textual", "text", Texts(), torch.ones(1, 77, dtype=torch.int32)),
+        ("visual", "image", Images(), pixels),
+        ("textual", "text", Texts(), torch.ones(count, 77, dtype=torch.int32)),
     )
     for part, name, tower, sample in towers:
         (folder / part).mkdir(parents=True)
@@ -151,7 +160,9 @@ def export_immich(model: Any, tokenizer: Any, folder: Path) -> None:
                 (sample,),
                 folder / part / "model.onnx",
                 input_names=[name],
-                output_names=["embedding" if part == "visual" else "text_embedding"],
+                output_names=[f"{name}_embedding" if newer else "embedding"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if newer else None,
+                opset_version=23 if newer else 19,
                 dynamo=True,
                 external_data=True,
             )
@@ -180,11 +191,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "tiny", train_tiny)
 
 
-def export_immich_from(openclip: Path, folder: Path) -> None:
+def export_immich_from(openclip: Path, folder: Path, newer: bool = False) -> None:
     import open_clip
 
     name = f"local-dir:{openclip}"
-    export_immich(open_clip.create_model(name).eval(), open_clip.get_tokenizer(name), folder)
+    export_immich(open_clip.create_model(name).eval(), open_clip.get_tokenizer(name), folder, newer)
 
 
 @pytest.fixture(scope="session")
@@ -1985,13 +1996,22 @@ def test_export_refuses_by_name_what_it_cannot_do(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lost otherwise: an hour of somebody's evening."""
+    import open_clip
+    import torch
+
     both_ways = tmp_path / "both-ways"
     shutil.copytree(tiny, both_ways)
     config = json.loads((both_ways / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["no_causal_mask"] = True
     (both_ways / "open_clip_config.json").write_text(json.dumps(config))
+    siglip = tmp_path / "siglip"
+    siglip.mkdir()
+    config["model_cfg"] = {**TINY, "init_logit_bias": -10}
+    (siglip / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(open_clip.CLIP(**config["model_cfg"]).state_dict(), siglip / "open_clip_pytorch_model.bin")
     for model, to, complaint in (
-        (str(both_ways), tmp_path / "new", "only models with CLIP's causal text tower"),
+        (str(both_ways), tmp_path / "new", "its text tower is not CLIP's causal one"),
+        (str(siglip), tmp_path / "new", f"--model {siglip}: a SigLIP model (it has a logit bias)"),
         (str(tiny), tiny, "it exists already and is not an empty folder"),
         ("ViT-B-33:laion2b", tmp_path / "new", "--model ViT-B-33:laion2b: OpenCLIP has no architecture 'ViT-B-33'"),
         ("ViT-B-32:laion9b", tmp_path / "new", "'laion9b' is neither a file nor a tag of ViT-B-32"),
@@ -2001,6 +2021,67 @@ def test_export_refuses_by_name_what_it_cannot_do(
         said = capsys.readouterr().err
         assert said.startswith("export: ") and complaint in said and said.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_can_be_one_tower_checked_on_ones_own_photographs(
+    tiny: Path, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lost otherwise: half a gigabyte of text tower on a device that has one already."""
+    photos, to = tmp_path / "photos", tmp_path / "image"
+    photos.mkdir()
+    for name, color in (("a.jpg", RED), ("b.jpg", GREEN)):
+        picture(color, (2000, 900)).save(photos / name)
+    asked = ["--model", str(tiny), "--to", str(to), "--tower", "image", "--photos", str(photos), "--model-id", "tiny"]
+    assert export.main(asked) == 0
+    assert "image cosine to OpenCLIP, 2 samples: mean" in capsys.readouterr().out
+    assert {path.name for path in to.iterdir()} == {"visual", "config.json", "manifest.json"}
+    options = backends.ModelOptions("CLIP", "onnxrt", str(to), tmp_path)
+    with pytest.raises(
+        backends.BackendError, match=r"has no textual/model.onnx.*CLIP_ONNX_TEXT can name one elsewhere"
+    ):
+        backends.create_backend(options)
+    text = str(tiny_onnx / "textual" / "model.onnx")
+    whole = backends.create_backend(dataclasses.replace(options, onnx_text=text))
+    assert whole.model_id == "tiny" and whole.self_test_cosine > 0.9999
+    shutil.rmtree(photos)
+    photos.mkdir()
+    assert export.main([*asked[:3], str(tmp_path / "none"), *asked[4:]]) == 1
+    assert "no pictures in it" in capsys.readouterr().err
+
+
+def test_folders_of_immichs_newer_exporter_load_unchanged(
+    tiny: Path, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the models that people have on their disks already; the older form is `tiny_immich`."""
+    import onnx
+
+    export_immich_from(tiny, tmp_path / "newer", newer=True)
+    path = tmp_path / "newer" / "textual" / "model.onnx"
+    model = onnx.load(path)
+    table = next(tensor for tensor in model.graph.initializer if "token_embedding" in tensor.name)
+    half = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(table).astype(np.float16), "half")
+    model.graph.initializer.append(half)
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["half"], [table.name], to=onnx.TensorProto.FLOAT))
+    model.graph.initializer.remove(table)
+    onnx.save_model(model, path, save_as_external_data=True, location="weights.data")
+    backend = load(tmp_path / "newer")
+    files = [encoded(picture(color, (300, 200)), "PNG") for color in COLOURS.values()]
+    found = backend.encode_images(np.stack([pixels_of(file) for file in files]))
+    pictures = [Image.open(io.BytesIO(file)) for file in files]
+    assert np.sum(found * reference_vectors(reference, pictures=pictures), axis=1).min() > 0.9999
+    texts = list(COLOURS)
+    found = backend.encode_text(backend.tokenize(texts))
+    assert np.sum(found * reference_vectors(reference, texts=texts), axis=1).min() > 0.9999
+
+
+def test_the_text_tower_of_species_rests_until_a_text_comes(tiny_onnx: Path) -> None:
+    """Lost otherwise: half a gigabyte for BioCLIP-2's, which only bioclip_embed needs once the labels have vectors."""
+    backend = load(tiny_onnx)
+    before = backend.encode_text(backend.tokenize(["a dog"]))
+    backend.rest_text()
+
+    assert backend.encode_images(pixels_of(encoded(picture(RED)))[None]).shape == (1, backend.dim)
+    assert np.array_equal(backend.encode_text(backend.tokenize(["a dog"])), before)
 
 
 def test_labels_of_ones_own_replace_imagenet_and_the_tree_of_life(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -2195,6 +2276,8 @@ def test_the_demo_says_what_it_is(demo_node: Node) -> None:
     """Lost otherwise: a real library filled with vectors of a toy."""
     said = [line for line in demo_node.log.splitlines() if "demo" in line and "must not be stored" in line]
     assert len(said) == 1 and "emoji" in said[0] and "WARNING" in said[0]
+    extra = demo_node.stub.GetCapabilities(Empty()).extra
+    assert 0.9999 < float(extra["clip_self_test"]) < 1.0001 and extra["bioclip_self_test"]
     settings = lumen_clip.Settings.from_environment(lumen_clip.demo_environment({"CLIP_BACKEND": "rknn"}))
     assert settings.clip_mdns_type == () and settings.clip_backend == "onnxrt"
     named = lumen_clip.demo_environment({"CLIP_MDNS_TYPE": "_lumen._tcp.local."})
@@ -2254,6 +2337,34 @@ def test_a_text_finds_its_drawing_among_all(demo_node: Node, drawings: list[Draw
     queries = np.array([json.loads(r.result)["vector"] for r in demo_node.infer(*texts)])
     best = np.argsort(-queries @ images.T, axis=1)[:, :5]
     assert np.mean([i in row for i, row in enumerate(best)]) >= 0.75
+
+
+@pytest.mark.timeout(600)
+def test_memory_stays_flat_over_5000_mixed_requests(demo_node: Node, drawings: list[Drawing]) -> None:
+    """Lost otherwise: a board that has to be restarted every week of an import."""
+    pictures = [d.file(96 * (1 + i % 9), ("PNG", "JPEG", "WEBP")[i % 3]) for i, d in enumerate(drawings[:90])]
+
+    def ask(count: int, start: int) -> None:
+        requests = []
+        for i in range(start, start + count):
+            if i % 3 == 0:
+                text = f"a photo of a {drawings[i % len(drawings)].name} number {i} " * (1 + i % 20)
+                requests.append(pb.InferRequest(task=("clip_embed", "bioclip_embed")[i % 2], payload=text.encode()))
+            else:
+                payload = b"no image" if i % 50 == 1 else pictures[i % len(pictures)]
+                task = ("clip_classify", "clip_image_embed", "bioclip_classify", "smart_classify")[i % 4]
+                own = {"labels": json.dumps([f"{i} things", "a fox"])} if task == "clip_classify" and i % 8 == 0 else {}
+                requests.append(pb.InferRequest(task=task, payload=payload, meta=own))
+        responses = demo_node.infer(*requests)
+        assert len(responses) == count and sum(bool(r.error.message) for r in responses) <= count // 40
+
+    for start in (0, 500, 1000):
+        ask(500, start)  # what is kept on purpose fills up: vectors of callers' labels, buffers of every size
+    settled = resident_mb(demo_node)
+    for start in range(1500, 5000, 500):
+        ask(500, start)
+    print(f"\nresident: {settled:.0f} MB after 1,500 requests, {resident_mb(demo_node):.0f} MB after 5,000")
+    assert resident_mb(demo_node) < settled * 1.05
 
 
 def test_a_callers_own_labels_are_understood(demo_node: Node, drawings: list[Drawing]) -> None:
