@@ -179,6 +179,7 @@ class Settings:
     advertise_ip: str = _setting("", _ipv4)
     lumen_data_dir: Path = _setting(DATA_DIR, Path)
     lumen_jpeg_draft: bool = _setting(True, _switch)
+    lumen_tune: bool = _setting(True, _switch)
     lumen_max_streams: int = _setting(64, _number(1, 4096))
     lumen_max_request_mb: int = _setting(64, _number(1, 1024))
     lumen_max_megapixels: int = _setting(40, _number(1, 1000))
@@ -393,6 +394,7 @@ class DecodePool:
             thread.join(timeout=5)
 
     def _loop(self) -> None:
+        backends.step_back(10)
         while (work := self._work.get()[2]) is not None:
             work()
 
@@ -403,8 +405,10 @@ class DecodePool:
 class Model:
     """A backend with its lines. Prompts are texts nobody types a query with: they wait among the images."""
 
-    def __init__(self, backend: Backend, name: str, engine: Engine, batch_size: int) -> None:
-        self.backend = backend
+    def __init__(
+        self, backend: Backend, name: str, engine: Engine, batch_size: int, tuning: backends.Tuning | None = None
+    ) -> None:
+        self.backend, self.tuning = backend, tuning
 
         def images(items: list[Any]) -> Sequence[Any]:
             return list(backend.encode_images(np.stack(items)))
@@ -412,7 +416,8 @@ class Model:
         def texts(items: list[Any]) -> Sequence[Any]:
             return list(backend.encode_text(np.stack(items)))
 
-        self.image = engine.line(f"{name} image", images, batch_size, Line.BULK)
+        images_at_once = tuning.batch_size if tuning else batch_size
+        self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK)
         self.text = engine.line(f"{name} text", texts, batch_size, Line.TEXT)
         self.prompts = engine.line(f"{name} prompts", texts, batch_size, Line.BULK)
 
@@ -723,15 +728,15 @@ class Assembler:
         self._sizes: dict[str, int] = {}
         self._failed: OrderedDict[str, None] = OrderedDict()
 
-    def add(self, message: pb.InferRequest) -> Request | None:
-        """The request that this message completes, or None. Raises ChunkError."""
+    def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
+        """The request that this message, whose payload is handed in, completes, or None. Raises ChunkError."""
         key = message.correlation_id
         if key in self._failed:
             if message.seq > 0:
                 return None
             del self._failed[key]
         try:
-            return self._add(key, message)
+            return self._add(key, message, payload)
         except ChunkError:
             self.drop(key)
             self._failed[key] = None
@@ -750,21 +755,21 @@ class Assembler:
         self._open.pop(key, None)
         self._sizes.pop(key, None)
 
-    def _add(self, key: str, message: pb.InferRequest) -> Request | None:
+    def _add(self, key: str, message: pb.InferRequest, payload: bytes) -> Request | None:
         if key not in self._open and message.total <= 1:
             if message.seq or message.offset:
                 raise ChunkError(
                     f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
                     "allowed: the number of chunks on each of them"
                 )
-            self._check_size(len(message.payload))
-            return self._request(message, message.payload)
+            self._check_size(len(payload))
+            return self._request(message, payload)
         chunks = self._open.setdefault(key, {})
         if len(self._open) > OPEN_IDS_MAX:
             raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
         self._check_chunk(chunks, message)
         chunks[message.seq] = message
-        self._sizes[key] = self._sizes.get(key, 0) + len(message.payload)
+        self._sizes[key] = self._sizes.get(key, 0) + len(payload)
         self._check_size(self._sizes[key])
         if len(chunks) < message.total:
             return None
@@ -878,11 +883,12 @@ class Stream:
             for message in self._messages:
                 empty = False
                 self._idle_since = time.monotonic()
-                size = len(message.payload)
+                payload = message.payload  # each access makes a copy
+                size = len(payload)
                 self._daemon.budget.take(size, lambda: self._gone)
                 held += size
                 try:
-                    request = self._assembler.add(message)
+                    request = self._assembler.add(message, payload)
                 except ChunkError as error:
                     self._start(message.correlation_id, None, BadInput(str(error)))
                 else:
@@ -1060,7 +1066,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         return empty_pb2.Empty()
 
     def _capability(self, service: str, models: Models, names: Sequence[str]) -> pb.Capability:
-        backs = {name: model.backend for name in names if (model := models.get(name))}
+        loaded = {name: model for name in names if (model := models.get(name))}
+        backs = {name: model.backend for name, model in loaded.items()}
         runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
         extra = {"version": VERSION}
         for name, back in backs.items():
@@ -1070,7 +1077,9 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             extra[f"{name}_space"] = back.space
             if back.self_test_cosine is not None:
                 extra[f"{name}_self_test"] = f"{back.self_test_cosine:.7f}"
-            extra[f"{name}_batch_size"] = str(self.settings.batch_size_of(name))
+            extra[f"{name}_batch_size"] = str(loaded[name].image.batch_size)
+            if tuning := loaded[name].tuning:
+                extra[f"{name}_images_per_s"] = f"{tuning.images_per_s:.1f}"
         return pb.Capability(
             service_name=service,
             model_ids=[back.model_id for back in backs.values()],
@@ -1157,14 +1166,19 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
         options = settings.options(name)
         say(f"loading {options.model} ({options.backend})")
         backend = backends.create_backend(options)
-        loaded[name] = Model(backend, name, engine, settings.batch_size_of(name))
+        folder = settings.lumen_data_dir / name / backend.runtime / backend.model_id.replace("/", "--")
+        tuning = None
+        if settings.lumen_tune:
+            say(f"trying how {backend.model_id} runs best here")
+            tuning = backends.tuned(backend, settings.batch_size_of(name), folder)
+        loaded[name] = Model(backend, name, engine, settings.batch_size_of(name), tuning)
         log.info(
             "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
         )
         if backend.notice and backend.notice not in notices:
             notices.append(backend.notice)
             log.warning("%s: %s", backend.model_id, backend.notice)
-        sets |= _label_sets(name, backend, settings, say)
+        sets |= _label_sets(name, backend, folder, settings, say)
         if name == "bioclip":
             # Only bioclip_embed asks for it from here on, and BioCLIP-2's takes half a gigabyte. People who search do
             # so with CLIP's, which stays.
@@ -1172,8 +1186,10 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
     return Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size)
 
 
-def _label_sets(name: str, backend: Backend, settings: Settings, say: Callable[[str], None]) -> dict[str, LabelSet]:
-    folder = settings.lumen_data_dir / name
+def _label_sets(
+    name: str, backend: Backend, folder: Path, settings: Settings, say: Callable[[str], None]
+) -> dict[str, LabelSet]:
+    """`folder` keeps what belongs to this model on this runtime."""
 
     def encode(texts: list[str]) -> labels.Vectors:
         return backend.encode_text(backend.tokenize(texts))
@@ -1182,14 +1198,14 @@ def _label_sets(name: str, backend: Backend, settings: Settings, say: Callable[[
         names = labels.class_names(settings.lumen_data_dir, settings.clip_labels)
         own = settings.clip_labels
         recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
-        older = sorted(folder.glob("*_imagenet_vectors.npz"))
+        older = sorted((settings.lumen_data_dir / name).glob("*_imagenet_vectors.npz"))
     else:
         names = labels.species_names(settings.lumen_data_dir, settings.bioclip_labels)
         recipe = labels.SPECIES_RECIPE
-        older = [folder / "text_vectors.npz"]
+        older = [settings.lumen_data_dir / name / "text_vectors.npz"]
     say(f"text vectors of {len(names)} labels for {backend.model_id}")
     vectors = labels.cached_vectors(
-        folder / backend.runtime / backend.model_id.replace("/", "--"),
+        folder,
         names,
         recipe,
         encode,
@@ -1332,16 +1348,15 @@ def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return mdns | kept | DEMO
 
 
-def free_large_blocks_at_once() -> None:
-    """Has glibc give blocks of 1 MB and more, such as decoded photographs, back to the system when they are freed.
+def trim_memory() -> None:
+    """Has glibc give freed memory back to the system; left alone it keeps that of pictures for each thread.
 
-    Left alone, it keeps up to 32 MB of them for each thread that ever freed one. Not for torch, which allocates its
-    activations anew for every layer and would pay for fresh pages each time; ONNX Runtime has an arena of its own.
+    Done now and then, for it costs milliseconds; a limit on what malloc keeps (M_MMAP_THRESHOLD) costs as much for
+    each photograph that arrives.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # musl has none
-        m_mmap_threshold = -3  # malloc.h
-        mallopt(m_mmap_threshold, 1 << 20)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:  # musl has none
+        trim(0)
 
 
 def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], None]) -> None:
@@ -1367,8 +1382,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setLevel(options.log_level.upper())
     try:
         settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
-        if "torch" not in map(settings.backend_of, ("clip", "bioclip")):
-            free_large_blocks_at_once()
         daemon = Daemon(settings)
         server, port = start_server(daemon, options.host, options.port)
     except (SettingError, OSError) as error:
@@ -1391,6 +1404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     daemon.serve(event)
     capability = daemon.GetCapabilities(empty_pb2.Empty(), None)
     beacon = Beacon(settings, options.host, port, capability.runtime)
+    trim_memory()
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in event.offered()))
     status = supervise(daemon, events)
@@ -1414,6 +1428,7 @@ def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException |
             return 0
         except queue.Empty:
             daemon.check_streams()
+            trim_memory()
         if not daemon.engine.thread.is_alive():
             log.critical("the inference thread has died; leaving, so that a supervisor starts the daemon again")
             return 1

@@ -160,7 +160,7 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
                 (sample,),
                 folder / part / "model.onnx",
                 input_names=[name],
-                output_names=[f"{name}_embedding" if newer else "embedding"],
+                output_names=["embedding" if part == "visual" and not newer else f"{name}_embedding"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},) if newer else None,
                 opset_version=23 if newer else 19,
                 dynamo=True,
@@ -252,6 +252,7 @@ class Node:
             if k in lumen_clip.Settings.__annotations__ or not k.isupper() or k in KEPT
         }
         clean |= {"LUMEN_DATA_DIR": str(data), "CLIP_MDNS_TYPE": "off", "HF_ENDPOINT": NOWHERE, "CLIP_TEMPLATES": "1"}
+        clean |= {"LUMEN_TUNE": "0"}
         clean |= {k: str(v) for k, v in environment.items()}
         command = [*program, "--host", "127.0.0.1", "--port", "0", *arguments]
         self.log = ""
@@ -595,12 +596,12 @@ def test_unfinished_requests_and_their_bytes_are_bounded() -> None:
     """Lost otherwise: the memory of a board to one client that never ends what it begins."""
     assembler = lumen_clip.Assembler(1000)
     for i in range(lumen_clip.OPEN_IDS_MAX):
-        assert assembler.add(pb.InferRequest(correlation_id=str(i), total=2, payload=b"x")) is None
+        assert assembler.add(pb.InferRequest(correlation_id=str(i), total=2), b"x") is None
     with pytest.raises(lumen_clip.ChunkError, match="unfinished"):
-        assembler.add(pb.InferRequest(correlation_id="one more", total=2, payload=b"x"))
+        assembler.add(pb.InferRequest(correlation_id="one more", total=2), b"x")
     assert assembler.held() == len(assembler.unfinished()) == lumen_clip.OPEN_IDS_MAX
     with pytest.raises(lumen_clip.ChunkError, match="1000 bytes"):
-        assembler.add(pb.InferRequest(correlation_id="0", seq=1, total=2, payload=b"x" * 1000))
+        assembler.add(pb.InferRequest(correlation_id="0", seq=1, total=2), b"x" * 1000)
     assert assembler.held() == lumen_clip.OPEN_IDS_MAX - 1
 
 

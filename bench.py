@@ -1,0 +1,595 @@
+"""The daemon's speed as a ratio to what the machine can do, measured in one run.
+
+    python bench.py                          # ViT-B-32, ONNX Runtime, fp32; about five minutes
+    python bench.py --precision int8         # or --backend torch
+    python bench.py --photos ~/Photos        # an import of one's own pictures
+    python bench.py --fidelity ~/Photos      # what scaled JPEG decode costs
+    python bench.py --against host:50051     # any server that speaks the protocol
+
+Weights are random, of true size, built once and kept in `data/bench`. Nothing is fetched. Two limits stand beside
+each rate: `model`, the raw model on ready inputs at its best, measured just before and after the row; and `cores`,
+what the machine would do if decoding and the model took their core time and nothing else took any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import empty_pb2
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+import backends
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+
+HERE = Path(__file__).resolve().parent
+IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has under way
+LIBRARY = 40_000  # photographs
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked; `mix` names the cases that take turns."""
+
+    name: str
+    task: str
+    payload: bytes = b""
+    mix: tuple[str, ...] = ()
+
+
+@dataclass
+class Row:
+    case: str
+    clients: int
+    per_s: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    model_per_s: float = 0.0
+    cores_per_s: float = 0.0
+    memory_mb: float = 0.0
+    core_ms: float = 0.0  # the daemon's, of one request
+
+    def cells(self) -> list[str]:
+        def share(limit: float) -> str:
+            return f"{limit:.1f} ({self.per_s / limit:.2f})" if limit else ""
+
+        times = [f"{value:.0f}" for value in (self.p50_ms, self.p95_ms, self.p99_ms)]
+        rest = [f"{self.memory_mb:.0f}" if self.memory_mb else "", f"{self.core_ms:.1f}" if self.core_ms else ""]
+        rates = [f"{self.per_s:.1f}", share(self.model_per_s), share(self.cores_per_s)]
+        return [self.case, str(self.clients), *rates, *times, *rest]
+
+
+HEAD = ["case", "clients", "per s", "model (ratio)", "cores (ratio)", "p50 ms", "p95", "p99", "MB", "core ms"]
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Structure at every scale, as photographs have it, so that the file has a photograph's size."""
+    rng = np.random.default_rng(0)
+    levels = np.zeros((height, width, 3), np.float32)
+    for cell in (512, 128, 32, 8, 2):
+        shape = (max(2, height // cell), max(2, width // cell), 3)
+        noise = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+        levels += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) * cell**0.4
+    levels -= levels.min()
+    return Image.fromarray((levels * 255 / levels.max()).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def make_cases() -> list[Case]:
+    words = "a red bicycle that leans on the wall of an old house by the sea at sunset "
+    return [
+        Case("12 MP JPEG", "clip_image_embed", encoded(photograph(4000, 3000), "JPEG", quality=88)),
+        Case("640 px JPEG", "clip_image_embed", encoded(photograph(640, 480), "JPEG", quality=85)),
+        Case("WebP thumbnail", "clip_image_embed", encoded(photograph(320, 240), "WEBP", quality=80)),
+        Case("short text", "clip_embed", b"a dog on a beach"),
+        Case("long text", "clip_embed", (words * 6).encode()),
+        Case("mixed", "", mix=("640 px JPEG",) * 4 + ("12 MP JPEG", "WebP thumbnail", "short text", "short text")),
+    ]
+
+
+# --- the limits -------------------------------------------------------------------------------------------------
+
+
+class Limits:
+    """The raw model in this process, on ready inputs: ONNX Runtime's sessions or OpenCLIP itself."""
+
+    def __init__(self, backend: backends.Backend, cases: Sequence[Case]) -> None:
+        self.backend, self.cores = backend, backends.usable_cores()
+        side = backend.preprocess.size
+        self._pixels = np.random.default_rng(0).integers(0, 256, (16, side, side, 3), np.uint8)
+        self._ways = list(self._image_ways())
+        trial = [(rate(run, size, 1.0), size, run) for size, run in self._ways]
+        self._best_size, self._best = max(trial, key=lambda found: found[0])[1:]
+        self.image_core_s = core_seconds(self._best, self._best_size)
+        self.decode_core_s: dict[str, float] = {}
+        self.text: dict[str, tuple[float, float]] = {}  # case -> (seconds of one forward, core seconds of one in 8)
+        for case in cases:
+            if case.task == "clip_image_embed":
+                self.decode_core_s[case.name] = core_seconds(lambda data=case.payload: self._decode(data), 1)  # type: ignore[misc]
+            elif case.task:
+                tokens = backend.tokenize([case.payload.decode()] * 8)
+                alone = 1 / rate(lambda t=tokens[:1]: backend.encode_text(t), 1, 1.0)  # type: ignore[misc]
+                self.text[case.name] = alone, core_seconds(lambda t=tokens: backend.encode_text(t), 8)  # type: ignore[misc]
+
+    def _decode(self, data: bytes) -> None:
+        backends.decode_image(data, [self.backend.preprocess], 1 << 30, draft=True)
+
+    def _image_ways(self) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """(batch size, run) of each way to run the model that might be the best."""
+        for size in (1, 2, 4, 8, 16):
+            pixels = self._pixels[:size]
+            if isinstance(self.backend, backends.ONNXRTBackend):
+                yield from self._onnx_ways(pixels)
+            else:
+                yield size, lambda pixels=pixels: self.backend.encode_images(pixels)  # type: ignore[misc]
+
+    def _onnx_ways(self, pixels: NDArray[np.uint8]) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """All threads on one batch with ONNX Runtime's own settings, and a batch on each core."""
+        import onnxruntime
+
+        if not hasattr(self, "_sessions"):
+            path = Path(self.backend._options.model) / "visual" / "model.onnx"  # type: ignore[attr-defined]
+            alone = onnxruntime.SessionOptions()
+            alone.intra_op_num_threads = 1
+            self._sessions = onnxruntime.InferenceSession(str(path)), onnxruntime.InferenceSession(str(path), alone)
+            self._threads = ThreadPoolExecutor(self.cores)
+        whole, alone = self._sessions
+        name = whole.get_inputs()[0].name
+        fixed = whole.get_inputs()[0].shape[0]
+        if isinstance(fixed, int) and len(pixels) != fixed:
+            return
+        yield len(pixels), lambda: whole.run(None, {name: pixels})
+
+        def on_each_core() -> None:
+            list(self._threads.map(lambda _: alone.run(None, {name: pixels}), range(self.cores)))
+
+        yield len(pixels) * self.cores, on_each_core
+
+    def images_per_s(self, seconds: float) -> float:
+        return rate(self._best, self._best_size, seconds)
+
+    def cores_per_s(self, case: Case, cases: Sequence[Case]) -> float:
+        by_name = {other.name: other for other in cases}
+        parts = [by_name[name] for name in case.mix] or [case]
+        return self.cores / statistics.mean(self._core_s(part) for part in parts)
+
+    def _core_s(self, case: Case) -> float:
+        if case.name in self.text:
+            return self.text[case.name][1]
+        return self.image_core_s + self.decode_core_s[case.name]
+
+
+def rate(run: Callable[[], Any], items: int, seconds: float) -> float:
+    """Items a second, by the median run."""
+    run()
+    taken: list[float] = []
+    while sum(taken) < seconds:
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return items / statistics.median(taken)
+
+
+def core_seconds(run: Callable[[], Any], items: int) -> float:
+    """Core time of one item, over a second of runs."""
+    run()
+    runs, started, cpu = 0, time.perf_counter(), time.process_time()
+    while runs < 3 or time.perf_counter() - started < 1:
+        run()
+        runs += 1
+    return (time.process_time() - cpu) / runs / items
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """The daemon in a process of its own, or one that runs already."""
+
+    def __init__(self, address: str, environment: dict[str, str] | None = None) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.said: list[str] = []
+        if environment is not None:
+            command = [sys.executable, str(HERE / "lumen_clip.py"), "--host", "127.0.0.1", "--port", "0"]
+            self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            address = self._wait()
+        self.address = address
+        channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        self.stub = pb_grpc.InferenceStub(channel)
+
+    def _wait(self) -> str:
+        assert self.process and self.process.stderr
+        port = ""
+        for line in self.process.stderr:
+            self.said.append(line)
+            if found := re.search(r"listening on \S+ port (\d+)", line):
+                port = found[1]
+            if "ready: " in line:
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return f"127.0.0.1:{port}"
+        raise SystemExit("bench: the daemon did not start:\n" + "".join(self.said))
+
+    def memory_mb(self) -> float:
+        if not self.process:
+            return 0.0
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024  # type: ignore[index]
+
+    def core_s(self) -> float:
+        if not self.process:
+            return 0.0
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+
+class Client:
+    """One stream with a bounded number of requests under way; notes when each was sent and answered."""
+
+    def __init__(self, stub: Any, requests: Sequence[pb.InferRequest], in_flight: int) -> None:
+        self._stub, self._requests = stub, requests
+        self._room = threading.Semaphore(in_flight)
+        self._sent: list[float] = []
+        self._over = False
+        self.times: list[tuple[float, float]] = []  # (answered at, seconds)
+
+    def stop(self) -> None:
+        self._over = True
+        self._room.release()
+
+    def _messages(self) -> Iterator[pb.InferRequest]:
+        position = 0
+        while True:
+            self._room.acquire()
+            if self._over:
+                return
+            self._sent.append(time.perf_counter())
+            yield self._requests[position % len(self._requests)]
+            position += 1
+
+    def run(self) -> None:
+        for response in self._stub.Infer(self._messages()):
+            if response.error.message:
+                raise RuntimeError(response.error.message)
+            now = time.perf_counter()
+            self.times.append((now, now - self._sent[len(self.times)]))
+            self._room.release()
+
+
+def load(server: Server, requests: Sequence[pb.InferRequest], clients: int, seconds: float) -> Row:
+    """Closed-loop load; what is counted was answered after the first quarter."""
+    started = [
+        Client(server.stub, [*requests[i % len(requests) :], *requests[: i % len(requests)]], IN_FLIGHT[clients])
+        for i in range(clients)
+    ]
+    with ThreadPoolExecutor(clients) as threads:
+        running = [threads.submit(client.run) for client in started]
+        time.sleep(seconds / 4)
+        begin, core = time.perf_counter(), server.core_s()
+        time.sleep(seconds)
+        end, core = time.perf_counter(), server.core_s() - core
+        for client in started:
+            client.stop()
+        for end_of in running:
+            end_of.result()
+    taken = [took for client in started for at, took in client.times if begin <= at < end]
+    if not taken:
+        raise SystemExit(f"bench: no answer within {seconds} s; --seconds gives it longer")
+    p50, p95, p99 = (1000 * float(q) for q in np.percentile(taken, (50, 95, 99)))
+    per_s = len(taken) / (end - begin)
+    return Row("", clients, per_s, p50, p95, p99, memory_mb=server.memory_mb(), core_ms=1000 * core / len(taken))
+
+
+def ping(address: str, over: Any, found: Any) -> None:
+    """In a process of its own: Health ten times a second; puts the seconds that each took."""
+    stub, times = pb_grpc.InferenceStub(grpc.insecure_channel(address)), []
+    while not over.is_set():
+        started = time.perf_counter()
+        stub.Health(empty_pb2.Empty())
+        times.append(time.perf_counter() - started)
+        time.sleep(0.1)
+    found.put(times)
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------
+
+
+def requests_of(case: Case, cases: Sequence[Case]) -> list[pb.InferRequest]:
+    by_name = {other.name: other for other in cases}
+    parts = [by_name[name] for name in case.mix] or [case]
+    return [pb.InferRequest(task=part.task, payload=part.payload) for part in parts]
+
+
+def measure_cases(
+    server: Server, limits: Limits | None, cases: Sequence[Case], everything: Sequence[Case], seconds: float
+) -> list[Row]:
+    rows = []
+    for case in cases:
+        requests = requests_of(case, everything)
+        for clients in IN_FLIGHT:
+            before = limits.images_per_s(2) if limits and case.task == "clip_image_embed" else 0.0
+            row = load(server, requests, clients, seconds)
+            row.case = case.name
+            if limits:
+                after = limits.images_per_s(2) if before else 0.0
+                row.model_per_s, row.cores_per_s = (before + after) / 2, limits.cores_per_s(case, everything)
+            rows.append(row)
+            print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
+    return rows
+
+
+def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], seconds: float) -> dict[str, float]:
+    """A text alone, then a text while an import of photographs keeps the daemon busy; milliseconds."""
+    by_name = {case.name: case for case in cases}
+    text = requests_of(by_name["short text"], cases)[0]
+
+    def ask() -> float:
+        started = time.perf_counter()
+        list(server.stub.Infer(iter([text])))
+        return 1000 * (time.perf_counter() - started)
+
+    ask()
+    alone = [ask() for _ in range(100)]
+    found = {"text, idle daemon: p50": statistics.median(alone)}
+    if limits:
+        found["raw forward of that text"] = 1000 / rate(
+            lambda: limits.backend.encode_text(limits.backend.tokenize([text.payload.decode()])), 1, 2
+        )
+    importing = Client(server.stub, requests_of(by_name["640 px JPEG"], cases), IN_FLIGHT[1])
+    thread = threading.Thread(target=importing.run)
+    thread.start()
+    time.sleep(3)
+    busy, until = [], time.perf_counter() + 3 * seconds
+    while time.perf_counter() < until:
+        busy.append(ask())
+        time.sleep(0.05)
+    importing.stop()
+    thread.join()
+    p50, p95 = np.percentile(busy, (50, 95))
+    extra = server.stub.GetCapabilities(empty_pb2.Empty()).extra
+    at = [answered for answered, _ in importing.times]
+    per_s = (len(at) - 1) / (at[-1] - at[0])
+    found |= {"text during an import: p50": float(p50), "text during an import: p95": float(p95)}
+    if "clip_batch_size" in extra:
+        found["one image batch"] = 1000 * int(extra["clip_batch_size"]) / per_s
+    return found
+
+
+def measure_photos(server: Server, folder: Path) -> str:
+    kinds = {".jpg", ".jpeg", ".png", ".webp", ".avif"}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)[:2000]
+    if not paths:
+        raise SystemExit(f"bench: --photos {folder}: no pictures in it")
+    room, failed, size = threading.Semaphore(IN_FLIGHT[1]), 0, 0
+
+    def messages() -> Iterator[pb.InferRequest]:
+        nonlocal size
+        for path in paths:
+            room.acquire()
+            payload = path.read_bytes()
+            size += len(payload)
+            yield pb.InferRequest(correlation_id=path.name, task="clip_image_embed", payload=payload)
+
+    started = time.perf_counter()
+    for response in server.stub.Infer(messages()):
+        failed += bool(response.error.message)
+        room.release()
+    took = time.perf_counter() - started
+    return (
+        f"{len(paths)} pictures of {size / len(paths) / 1e6:.1f} MB on average in {took:.1f} s, {failed} not readable: "
+        f"{len(paths) / took:.1f} a second; {LIBRARY:,} photos in about {LIBRARY / len(paths) * took / 3600:.1f} hours"
+    )
+
+
+def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
+    """Cosine to full decode, and the time of decoding, for each margin that scaled JPEG decode may keep."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = paths[:: max(1, len(paths) // 100)]
+    if not paths:
+        raise SystemExit(f"bench: --fidelity {folder}: no JPEG files in it")
+    files = [path.read_bytes() for path in paths]
+
+    def vectors(draft: bool) -> tuple[NDArray[np.float32], float]:
+        started, recipe = time.process_time(), backend.preprocess
+        pixels = np.stack([backends.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
+        took = time.process_time() - started
+        return np.concatenate([backend.encode_images(pixels[i : i + 4]) for i in range(0, len(pixels), 4)]), took
+
+    full, took = vectors(False)
+    lines = [f"full decode of {len(files)} JPEG files: {1000 * took / len(files):.0f} core ms each"]
+    default = backends.DRAFT_MARGIN
+    for margin in (1, 2, 4):
+        backends.DRAFT_MARGIN = margin
+        scaled, took = vectors(True)
+        cosine = np.sum(full * scaled, axis=1)
+        lines.append(
+            f"at least {margin} x the model's side{' (the default)' * (margin == default)}: cosine mean "
+            f"{cosine.mean():.6f}, worst {cosine.min():.6f}; {1000 * took / len(files):.0f} core ms each"
+        )
+    backends.DRAFT_MARGIN = default
+    return "\n".join(lines)
+
+
+def measure_scoring() -> str:
+    """Scoring of the tree of life against a plain copy of its vectors."""
+    import labels
+
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((384_490, 768), np.float32).astype(np.float16)
+    species = labels.LabelSet([str(i) for i in range(len(vectors))], vectors, 100)
+    copy = rate(vectors.copy, vectors.nbytes, 2) / 1e9
+    lines = [f"384,490 x 768 label vectors of {vectors.nbytes / 1e6:.0f} MB; a plain copy reads {copy:.1f} GB/s"]
+    for batch in (1, 8):
+        queries = rng.standard_normal((batch, 768), np.float32)
+        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+        score = 1 / rate(lambda q=queries: species.probabilities(q), 1, 3)  # type: ignore[misc]
+        row = species.probabilities(queries)[0]
+        top = 1 / rate(lambda r=row: species.top(r, 5), 1, 1)  # type: ignore[misc]
+        lines.append(
+            f"batch of {batch}: {1000 * score:.0f} ms, {vectors.nbytes / score / 1e9:.1f} GB/s of vectors; "
+            f"top 5 of a row {1000 * top:.1f} ms"
+        )
+    return "\n".join(lines)
+
+
+# --- setting up and reporting -----------------------------------------------------------------------------------
+
+
+def build_model(data: Path, options: argparse.Namespace) -> str:
+    """The value of CLIP_MODEL: true-size random weights in `data`, built on the first run (needs torch)."""
+    if options.model:
+        return str(options.model)
+    weights = data / f"{options.arch}.pt"
+    if not weights.is_file():
+        import open_clip
+        import torch
+
+        data.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model(options.arch).state_dict(), weights.with_suffix(".part"))
+        weights.with_suffix(".part").rename(weights)
+    if options.backend == "torch":
+        return f"{options.arch}:{weights}"
+    folder = data / f"{options.arch}-{options.precision}"
+    if not folder.is_dir():
+        import export
+
+        export.export(f"{options.arch}:{weights}", folder, options.precision)
+    return str(folder)
+
+
+def environment_of(data: Path, options: argparse.Namespace, model: str) -> dict[str, str]:
+    names = data / "names.json"  # ImageNet's are on a hub
+    names.write_text(json.dumps([f"thing {i}" for i in range(1000)]))
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CLIP_", "BIOCLIP_", "LUMEN_", "BATCH_"))}
+    own = {"CLIP_BACKEND": options.backend, "CLIP_MODEL": model, "CLIP_LABELS": str(names), "CLIP_TEMPLATES": "1"}
+    return {**kept, **own, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_TYPE": "off", "LUMEN_DATA_DIR": str(data / "daemon")}
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the rates as shares of the `cores` limit."""
+    shown = [row for row in rows if row.cores_per_s]
+    if not shown:
+        raise SystemExit("bench: --plot needs the limits, which --against does not measure")
+    font, height = ImageFont.load_default(16), 26
+    image = Image.new("RGB", (1000, height * (len(shown) + 2)), "white")
+    pen = ImageDraw.Draw(image)
+    pen.text((10, 4), "requests a second, as a share of decode + model core time over the cores", "black", font)
+    for line, row in enumerate(shown, 1):
+        share, top = row.per_s / row.cores_per_s, line * height + 6
+        pen.text((10, top), f"{row.case}, {row.clients} client{'s' * (row.clients > 1)}", "black", font)
+        pen.rectangle((260, top, 260 + 600 * min(share, 1.1), top + height - 8), "#3b6ea5")
+        pen.text((270 + 600 * min(share, 1.1), top), f"{share:.2f}   {row.per_s:.1f}/s", "black", font)
+    pen.line((860, height, 860, height * (len(shown) + 1)), "#999999")
+    image.save(path)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bench.py", description="The daemon against the limits of the machine.")
+    parser.add_argument("--backend", choices=["onnxrt", "torch"], default="onnxrt")
+    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="of the ONNX export")
+    parser.add_argument("--arch", default="ViT-B-32", help="an OpenCLIP architecture (default: ViT-B-32)")
+    parser.add_argument("--model", type=Path, help="a folder of one's own instead of random weights")
+    parser.add_argument("--seconds", type=float, default=8, help="of each row (default: 8)")
+    parser.add_argument("--cases", default="", help="the beginnings of the cases to run, separated by commas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rates")
+    parser.add_argument("--against", metavar="HOST:PORT", help="measure this server, without limits")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure an import of these only")
+    parser.add_argument("--fidelity", type=Path, metavar="FOLDER", help="measure scaled decode on these only")
+    parser.add_argument("--scoring", action="store_true", help="measure the scoring of species only")
+    parser.add_argument("--data-dir", type=Path, default=HERE / "data" / "bench")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.scoring:
+        print(measure_scoring())
+        return 0
+    model = "" if options.against else build_model(options.data_dir, options)
+    if options.fidelity:
+        print(measure_fidelity(open_backend(options, model), options.fidelity))
+        return 0
+    server = Server(
+        options.against or "", None if options.against else environment_of(options.data_dir, options, model)
+    )
+    try:
+        if options.photos:
+            print(measure_photos(server, options.photos))
+            return 0
+        report(server, None if options.against else open_backend(options, model), options)
+    finally:
+        server.stop()
+    return 0
+
+
+def open_backend(options: argparse.Namespace, model: str) -> backends.Backend:
+    return backends.create_backend(backends.ModelOptions("CLIP", options.backend, model, options.data_dir))
+
+
+def report(server: Server, backend: backends.Backend | None, options: argparse.Namespace) -> None:
+    everything = make_cases()
+    wanted = tuple(options.cases.split(","))
+    cases = [case for case in everything if case.name.startswith(wanted)]
+    limits = Limits(backend, everything) if backend else None
+    extra = dict(server.stub.GetCapabilities(empty_pb2.Empty()).extra)
+    print(f"{extra.get('clip_model', options.against)}: {extra}")
+    spawn = multiprocessing.get_context("spawn")
+    over, found = spawn.Event(), spawn.Queue()
+    pinging = spawn.Process(target=ping, args=(server.address, over, found), daemon=True)
+    pinging.start()
+    print("  ".join(cell.rjust(14) for cell in HEAD))
+    rows = measure_cases(server, limits, cases, everything, options.seconds)
+    waits = measure_waits(server, limits, everything, options.seconds)
+    over.set()
+    health = 1000 * np.percentile(found.get(), 99)
+    pinging.join()
+    waits["Health in all of it: p99"] = float(health)
+    for name, milliseconds in waits.items():
+        print(f"{name}: {milliseconds:.1f} ms")
+    parts: dict[str, float] = {}
+    if limits:
+        parts = {f"decode, {name}": 1000 * value for name, value in limits.decode_core_s.items()}
+        parts |= {"image model": 1000 * limits.image_core_s}
+        parts |= {f"text model, {name}": 1000 * value[1] for name, value in limits.text.items()}
+        print("core ms of: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+    if options.json:
+        content = {"capability": extra, "rows": [asdict(row) for row in rows], "waits_ms": waits, "core_ms": parts}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
