@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +121,23 @@ def make_cases() -> list[Case]:
 class Limits:
     """The raw model in this process, on ready inputs: ONNX Runtime's sessions or OpenCLIP itself."""
 
-    def __init__(self, backend: backends.Backend, cases: Sequence[Case]) -> None:
+    def __init__(self, backend: backends.Backend, cases: Sequence[Case], seconds: float) -> None:
+        """`seconds` bounds each of some twenty measurements."""
         self.backend, self.cores = backend, backends.usable_cores()
         side = backend.preprocess.size
         self._pixels = np.random.default_rng(0).integers(0, 256, (16, side, side, 3), np.uint8)
         self._ways = list(self._image_ways())
-        trial = [(rate(run, size, 1.0), size, run) for size, run in self._ways]
+        trial = [(rate(run, size, seconds), size, run) for size, run in self._ways]
         self._best_size, self._best = max(trial, key=lambda found: found[0])[1:]
-        self.image_core_s = core_seconds(self._best, self._best_size)
+        self.image_core_s = core_seconds(self._best, self._best_size, seconds)
         self.decode_core_s: dict[str, float] = {}
-        self.text: dict[str, tuple[float, float]] = {}  # case -> (seconds of one forward, core seconds of one in 8)
+        self.text_core_s: dict[str, float] = {}  # of one text in a batch of 8
         for case in cases:
             if case.task == "clip_image_embed":
-                self.decode_core_s[case.name] = core_seconds(lambda data=case.payload: self._decode(data), 1)  # type: ignore[misc]
+                self.decode_core_s[case.name] = core_seconds(partial(self._decode, case.payload), 1, seconds)
             elif case.task:
                 tokens = backend.tokenize([case.payload.decode()] * 8)
-                alone = 1 / rate(lambda t=tokens[:1]: backend.encode_text(t), 1, 1.0)  # type: ignore[misc]
-                self.text[case.name] = alone, core_seconds(lambda t=tokens: backend.encode_text(t), 8)  # type: ignore[misc]
+                self.text_core_s[case.name] = core_seconds(partial(backend.encode_text, tokens), 8, seconds)
 
     def _decode(self, data: bytes) -> None:
         backends.decode_image(data, [self.backend.preprocess], 1 << 30, draft=True)
@@ -148,7 +149,7 @@ class Limits:
             if isinstance(self.backend, backends.ONNXRTBackend):
                 yield from self._onnx_ways(pixels)
             else:
-                yield size, lambda pixels=pixels: self.backend.encode_images(pixels)  # type: ignore[misc]
+                yield size, partial(self.backend.encode_images, pixels)
 
     def _onnx_ways(self, pixels: NDArray[np.uint8]) -> Iterator[tuple[int, Callable[[], Any]]]:
         """All threads on one batch with ONNX Runtime's own settings, and a batch on each core."""
@@ -181,8 +182,8 @@ class Limits:
         return self.cores / statistics.mean(self._core_s(part) for part in parts)
 
     def _core_s(self, case: Case) -> float:
-        if case.name in self.text:
-            return self.text[case.name][1]
+        if case.name in self.text_core_s:
+            return self.text_core_s[case.name]
         return self.image_core_s + self.decode_core_s[case.name]
 
 
@@ -197,11 +198,11 @@ def rate(run: Callable[[], Any], items: int, seconds: float) -> float:
     return items / statistics.median(taken)
 
 
-def core_seconds(run: Callable[[], Any], items: int) -> float:
-    """Core time of one item, over a second of runs."""
+def core_seconds(run: Callable[[], Any], items: int, seconds: float) -> float:
+    """Core time of one item."""
     run()
     runs, started, cpu = 0, time.perf_counter(), time.process_time()
-    while runs < 3 or time.perf_counter() - started < 1:
+    while runs < 3 or time.perf_counter() - started < seconds:
         run()
         runs += 1
     return (time.process_time() - cpu) / runs / items
@@ -213,7 +214,7 @@ def core_seconds(run: Callable[[], Any], items: int) -> float:
 class Server:
     """The daemon in a process of its own, or one that runs already."""
 
-    def __init__(self, address: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, address: str, environment: dict[str, str] | None) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.said: list[str] = []
         if environment is not None:
@@ -337,11 +338,11 @@ def measure_cases(
     for case in cases:
         requests = requests_of(case, everything)
         for clients in IN_FLIGHT:
-            before = limits.images_per_s(2) if limits and case.task == "clip_image_embed" else 0.0
+            before = limits.images_per_s(seconds / 4) if limits and case.task == "clip_image_embed" else 0.0
             row = load(server, requests, clients, seconds)
             row.case = case.name
             if limits:
-                after = limits.images_per_s(2) if before else 0.0
+                after = limits.images_per_s(seconds / 4) if before else 0.0
                 row.model_per_s, row.cores_per_s = (before + after) / 2, limits.cores_per_s(case, everything)
             rows.append(row)
             print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
@@ -362,13 +363,12 @@ def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], 
     alone = [ask() for _ in range(100)]
     found = {"text, idle daemon: p50": statistics.median(alone)}
     if limits:
-        found["raw forward of that text"] = 1000 / rate(
-            lambda: limits.backend.encode_text(limits.backend.tokenize([text.payload.decode()])), 1, 2
-        )
+        tokens = limits.backend.tokenize([text.payload.decode()])
+        found["raw forward of that text"] = 1000 / rate(partial(limits.backend.encode_text, tokens), 1, seconds / 4)
     importing = Client(server.stub, requests_of(by_name["640 px JPEG"], cases), IN_FLIGHT[1])
     thread = threading.Thread(target=importing.run)
     thread.start()
-    time.sleep(3)
+    time.sleep(seconds / 2)
     busy, until = [], time.perf_counter() + 3 * seconds
     while time.perf_counter() < until:
         busy.append(ask())
@@ -452,9 +452,8 @@ def measure_scoring() -> str:
     for batch in (1, 8):
         queries = rng.standard_normal((batch, 768), np.float32)
         queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-        score = 1 / rate(lambda q=queries: species.probabilities(q), 1, 3)  # type: ignore[misc]
-        row = species.probabilities(queries)[0]
-        top = 1 / rate(lambda r=row: species.top(r, 5), 1, 1)  # type: ignore[misc]
+        score = 1 / rate(partial(species.probabilities, queries), 1, 3)
+        top = 1 / rate(partial(species.top, species.probabilities(queries)[0], 5), 1, 1)
         lines.append(
             f"batch of {batch}: {1000 * score:.0f} ms, {vectors.nbytes / score / 1e9:.1f} GB/s of vectors; "
             f"top 5 of a row {1000 * top:.1f} ms"
@@ -562,7 +561,7 @@ def report(server: Server, backend: backends.Backend | None, options: argparse.N
     everything = make_cases()
     wanted = tuple(options.cases.split(","))
     cases = [case for case in everything if case.name.startswith(wanted)]
-    limits = Limits(backend, everything) if backend else None
+    limits = Limits(backend, everything, options.seconds / 8) if backend else None
     extra = dict(server.stub.GetCapabilities(empty_pb2.Empty()).extra)
     print(f"{extra.get('clip_model', options.against)}: {extra}")
     spawn = multiprocessing.get_context("spawn")
@@ -582,7 +581,7 @@ def report(server: Server, backend: backends.Backend | None, options: argparse.N
     if limits:
         parts = {f"decode, {name}": 1000 * value for name, value in limits.decode_core_s.items()}
         parts |= {"image model": 1000 * limits.image_core_s}
-        parts |= {f"text model, {name}": 1000 * value[1] for name, value in limits.text.items()}
+        parts |= {f"text model, {name}": 1000 * value for name, value in limits.text_core_s.items()}
         print("core ms of: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
     if options.json:
         content = {"capability": extra, "rows": [asdict(row) for row in rows], "waits_ms": waits, "core_ms": parts}

@@ -2448,6 +2448,82 @@ def test_a_copy_of_three_files_serves_the_demo_on_aarch64(arm64_root: Path, draw
         assert node.stop() == 0, node.log
 
 
+# --- speed -------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_on_all_cores_give_what_one_batch_gives(tiny_onnx: Path, tiny_immich: Path) -> None:
+    """Lost otherwise: vectors that depend on how many pictures came along, or on how a machine was tuned."""
+    pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()]][:7])
+    for folder in (tiny_onnx, tiny_immich):
+        backend = load(folder)
+        found = {}
+        for arrangement in backend.arrangements():
+            backend.arrange(arrangement)
+            found[arrangement] = backend.encode_images(pixels)
+            assert found[arrangement].shape == (7, backend.dim)
+        alone = np.concatenate([backend.encode_images(row[None]) for row in pixels])
+        assert all(np.allclose(vectors, alone, atol=1e-5) for vectors in found.values())
+
+
+def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: seconds at every start, or a batch that was right for another machine."""
+    backend = load(tiny_onnx)
+    first = backends.tuned(backend, 4, tmp_path)
+    assert 1 <= first.batch_size <= 4 and first.images_per_s > 0 and first.arrangement in backend.arrangements()
+    monkeypatch.setattr(backends, "_seconds_of_a_batch", lambda *_: pytest.fail("tried again"))
+    assert backends.tuned(backend, 4, tmp_path) == first
+    slow = {1: 0.1, 2: 0.12, 3: 0.36}  # seconds of a batch of so many
+    monkeypatch.setattr(backends, "_seconds_of_a_batch", lambda _, size: slow[size])
+    assert backends.tuned(backend, 3, tmp_path).batch_size == 2  # another bound, so tried again; 3 would take too long
+    monkeypatch.setattr(backends, "_versions", lambda: ["onnxruntime 99"])
+    slow[2] = 0.36
+    assert backends.tuned(backend, 3, tmp_path).batch_size == 1
+    (tmp_path / "tuning.json").write_text("{")
+    slow[2] = 0.12
+    assert backends.tuned(backend, 3, tmp_path).batch_size == 2
+
+
+def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: an app that cannot tell its user how long an import will take."""
+    data = label_files(tmp_path)
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_TUNE": "1"}
+    node = Node(data, **settings).ready()
+    try:
+        extra = node.stub.GetCapabilities(Empty()).extra
+        assert float(extra["clip_images_per_s"]) > 1 and 1 <= int(extra["clip_batch_size"]) <= 8
+        assert (data / "clip" / "onnxrt" / "tiny" / "tuning.json").is_file()
+    finally:
+        assert node.stop() == 0
+
+
+def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the figures of the README, which nobody could check."""
+    common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path), "--seconds", "0.8"]
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        picture(RED, (900, 700), i).save(tmp_path / "photos" / f"{i}.jpg")
+
+    def bench(*options: str) -> str:
+        command = [sys.executable, str(ROOT / "bench.py"), *common, *options]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+    said = bench("--cases", "640,mixed", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"))
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert [(row["case"], row["clients"]) for row in content["rows"]] == [
+        (case, clients) for case in ("640 px JPEG", "mixed") for clients in (1, 8, 64)
+    ]
+    assert all(row["per_s"] > 0 and row["cores_per_s"] > 0 and row["memory_mb"] > 50 for row in content["rows"])
+    assert all(row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in content["rows"])
+    assert content["rows"][0]["model_per_s"] > 0 and "Health in all of it: p99" in said
+    assert Image.open(tmp_path / "b.png").size[0] == 1000
+    assert re.search(
+        r"3 pictures .* 0 not readable: .* 40,000 photos in about", bench("--photos", str(tmp_path / "photos"))
+    )
+    assert "at least 2 x the model's side (the default): cosine mean" in bench("--fidelity", str(tmp_path / "photos"))
+
+
 # --- true size ---------------------------------------------------------------------------------------------------
 
 
