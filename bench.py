@@ -440,6 +440,27 @@ def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def measure_int8(options: argparse.Namespace) -> str:
+    """int8 against fp32, turn and turn about on ready pixels, each in each arrangement that the machine offers."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), np.uint8)
+    both = {}
+    for precision in ("fp32", "int8"):
+        options.precision = precision
+        both[precision] = open_backend(options, build_model(options.data_dir, options))
+    lines = []
+    for arrangement in both["fp32"].arrangements():
+        rates: dict[str, list[float]] = {precision: [] for precision in both}
+        for backend in both.values():
+            backend.arrange(arrangement)
+        for _ in range(7):
+            for precision, backend in both.items():
+                rates[precision].append(rate(partial(backend.encode_images, pixels), len(pixels), options.seconds / 8))
+        ratio = statistics.median(small / full for full, small in zip(*rates.values(), strict=True))
+        fp32, int8 = (statistics.median(found) for found in rates.values())
+        lines.append(f"{arrangement}: fp32 {fp32:.1f} images/s, int8 {int8:.1f}: {ratio:.2f} times as fast")
+    return "\n".join(lines)
+
+
 def measure_scoring() -> str:
     """Scoring of the tree of life against a plain copy of its vectors."""
     import labels
@@ -526,6 +547,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", metavar="HOST:PORT", help="measure this server, without limits")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure an import of these only")
     parser.add_argument("--fidelity", type=Path, metavar="FOLDER", help="measure scaled decode on these only")
+    parser.add_argument("--int8", action="store_true", help="measure int8 against fp32 only")
     parser.add_argument("--scoring", action="store_true", help="measure the scoring of species only")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data" / "bench")
     return parser.parse_args(arguments)
@@ -535,6 +557,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.scoring:
         print(measure_scoring())
+        return 0
+    if options.int8:
+        print(measure_int8(options))
         return 0
     model = "" if options.against else build_model(options.data_dir, options)
     if options.fidelity:
