@@ -786,7 +786,8 @@ class TorchBackend:
             return _unit_rows(x.float().cpu().numpy())
 
     def arrangements(self) -> Sequence[str]:
-        return ("split", "whole") if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
+        # On a CPU `whole` is never worth trying: its threads spin while they wait, and pictures are decoded meanwhile.
+        return ("split",) if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
 
     def arrange(self, arrangement: str) -> None:
         self._pieces = Pieces(lambda: self._torch.set_num_threads(1)) if arrangement == "split" else None
