@@ -119,72 +119,66 @@ def make_cases() -> list[Case]:
 
 
 class Limits:
-    """The raw model in this process, on ready inputs: ONNX Runtime's sessions or OpenCLIP itself."""
+    """The raw model in this process, on ready inputs: ONNX Runtime's sessions or OpenCLIP itself; and the decoder.
+
+    Measured when asked for, since a machine is seldom as fast now as it was a minute ago.
+    """
 
     def __init__(self, backend: backends.Backend, cases: Sequence[Case], seconds: float) -> None:
-        """`seconds` bounds each of some twenty measurements."""
-        self.backend, self.cores = backend, backends.usable_cores()
-        side = backend.preprocess.size
-        self._pixels = np.random.default_rng(0).integers(0, 256, (16, side, side, 3), np.uint8)
-        self._ways = list(self._image_ways())
-        trial = [(rate(run, size, seconds), size, run) for size, run in self._ways]
-        self._best_size, self._best = max(trial, key=lambda found: found[0])[1:]
-        self.image_core_s = core_seconds(self._best, self._best_size, seconds)
-        self.decode_core_s: dict[str, float] = {}
-        self.text_core_s: dict[str, float] = {}  # of one text in a batch of 8
-        for case in cases:
-            if case.task == "clip_image_embed":
-                self.decode_core_s[case.name] = core_seconds(partial(self._decode, case.payload), 1, seconds)
-            elif case.task:
-                tokens = backend.tokenize([case.payload.decode()] * 8)
-                self.text_core_s[case.name] = core_seconds(partial(backend.encode_text, tokens), 8, seconds)
+        """`seconds` bounds each measurement."""
+        self.backend, self.cores, self._seconds = backend, backends.usable_cores(), seconds
+        self._cases = {case.name: case for case in cases}
+        self._threads = ThreadPoolExecutor(self.cores)
+        ways = list(self._onnx_ways(backend) if isinstance(backend, backends.ONNXRTBackend) else self._torch_ways())
+        self._best_size, self._best = max(ways, key=lambda way: rate(way[1], way[0], seconds))
 
-    def _decode(self, data: bytes) -> None:
-        backends.decode_image(data, [self.backend.preprocess], 1 << 30, draft=True)
-
-    def _image_ways(self) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """(batch size, run) of each way to run the model that might be the best."""
+    def _ready_pixels(self) -> Iterator[NDArray[np.uint8]]:
+        side = self.backend.preprocess.size
         for size in (1, 2, 4, 8, 16):
-            pixels = self._pixels[:size]
-            if isinstance(self.backend, backends.ONNXRTBackend):
-                yield from self._onnx_ways(pixels)
-            else:
-                yield size, partial(self.backend.encode_images, pixels)
+            yield np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
 
-    def _onnx_ways(self, pixels: NDArray[np.uint8]) -> Iterator[tuple[int, Callable[[], Any]]]:
+    def _torch_ways(self) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """(batch size, run) of each way to run the model that might be the best."""
+        for pixels in self._ready_pixels():
+            yield len(pixels), partial(self.backend.encode_images, pixels)
+
+    def _onnx_ways(self, backend: backends.ONNXRTBackend) -> Iterator[tuple[int, Callable[[], Any]]]:
         """All threads on one batch with ONNX Runtime's own settings, and a batch on each core."""
         import onnxruntime
 
-        if not hasattr(self, "_sessions"):
-            path = Path(self.backend._options.model) / "visual" / "model.onnx"  # type: ignore[attr-defined]
-            alone = onnxruntime.SessionOptions()
-            alone.intra_op_num_threads = 1
-            self._sessions = onnxruntime.InferenceSession(str(path)), onnxruntime.InferenceSession(str(path), alone)
-            self._threads = ThreadPoolExecutor(self.cores)
-        whole, alone = self._sessions
-        name = whole.get_inputs()[0].name
-        fixed = whole.get_inputs()[0].shape[0]
-        if isinstance(fixed, int) and len(pixels) != fixed:
-            return
-        yield len(pixels), lambda: whole.run(None, {name: pixels})
+        alone = onnxruntime.SessionOptions()
+        alone.intra_op_num_threads = 1
+        whole = onnxruntime.InferenceSession(str(backend.image_path))
+        one_core = onnxruntime.InferenceSession(str(backend.image_path), alone)
+        name, fixed = whole.get_inputs()[0].name, whole.get_inputs()[0].shape[0]
 
-        def on_each_core() -> None:
-            list(self._threads.map(lambda _: alone.run(None, {name: pixels}), range(self.cores)))
+        def on_each_core(pixels: NDArray[np.uint8]) -> None:
+            list(self._threads.map(lambda _: one_core.run(None, {name: pixels}), range(self.cores)))
 
-        yield len(pixels) * self.cores, on_each_core
+        for pixels in self._ready_pixels():
+            if not isinstance(fixed, int) or len(pixels) == fixed:
+                yield len(pixels), partial(whole.run, None, {name: pixels})
+                yield len(pixels) * self.cores, partial(on_each_core, pixels)
 
-    def images_per_s(self, seconds: float) -> float:
-        return rate(self._best, self._best_size, seconds)
+    def images_per_s(self) -> float:
+        return rate(self._best, self._best_size, self._seconds)
 
-    def cores_per_s(self, case: Case, cases: Sequence[Case]) -> float:
-        by_name = {other.name: other for other in cases}
-        parts = [by_name[name] for name in case.mix] or [case]
-        return self.cores / statistics.mean(self._core_s(part) for part in parts)
+    def cores_per_s(self, case: Case) -> float:
+        """What the cores would do if decoding and the model took their time, and nothing else took any."""
+        parts = [self._cases[name] for name in case.mix] or [case]
+        return self.cores / statistics.mean(sum(self.core_s(part).values()) for part in parts)
 
-    def _core_s(self, case: Case) -> float:
-        if case.name in self.text_core_s:
-            return self.text_core_s[case.name]
-        return self.image_core_s + self.decode_core_s[case.name]
+    def core_s(self, case: Case) -> dict[str, float]:
+        """Core seconds of one request of a case, by what they are spent on."""
+        if case.task != "clip_image_embed":
+            tokens = self.backend.tokenize([case.payload.decode()] * 8)
+            return {"text model": core_seconds(partial(self.backend.encode_text, tokens), 8, self._seconds)}
+        recipes = [self.backend.preprocess]
+        decode = partial(backends.decode_image, case.payload, recipes, 1 << 30, draft=True)
+        return {
+            "decode": core_seconds(decode, 1, self._seconds),
+            "image model": core_seconds(self._best, self._best_size, self._seconds),
+        }
 
 
 def rate(run: Callable[[], Any], items: int, seconds: float) -> float:
@@ -334,16 +328,22 @@ def requests_of(case: Case, cases: Sequence[Case]) -> list[pb.InferRequest]:
 def measure_cases(
     server: Server, limits: Limits | None, cases: Sequence[Case], everything: Sequence[Case], seconds: float
 ) -> list[Row]:
+    """The rows; their limits are the means of what was measured just before and just after."""
+
+    def limits_of(case: Case) -> tuple[float, float]:
+        if not limits:
+            return 0.0, 0.0
+        return limits.images_per_s() if case.task == "clip_image_embed" else 0.0, limits.cores_per_s(case)
+
     rows = []
     for case in cases:
-        requests = requests_of(case, everything)
+        requests, before = requests_of(case, everything), limits_of(case)
         for clients in IN_FLIGHT:
-            before = limits.images_per_s(seconds / 4) if limits and case.task == "clip_image_embed" else 0.0
             row = load(server, requests, clients, seconds)
+            after = limits_of(case)
             row.case = case.name
-            if limits:
-                after = limits.images_per_s(seconds / 4) if before else 0.0
-                row.model_per_s, row.cores_per_s = (before + after) / 2, limits.cores_per_s(case, everything)
+            row.model_per_s, row.cores_per_s = (statistics.mean(pair) for pair in zip(before, after, strict=True))
+            before = after
             rows.append(row)
             print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
     return rows
@@ -461,24 +461,36 @@ def measure_int8(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def measure_scoring() -> str:
-    """Scoring of the tree of life against a plain copy of its vectors."""
+def measure_scoring(backend: backends.Backend) -> str:
+    """Scoring of the tree of life against a plain copy of its vectors, turn and turn about."""
     import labels
 
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((384_490, 768), np.float32).astype(np.float16)
-    species = labels.LabelSet([str(i) for i in range(len(vectors))], vectors, 100)
-    copy = rate(vectors.copy, vectors.nbytes, 2) / 1e9
-    lines = [f"384,490 x 768 label vectors of {vectors.nbytes / 1e6:.0f} MB; a plain copy reads {copy:.1f} GB/s"]
+    species = labels.LabelSet([str(i) for i in range(len(vectors))], vectors, 100, backend.similarities)
+
+    def best() -> None:
+        for row in species.probabilities(queries):
+            species.top(row, 5)
+
+    lines = [f"{len(vectors):,} x 768 label vectors of {vectors.nbytes / 1e6:.0f} MB, {backend.runtime}"]
     for batch in (1, 8):
         queries = rng.standard_normal((batch, 768), np.float32)
         queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-        score = 1 / rate(partial(species.probabilities, queries), 1, 3)
-        top = 1 / rate(partial(species.top, species.probabilities(queries)[0], 5), 1, 1)
-        lines.append(
-            f"batch of {batch}: {1000 * score:.0f} ms, {vectors.nbytes / score / 1e9:.1f} GB/s of vectors; "
-            f"top 5 of a row {1000 * top:.1f} ms"
-        )
+        runs: dict[str, Callable[[], Any]] = {
+            "a plain copy": vectors.copy,
+            "similarities": partial(backend.similarities, vectors, queries),
+            "with softmax and top 5": best,
+        }
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(15):
+            for name, run in runs.items():
+                started = time.perf_counter()
+                run()
+                found[name].append(time.perf_counter() - started)
+        seconds = {name: statistics.median(times) for name, times in found.items()}
+        told = (f"{name} {1000 * s:.0f} ms ({vectors.nbytes / s / 1e9:.1f} GB/s)" for name, s in seconds.items())
+        lines.append(f"batch of {batch}: " + ", ".join(told))
     return "\n".join(lines)
 
 
@@ -555,15 +567,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    if options.scoring:
-        print(measure_scoring())
-        return 0
     if options.int8:
         print(measure_int8(options))
         return 0
     model = "" if options.against else build_model(options.data_dir, options)
     if options.fidelity:
         print(measure_fidelity(open_backend(options, model), options.fidelity))
+        return 0
+    if options.scoring:
+        print(measure_scoring(open_backend(options, model)))
         return 0
     server = Server(
         options.against or "", None if options.against else environment_of(options.data_dir, options, model)
@@ -603,11 +615,12 @@ def report(server: Server, backend: backends.Backend | None, options: argparse.N
     for name, milliseconds in waits.items():
         print(f"{name}: {milliseconds:.1f} ms")
     parts: dict[str, float] = {}
-    if limits:
-        parts = {f"decode, {name}": 1000 * value for name, value in limits.decode_core_s.items()}
-        parts |= {"image model": 1000 * limits.image_core_s}
-        parts |= {f"text model, {name}": 1000 * value for name, value in limits.text_core_s.items()}
-        print("core ms of: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+    for case in everything if limits else ():
+        if case.task:
+            assert limits
+            parts |= {f"{case.name}, {name}": 1000 * value for name, value in limits.core_s(case).items()}
+    if parts:
+        print("core ms of one: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
     if options.json:
         content = {"capability": extra, "rows": [asdict(row) for row in rows], "waits_ms": waits, "core_ms": parts}
         options.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -66,7 +66,7 @@ PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
 TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
 OWN_LABELS_MAX = 256  # labels a caller may bring
-OWN_LABELS_KEPT = 4096  # text vectors of callers' labels that are remembered (2 KB each)
+TEXTS_KEPT = 4096  # text vectors that a model remembers (2 to 3 KB each): searches and labels come again and again
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 CHUNKS_MAX = 65_536  # of one request
 OPEN_IDS_MAX = 64  # unfinished requests on one stream
@@ -236,11 +236,19 @@ Steps = Generator[tuple[Line, Sequence[Any]], list[Any], "Answer"]  # a task at 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a task returns: a JSON schema's name, its object, and meta for the response."""
+    """What a task returns: an object for JSON under the schema's name, or bytes as they are; and meta."""
 
     schema: str
-    content: dict[str, Any]
+    content: dict[str, Any] | bytes
     meta: dict[str, str]
+
+    def encoded(self) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content
+        return json.dumps(self.content, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def mime(self) -> str:
+        return TENSOR_MIME if isinstance(self.content, bytes) else f"application/json;schema={self.schema}"
 
 
 class Job:
@@ -420,6 +428,25 @@ class Model:
         self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK)
         self.text = engine.line(f"{name} text", texts, batch_size, Line.TEXT)
         self.prompts = engine.line(f"{name} prompts", texts, batch_size, Line.BULK)
+        self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the inference thread's alone
+
+    def facts(self) -> dict[str, str]:
+        """Meta of every answer."""
+        return {"model_id": self.backend.model_id, "space": self.backend.space}
+
+    def embed(self, tokens: Any, line: Line) -> Generator[Any, Any, list[Any]]:
+        """Step: the vectors of token rows, int64 `[n, context_length]`; those at hand are not computed again."""
+        keys = [np.trim_zeros(row, "b").tobytes() for row in tokens]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
+        if missing:
+            found.update(zip(missing, (yield line, list(missing.values())), strict=True))
+        for key in keys:
+            self._known[key] = found[key]
+            self._known.move_to_end(key)
+        while len(self._known) > TEXTS_KEPT:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
 
 
 class Models:
@@ -434,7 +461,6 @@ class Models:
             name: engine.line(f"{name} scoring", self._scorer(labelset), batch_size, Line.SCORING)
             for name, labelset in sets.items()
         }
-        self._own: OrderedDict[str, Any] = OrderedDict()  # prompt -> vector; the inference thread's alone
 
     @staticmethod
     def _scorer(labelset: LabelSet) -> Callable[[list[Any]], Sequence[Any]]:
@@ -464,20 +490,10 @@ class Models:
         return (yield self._lines[labelset], [(vector, k, render)])[0]
 
     def best_of_own(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
-        """Step: the best of the labels that the caller brought, whose text vectors are kept in a small LRU."""
+        """Step: the best of the labels that the caller brought."""
         clip = self.ask("clip")
-        missing = [i for i, prompt in enumerate(request.prompts) if prompt not in self._own]
-        found = {prompt: self._own[prompt] for prompt in request.prompts if prompt in self._own}
-        if missing:
-            vectors = yield clip.prompts, [request.tokens[i] for i in missing]
-            found.update(zip((request.prompts[i] for i in missing), vectors, strict=True))
-        for prompt in request.prompts:
-            self._own[prompt] = found[prompt]
-            self._own.move_to_end(prompt)
-        while len(self._own) > OWN_LABELS_KEPT:
-            self._own.popitem(last=False)
-        matrix = np.stack([found[prompt] for prompt in request.prompts])
-        own = LabelSet(request.labels, matrix, clip.backend.logit_scale)
+        vectors = yield from clip.embed(request.tokens, clip.prompts)
+        own = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
         return own.top(own.probabilities(vector[None])[0], min(request.topk, len(own)))
 
 
@@ -495,10 +511,10 @@ class Request:
     labels: tuple[str, ...] = ()
     template: str = ""
     label_format: str = "lineage"
+    as_tensor: bool = False  # the answer, rather than JSON
 
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
     tokens: Any = None  # int64 [n, context_length]: the text, or the caller's labels
-    prompts: list[str] = field(default_factory=list)  # the caller's labels in their template
 
 
 def clip_classify(models: Models, request: Request) -> Steps:
@@ -532,7 +548,7 @@ def smart_classify(models: Models, request: Request) -> Steps:
 def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
     def embed(models: Models, request: Request) -> Steps:
         model = models.ask(name)
-        return _embedding_answer((yield model.image, [request.pixels[name]])[0], model)
+        return _embedding_answer((yield model.image, [request.pixels[name]])[0], model, request)
 
     return embed
 
@@ -540,7 +556,7 @@ def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
 def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
     def embed(models: Models, request: Request) -> Steps:
         model = models.ask(name)
-        return _embedding_answer((yield model.text, list(request.tokens))[0], model)
+        return _embedding_answer((yield from model.embed(request.tokens, model.text))[0], model, request)
 
     return embed
 
@@ -548,14 +564,19 @@ def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
 def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> Answer:
     rows = [{"label": label, "score": score} for label, score in best]
     content = {"labels": rows, "model_id": model.backend.model_id}
-    return Answer(
-        "labels_v1", content, {"labels_count": str(len(rows)), "source": source, "space": model.backend.space}
-    )
+    return Answer("labels_v1", content, {**model.facts(), "labels_count": str(len(rows)), "source": source})
 
 
-def _embedding_answer(vector: Any, model: Model) -> Answer:
+def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
+    meta = {**model.facts(), "dim": str(len(vector))}
+    if request.as_tensor:
+        # The Lumen SDK knows no layout for a vector; its own tests call one [1, dim] in NCHW.
+        form = {"dtype": "fp32", "shape": f"[1,{len(vector)}]", "layout": "NCHW", "format": "contiguous"}
+        form |= {"byte_order": "little"}
+        meta |= {"lumen.output.kind": "tensor"} | {f"lumen.output.tensor.{key}": value for key, value in form.items()}
+        return Answer("", vector.astype("<f4").tobytes(), meta)
     content = {"vector": vector.tolist(), "dim": len(vector), "model_id": model.backend.model_id}
-    return Answer("embedding_v1", content, {"dim": str(len(vector)), "space": model.backend.space})
+    return Answer("embedding_v1", content, meta)
 
 
 IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (("image/avif",) if "AVIF" in backends.IMAGE_FORMATS else ())
@@ -615,6 +636,11 @@ def read_meta(task: Task, request: Request) -> None:
         request.template = meta.get("prompt_template", default)
         if request.template.count("{}") != 1 or len(request.template) > 1000:
             raise BadInput("meta prompt_template: allowed: a text with one {} in it, of at most 1000 characters")
+    if not task.topk:
+        kind = meta.get("lumen.output.kind", "") or "json"
+        if kind not in ("json", "tensor"):
+            raise BadInput(f"meta lumen.output.kind: {kind[:80]!r}; allowed: json, tensor")
+        request.as_tensor = kind == "tensor"
     if task.label_formats and "label_format" in meta:
         request.label_format = meta["label_format"]
         if request.label_format not in labels.LABEL_FORMATS:
@@ -664,8 +690,8 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings) ->
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings)
     if request.labels:
-        request.prompts = [request.template.replace("{}", label) for label in request.labels]
-        request.tokens = models.ask("clip").backend.tokenize(request.prompts)
+        prompts = [request.template.replace("{}", label) for label in request.labels]
+        request.tokens = models.ask("clip").backend.tokenize(prompts)
 
 
 def _pixels(task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings) -> dict[str, Any]:
@@ -962,7 +988,7 @@ class Stream:
         """Waits for a job's answer. Raises CancelledError when the client has left."""
         try:
             answer = job.answer.result()
-            result = json.dumps(answer.content, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+            result = answer.encoded()
         except futures.CancelledError:
             raise
         except Exception as error:
@@ -972,9 +998,9 @@ class Stream:
             correlation_id=job.correlation_id,
             is_final=True,
             result=result,
-            meta={**answer.meta, "model_id": answer.content["model_id"], "lat_ms": str(milliseconds)},
+            meta={**answer.meta, "lat_ms": str(milliseconds)},
             total=1,
-            result_mime=f"application/json;schema={answer.schema}",
+            result_mime=answer.mime(),
             result_schema=answer.schema,
         )
 
@@ -1109,7 +1135,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         return pb.IOTask(
             name=task.name,
             input_mimes=mimes,
-            output_mimes=[f"application/json;schema={task.schema}"],
+            output_mimes=[f"application/json;schema={task.schema}"] + [TENSOR_MIME] * (not task.topk),
             limits=limits,
             tensor_preprocess_id=tensor_id,
             tensor_batching_supported=bool(tensor_id),
@@ -1214,10 +1240,10 @@ def _label_sets(
         lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
     )
     if name == "bioclip":
-        return {"species": LabelSet(names, vectors, backend.logit_scale)}
+        return {"species": LabelSet(names, vectors, backend.logit_scale, backend.similarities)}
     scenes = labels.label_vectors(labels.SCENES, labels.SCENE_RECIPE, encode)
     return {
-        "classes": LabelSet(names, vectors, backend.logit_scale),
+        "classes": LabelSet(names, vectors, backend.logit_scale, backend.similarities),
         "scenes": LabelSet(labels.SCENES, scenes, backend.logit_scale),
     }
 

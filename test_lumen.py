@@ -15,6 +15,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -386,6 +387,23 @@ def test_answers_have_the_form_that_clients_compare_by_string(node: Node) -> Non
     assert (response.result_mime, response.result_schema) == ("application/json;schema=embedding_v1", "embedding_v1")
     assert set(json.loads(response.result)) == {"vector", "dim", "model_id"}
     assert response.meta["dim"] == "64" and response.meta["model_id"] == json.loads(response.result)["model_id"]
+
+
+@pytest.mark.parametrize("task", ["clip_embed", "clip_image_embed", "bioclip_embed", "bioclip_image_embed"])
+def test_a_vector_comes_as_bytes_on_demand(node: Node, task: str) -> None:
+    """Lost otherwise: time and bytes, where a client would only parse the numbers out of JSON again."""
+    payload = encoded(picture(RED)) if "image" in task else b"a dog"
+    vector = node.result(task, payload)["vector"]
+    response = node.ask(task, payload, **{"lumen.output.kind": "tensor"})
+    assert np.array_equal(np.frombuffer(response.result, "<f4"), np.array(vector, np.float32))
+    assert (response.result_mime, response.result_schema) == ("application/octet-stream", "")
+    form = {"dtype": "fp32", "shape": "[1,64]", "layout": "NCHW", "format": "contiguous", "byte_order": "little"}
+    assert {"lumen.output.kind": "tensor"}.items() <= dict(response.meta).items()
+    assert {f"lumen.output.tensor.{key}": value for key, value in form.items()}.items() <= dict(response.meta).items()
+    assert response.meta["model_id"] and response.meta["space"] and response.meta["dim"] == "64"
+    assert len(response.result) * 4 < len(node.ask(task, payload).result)
+    refused = node.ask(task, payload, **{"lumen.output.kind": "xml"}).error
+    assert "meta lumen.output.kind: 'xml'; allowed: json, tensor" in refused.message
 
 
 def test_scores_are_the_models_own_softmax_over_all_labels(node: Node, reference: Any) -> None:
@@ -991,6 +1009,32 @@ def test_callers_labels_are_encoded_once(watched: Any) -> None:
     assert sum(count for kind, count in backend.batches if kind == "text") == 20
 
 
+def test_a_search_that_comes_again_costs_nothing(watched: Any) -> None:
+    """Lost otherwise: a forward pass for each letter that a user types again."""
+    backend, stub = watched
+    first = one(stub, "clip_embed", b"a red bicycle")
+    assert one(stub, "clip_embed", b"  A red BICYCLE ").result == first.result  # the same tokens
+    assert [kind for kind, _ in backend.batches].count("text") == 1
+    assert one(stub, "clip_embed", b"a red bicycle, again").result != first.result
+    assert [kind for kind, _ in backend.batches].count("text") == 2
+
+
+def test_texts_are_forgotten_by_age(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a daemon that grows for ever, or one that answers wrongly once its memory is full."""
+    backend, stub = watched
+    monkeypatch.setattr(lumen_clip, "TEXTS_KEPT", 4)
+    own = json.dumps([f"thing {i}" for i in range(6)])
+    before = one(stub, "clip_classify", encoded(picture(RED)), labels=own)
+    assert before.result and one(stub, "clip_classify", encoded(picture(RED)), labels=own).result == before.result
+    one(stub, "clip_embed", b"a dog")
+    done = len(backend.batches)
+    assert one(stub, "clip_embed", b"a dog").result and len(backend.batches) == done
+    for i in range(4):
+        one(stub, "clip_embed", f"cat {i}".encode())
+    done = len(backend.batches)
+    assert one(stub, "clip_embed", b"a dog").result and len(backend.batches) == done + 1
+
+
 def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: 64 forgotten streams are a daemon that serves nobody."""
     backend, stub = watched
@@ -1247,7 +1291,7 @@ def test_species_prompts_are_bioclips_captions() -> None:
     assert rose == ["a photo of Plantae Tracheo-phyta Magnoliopsida Rosales Rosaceae Rosa canina."]
 
 
-def test_top_k_equals_a_full_sort_and_names_no_text_twice() -> None:
+def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the right answer, or the app's insert, which wants each label once."""
     rng = np.random.default_rng(0)
     vectors = backends._unit_rows(rng.normal(size=(5000, 16)))
@@ -1258,10 +1302,33 @@ def test_top_k_equals_a_full_sort_and_names_no_text_twice() -> None:
         expected: dict[str, float] = {}
         for i in np.argsort(-row, kind="stable"):
             expected.setdefault(names[i], float(row[i]))
-        for k in (1, 7, 2500):
+        for k, block in itertools.product((1, 7, 100, 2500), (16, 256)):
+            monkeypatch.setattr(labels, "TOP_BLOCK", block)
             assert labelset.top(row, k) == list(expected.items())[:k]
     same = labels.LabelSet(["same"] * 100, vectors[:100], 1.0)
     assert len(same.top(same.probabilities(vectors[:1])[0], 5)) == 1
+
+
+@pytest.mark.parametrize("backend", ["onnxrt", "torch"])
+def test_backends_score_half_precision_rows_as_float32_does(backend: str, tiny: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the right species, for speed."""
+    model = tiny if backend == "torch" else tiny_onnx
+    scorer = backends.create_backend(backends.ModelOptions("CLIP", backend, str(model), Path()))
+    rng = np.random.default_rng(0)
+    for count, dtype in itertools.product((1, 1024, 5000), (np.float16, np.float32)):
+        rows = backends._unit_rows(rng.normal(size=(count, 768))).astype(dtype)
+        for queries in (rows[:1].astype(np.float32), backends._unit_rows(rng.normal(size=(8, 768)))):
+            found = scorer.similarities(rows, queries)
+            assert found.dtype == np.float32 and found.shape == (len(queries), count)
+            assert np.allclose(found, queries.astype(np.float64) @ rows.T.astype(np.float64), atol=2e-6)
+
+
+def test_the_scoring_graph_is_what_its_script_makes() -> None:
+    """Lost otherwise: a binary file that nobody can read."""
+    from gen import scoring
+
+    made = scoring.build().SerializeToString(deterministic=True)
+    assert (ROOT / "gen" / "scoring.onnx").read_bytes() == made
 
 
 class Texts:
