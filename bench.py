@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -44,11 +45,12 @@ from gen import ml_service_pb2_grpc as pb_grpc
 HERE = Path(__file__).resolve().parent
 IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has under way
 LIBRARY = 40_000  # photographs
+TEXTS = 10_000  # different ones, more than a daemon remembers, of equal length: each digit is one token
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked; `mix` names the cases that take turns."""
+    """What is asked; `mix` names the cases that take turns. The {} of a text is another number each time."""
 
     name: str
     task: str
@@ -109,8 +111,8 @@ def make_cases() -> list[Case]:
         Case("12 MP JPEG", "clip_image_embed", encoded(photograph(4000, 3000), "JPEG", quality=88)),
         Case("640 px JPEG", "clip_image_embed", encoded(photograph(640, 480), "JPEG", quality=85)),
         Case("WebP thumbnail", "clip_image_embed", encoded(photograph(320, 240), "WEBP", quality=80)),
-        Case("short text", "clip_embed", b"a dog on a beach"),
-        Case("long text", "clip_embed", (words * 6).encode()),
+        Case("short text", "clip_embed", b"dog {}"),
+        Case("long text", "clip_embed", ("{} " + words * 6).encode()),
         Case("mixed", "", mix=("640 px JPEG",) * 4 + ("12 MP JPEG", "WebP thumbnail", "short text", "short text")),
     ]
 
@@ -165,13 +167,13 @@ class Limits:
 
     def cores_per_s(self, case: Case) -> float:
         """What the cores would do if decoding and the model took their time, and nothing else took any."""
-        parts = [self._cases[name] for name in case.mix] or [case]
+        parts = parts_of(case, list(self._cases.values()))
         return self.cores / statistics.mean(sum(self.core_s(part).values()) for part in parts)
 
     def core_s(self, case: Case) -> dict[str, float]:
         """Core seconds of one request of a case, by what they are spent on."""
         if case.task != "clip_image_embed":
-            tokens = self.backend.tokenize([case.payload.decode()] * 8)
+            tokens = self.backend.tokenize([text_of(case, number).decode() for number in range(8)])
             return {"text model": core_seconds(partial(self.backend.encode_text, tokens), 8, self._seconds)}
         recipes = [self.backend.preprocess]
         decode = partial(backends.decode_image, case.payload, recipes, 1 << 30, draft=True)
@@ -216,8 +218,7 @@ class Server:
             self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
             address = self._wait()
         self.address = address
-        channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
-        self.stub = pb_grpc.InferenceStub(channel)
+        self.stub = self.connect()
 
     def _wait(self) -> str:
         assert self.process and self.process.stderr
@@ -230,6 +231,11 @@ class Server:
                 threading.Thread(target=self.process.stderr.read, daemon=True).start()
                 return f"127.0.0.1:{port}"
         raise SystemExit("bench: the daemon did not start:\n" + "".join(self.said))
+
+    def connect(self) -> Any:
+        """A stub with a connection of its own, as another client would have."""
+        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        return pb_grpc.InferenceStub(grpc.insecure_channel(self.address, options))
 
     def memory_mb(self) -> float:
         if not self.process:
@@ -251,7 +257,7 @@ class Server:
 class Client:
     """One stream with a bounded number of requests under way; notes when each was sent and answered."""
 
-    def __init__(self, stub: Any, requests: Sequence[pb.InferRequest], in_flight: int) -> None:
+    def __init__(self, stub: Any, requests: Iterator[pb.InferRequest], in_flight: int) -> None:
         self._stub, self._requests = stub, requests
         self._room = threading.Semaphore(in_flight)
         self._sent: list[float] = []
@@ -263,14 +269,12 @@ class Client:
         self._room.release()
 
     def _messages(self) -> Iterator[pb.InferRequest]:
-        position = 0
         while True:
             self._room.acquire()
             if self._over:
                 return
             self._sent.append(time.perf_counter())
-            yield self._requests[position % len(self._requests)]
-            position += 1
+            yield next(self._requests)
 
     def run(self) -> None:
         for response in self._stub.Infer(self._messages()):
@@ -281,12 +285,9 @@ class Client:
             self._room.release()
 
 
-def load(server: Server, requests: Sequence[pb.InferRequest], clients: int, seconds: float) -> Row:
+def load(server: Server, cases: Sequence[Case], clients: int, seconds: float) -> Row:
     """Closed-loop load; what is counted was answered after the first quarter."""
-    started = [
-        Client(server.stub, [*requests[i % len(requests) :], *requests[: i % len(requests)]], IN_FLIGHT[clients])
-        for i in range(clients)
-    ]
+    started = [Client(server.connect(), requests(cases, first), IN_FLIGHT[clients]) for first in range(clients)]
     with ThreadPoolExecutor(clients) as threads:
         running = [threads.submit(client.run) for client in started]
         time.sleep(seconds / 4)
@@ -305,6 +306,20 @@ def load(server: Server, requests: Sequence[pb.InferRequest], clients: int, seco
     return Row("", clients, per_s, p50, p95, p99, memory_mb=server.memory_mb(), core_ms=1000 * core / len(taken))
 
 
+NUMBERS = itertools.count()  # of texts, over the whole run
+
+
+def requests(cases: Sequence[Case], first: int = 0) -> Iterator[pb.InferRequest]:
+    """For ever, the cases in turn, begun with the one numbered `first`."""
+    for case in itertools.islice(itertools.cycle(cases), first % len(cases), None):
+        payload = case.payload if case.task == "clip_image_embed" else text_of(case, next(NUMBERS))
+        yield pb.InferRequest(task=case.task, payload=payload)
+
+
+def text_of(case: Case, number: int) -> bytes:
+    return case.payload.decode().format(f"{number % TEXTS:04d}").encode()
+
+
 def ping(address: str, over: Any, found: Any) -> None:
     """In a process of its own: Health ten times a second; puts the seconds that each took."""
     stub, times = pb_grpc.InferenceStub(grpc.insecure_channel(address)), []
@@ -319,10 +334,9 @@ def ping(address: str, over: Any, found: Any) -> None:
 # --- the runs ---------------------------------------------------------------------------------------------------
 
 
-def requests_of(case: Case, cases: Sequence[Case]) -> list[pb.InferRequest]:
+def parts_of(case: Case, cases: Sequence[Case]) -> list[Case]:
     by_name = {other.name: other for other in cases}
-    parts = [by_name[name] for name in case.mix] or [case]
-    return [pb.InferRequest(task=part.task, payload=part.payload) for part in parts]
+    return [by_name[name] for name in case.mix] or [case]
 
 
 def measure_cases(
@@ -337,9 +351,9 @@ def measure_cases(
 
     rows = []
     for case in cases:
-        requests, before = requests_of(case, everything), limits_of(case)
+        before = limits_of(case)
         for clients in IN_FLIGHT:
-            row = load(server, requests, clients, seconds)
+            row = load(server, parts_of(case, everything), clients, seconds)
             after = limits_of(case)
             row.case = case.name
             row.model_per_s, row.cores_per_s = (statistics.mean(pair) for pair in zip(before, after, strict=True))
@@ -352,9 +366,10 @@ def measure_cases(
 def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], seconds: float) -> dict[str, float]:
     """A text alone, then a text while an import of photographs keeps the daemon busy; milliseconds."""
     by_name = {case.name: case for case in cases}
-    text = requests_of(by_name["short text"], cases)[0]
+    texts = requests([by_name["short text"]])
 
     def ask() -> float:
+        text = next(texts)
         started = time.perf_counter()
         list(server.stub.Infer(iter([text])))
         return 1000 * (time.perf_counter() - started)
@@ -363,9 +378,9 @@ def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], 
     alone = [ask() for _ in range(100)]
     found = {"text, idle daemon: p50": statistics.median(alone)}
     if limits:
-        tokens = limits.backend.tokenize([text.payload.decode()])
+        tokens = limits.backend.tokenize([next(texts).payload.decode()])
         found["raw forward of that text"] = 1000 / rate(partial(limits.backend.encode_text, tokens), 1, seconds / 4)
-    importing = Client(server.stub, requests_of(by_name["640 px JPEG"], cases), IN_FLIGHT[1])
+    importing = Client(server.stub, requests([by_name["640 px JPEG"]]), IN_FLIGHT[1])
     thread = threading.Thread(target=importing.run)
     thread.start()
     time.sleep(seconds / 2)
