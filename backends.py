@@ -752,6 +752,12 @@ class TorchBackend:
         self.arrange(self.arrangements()[0])
         # Cutting at the end token is exact for a causal tower that is pooled there, and for no other.
         self.causal = type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
+        visual = model.visual
+        self._pools_one_token = (
+            type(visual) is open_clip.transformer.VisionTransformer
+            and (visual.pool_type, visual.attn_pool, visual.transformer.batch_first) == ("tok", None, True)
+            and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
+        )
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
     @staticmethod
@@ -849,7 +855,20 @@ class TorchBackend:
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
         x = pixels.permute(0, 3, 1, 2).contiguous().float()
-        return self.model.encode_image(((x / 255 - self._mean) / self._std).to(self._dtype))
+        x = ((x / 255 - self._mean) / self._std).to(self._dtype)
+        if not self._pools_one_token:
+            return self.model.encode_image(x)
+        # What the last block makes of the other tokens is never read. Leaving that out saves most of a block.
+        visual = self.model.visual
+        x = visual._embeds(x)
+        *blocks, last = visual.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        seen = last.ln_1(x)
+        x = x[:, :1] + last.ls_1(last.attention(seen[:, :1], seen, seen))
+        x = x + last.ls_2(last.mlp(last.ln_2(x)))
+        pooled = visual._pool(x)[0]
+        return pooled if visual.proj is None else pooled @ visual.proj
 
     def text_tower(self, tokens: Any) -> Any:
         """int64 tensor `[n, length]` -> `[n, dim]`; a causal tower takes any length up to its context's.

@@ -107,6 +107,7 @@ def _write_tower(
     # The exporter reports its progress and its own deprecations on both streams.
     with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports what it does not fold; we do
         program = torch.onnx.export(
             Tower().eval(),
             (sample,),
@@ -117,9 +118,31 @@ def _write_tower(
             dynamo=True,
         )
     model = program.model_proto
+    _fold_constants(model.graph)
     _tidy(model, {f"model.{key}": value for key, value in source.model.state_dict().items()})
     large = model.ByteSize() > LARGEST_PROTOBUF
     onnx.save_model(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data")
+
+
+def _fold_constants(graph: Any) -> None:
+    """Computes what hangs on weights alone and the exporter left to be computed for each picture, such as a Split."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        if not node.input or not set(node.input) <= set(known):
+            kept.append(node)
+            continue
+        given = {name: onnx.numpy_helper.to_array(known[name]) for name in node.input}
+        for name, value in zip(node.output, ReferenceEvaluator(node).run(None, given), strict=True):
+            known[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
+    used = {name for node in kept for name in node.input}
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensor for name, tensor in known.items() if name in used)
 
 
 def _tidy(model: Any, state: dict[str, Any]) -> None:

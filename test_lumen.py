@@ -2518,6 +2518,23 @@ def test_a_copy_of_three_files_serves_the_demo_on_aarch64(arm64_root: Path, draw
 # --- speed -------------------------------------------------------------------------------------------------------
 
 
+def test_the_last_block_computes_the_one_token_that_is_read(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the time of most of a block, of twelve, for tokens that nobody looks at."""
+    import onnx
+
+    options = backends.ModelOptions("CLIP", "torch", str(tiny), tmp_path)
+    backend = backends.TorchBackend(options)
+    shapes: list[Any] = []
+    for block in backend.model.visual.transformer.resblocks:
+        block.mlp.register_forward_hook(lambda _module, _given, made: shapes.append(tuple(made.shape[:2])))
+    backend.encode_images(np.stack([pixels_of(encoded(picture(RED)))]))
+    assert shapes[-1] == (1, 1) and all(tokens > 1 for _, tokens in shapes[:-1])
+    # In the export, nothing that hangs on weights alone is left to be computed for each picture.
+    graph = onnx.load(tiny_onnx / "visual" / "model.onnx").graph
+    weights = {tensor.name for tensor in graph.initializer}
+    assert not [node.op_type for node in graph.node if set(node.input) <= weights]
+
+
 def test_pieces_on_all_cores_give_what_one_batch_gives(tiny_onnx: Path, tiny_immich: Path) -> None:
     """Lost otherwise: vectors that depend on how many pictures came along, or on how a machine was tuned."""
     pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()]][:7])
