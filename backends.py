@@ -20,12 +20,14 @@ import json
 import logging
 import os
 import platform
+import re
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -51,7 +53,10 @@ SCORING_GRAPH = Path(__file__).resolve().parent / "gen" / "scoring.onnx"  # made
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
 DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
-RKNN_TARGETS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
+NPU_FLOOR = 0.999  # the least cosine of what the NPU makes of a golden picture
+NPU_FORMAT = 1  # of the model.json beside a .rknn file
+NPU_CORES = {"rk3562": 1, "rk3566": 1, "rk3568": 1, "rk3576": 2, "rk3588": 3}
+DEVICE_TREE = Path("/proc/device-tree/compatible")
 # What the default models were read at; another repository is taken at its main branch.
 REVISIONS = {
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "1a25a446712ba5ee05982a381eed697ef9b435cf",
@@ -342,7 +347,8 @@ class ModelOptions:
     onnx_text: str = ""
     ort_providers: tuple[str, ...] = ()
     rknn_model: str = ""
-    rknn_target: str = "rk3588"
+    rknn_target: str = ""  # "": what the device tree says
+    rknn_cores: int = 0  # 0: all of the NPU's for which there is memory
 
     def error(self, variable: str, value: str, text: str) -> BackendError:
         return BackendError(f"{self.name}_{variable}={value}: {text}")
@@ -360,6 +366,8 @@ class Backend(Protocol):
     notice: str  # what whoever made the model wants its users to know, or ""
     golden: Mapping[str, Any]  # inputs and vectors of the model's export, or {}; see `self_test`
     self_test_cosine: float | None  # what `self_test` found here, or None if there is nothing golden
+    npu: str  # what of an NPU runs, for people, or ""
+    refusal: str  # why an NPU that was asked for is not used, or ""
     space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -536,7 +544,7 @@ def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
 
     Raises BackendError if it is of a later format, or if a file is missing or not the one that it names.
     """
-    manifest = _read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json")
     if manifest.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
         text = f"manifest.json is of format {manifest['format']}; this version reads {MANIFEST_FORMAT}"
         raise options.error("MODEL", options.model, text)
@@ -550,7 +558,7 @@ def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
     return manifest
 
 
-def _unit_rows(vectors: NDArray[Any]) -> Vectors:
+def unit_rows(vectors: NDArray[Any]) -> Vectors:
     vectors = np.array(vectors, np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and (norms > 1e-6).all()):
@@ -710,6 +718,8 @@ class Scorer:
 class TorchBackend:
     """OpenCLIP on torch: CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given."""
 
+    npu = refusal = ""
+
     def __init__(self, options: ModelOptions) -> None:
         _needs(("torch", "open_clip"), options)
         import open_clip
@@ -817,7 +827,7 @@ class TorchBackend:
     def _encode_piece(self, pixels: Pixels) -> Vectors:
         with self._torch.inference_mode():
             x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
-            return _unit_rows(x.float().cpu().numpy())
+            return unit_rows(x.float().cpu().numpy())
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         self._take_all_cores()
@@ -825,7 +835,7 @@ class TorchBackend:
             if self.causal:
                 tokens = tokens[:, : _true_length(tokens)]
             x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
-            return _unit_rows(x.float().cpu().numpy())
+            return unit_rows(x.float().cpu().numpy())
 
     def arrangements(self) -> Sequence[str]:
         # On a CPU `whole` is never worth trying: its threads spin while they wait, and pictures are decoded meanwhile.
@@ -902,11 +912,13 @@ class ONNXRTBackend:
     each with a fixed or an open batch; the first output is the embedding, whatever its name.
     """
 
+    npu = refusal = ""
+
     def __init__(self, options: ModelOptions) -> None:
         _needs(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
         self._options = options
         self._folder, self.model_id = self._resolve()
-        config = _read_json(self._folder / "config.json") if self._folder else {}
+        config = read_json(self._folder / "config.json") if self._folder else {}
         manifest = read_manifest(self._folder, options) if self._folder else {}
         self.model_id = manifest.get("model_id", self.model_id)
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
@@ -959,7 +971,7 @@ class ONNXRTBackend:
         tower = self._image.get_inputs()[0]
         self._takes_uint8 = tower.type == "tensor(uint8)"
         side = tower.shape[1] if self._takes_uint8 else tower.shape[2]
-        recipe = _read_json(path.parent / "preprocess_cfg.json")
+        recipe = read_json(path.parent / "preprocess_cfg.json")
         self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
         used = self._image.get_providers()[0]
         short = used.removesuffix("ExecutionProvider").lower()
@@ -1052,7 +1064,7 @@ class ONNXRTBackend:
             padding = [(0, size - len(piece))] + [(0, 0)] * (batch.ndim - 1)
             whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
             rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
-        return _unit_rows(np.concatenate(rows))
+        return unit_rows(np.concatenate(rows))
 
 
 def _half_dot() -> Callable[[NDArray[Any], Vectors], Any]:
@@ -1074,7 +1086,7 @@ def normalize(pixels: Pixels, recipe: Preprocess) -> NDArray[np.float32]:
     return x
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} if there is no such file. Raises BackendError if it is damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -1087,64 +1099,279 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# --- the NPU ----------------------------------------------------------------------------------------------------
+
+
+class NPURefused(Exception):
+    """The NPU of this board cannot be used, or not be trusted; the text is a part of one line.
+
+    `detail` is what its library said, for the operator alone.
+    """
+
+    def __init__(self, text: str, detail: str = "") -> None:
+        super().__init__(text)
+        self.detail = f" ({detail[:300]})" if detail else ""
+
+
+def board_target() -> str:
+    """The target in `NPU_CORES` whose programs this board runs, or "" if it is no Rockchip board that we know.
+
+    The device tree lists names such as `rockchip,rk3588s`, each ended by a zero byte.
+    """
+    try:
+        names = DEVICE_TREE.read_bytes().decode("ascii", "replace")
+    except OSError:  # no device tree, or a container that hides it
+        return ""
+    if "rk3582" in names:  # sold with a part of an RK3588's cores
+        return "rk3588"
+    return next((target for target in NPU_CORES if target in names), "")
+
+
+def available_memory() -> int:
+    """Bytes that the system could give to a program now, or 0 if it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+class NPUContext:
+    """One program on one core of the NPU, with a thread of its own.
+
+    Nobody promises that two threads may share a context, and cores that work on one picture together hardly gain
+    (RKNN.md 3.2): each core gets a context, and each context its thread, on which alone it is made and used.
+    """
+
+    def __init__(self, path: Path, core: int, choose_core: bool) -> None:
+        """`choose_core` only where a core may be named: elsewhere that is an error. Raises NPURefused."""
+        self.runtime_version = ""
+        self._thread = ThreadPoolExecutor(1, f"npu-{core}")
+        try:
+            self._thread.submit(self._load, path, core, choose_core).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, path: Path, core: int, choose_core: bool) -> None:
+        from rknnlite.api import RKNNLite
+
+        self._npu = RKNNLite()
+        for level in (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
+            logging.addLevelName(level, _LEVEL_NAMES[level])  # it renames everybody's to one letter
+        with _overheard(self._npu.rknn_log.logger) as reason:
+            if self._npu.load_rknn(str(path)) != 0:
+                raise NPURefused("the NPU's library cannot read the program", reason())
+            mask = {"core_mask": (RKNNLite.NPU_CORE_0, RKNNLite.NPU_CORE_1, RKNNLite.NPU_CORE_2)[core]}
+            if self._npu.init_runtime(**(mask if choose_core else {})) != 0:
+                raise NPURefused(f"the NPU's core {core} does not start", reason())
+            self.runtime_version = " ".join(str(self._npu.get_sdk_version()).split())
+        self._npu.rknn_data = None  # the file's bytes, which the runtime has copied by now
+
+    def run(self, pictures: NDArray[Any], layout: str) -> Future[list[NDArray[np.float32]]]:
+        """`[n, ...]`, which go through the fixed batch of one -> n rows, float32. Raises RuntimeError."""
+        return self._thread.submit(self._run, pictures, layout)
+
+    def _run(self, pictures: NDArray[Any], layout: str) -> list[NDArray[np.float32]]:
+        rows = []
+        for index in range(len(pictures)):
+            picture = np.ascontiguousarray(pictures[index : index + 1])
+            outputs = self._npu.inference(inputs=[picture], data_format=layout)
+            if outputs is None:  # it logs its failures and raises nothing
+                raise RuntimeError("the NPU failed on an image; its library's messages in the log say more")
+            rows.append(np.array(outputs[0], np.float32).ravel())  # a copy: the library may use its buffer again
+        return rows
+
+    def close(self) -> None:
+        if npu := getattr(self, "_npu", None):
+            self._thread.submit(npu.release)
+        self._thread.shutdown()
+
+
+_LEVEL_NAMES = {level: logging.getLevelName(level) for level in (10, 20, 30, 40)}
+
+
+@contextmanager
+def _overheard(library: logging.Logger) -> Iterator[Callable[[], str]]:
+    """Keeps a library's tracebacks off the screen; gives a function that names the last error among them."""
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.debug("the NPU's library: %s", record.getMessage())
+            if record.levelno >= logging.ERROR:
+                heard.append(record.getMessage())
+
+    def reason() -> str:
+        lines = heard[-1].strip().splitlines() if heard else []
+        start = max(
+            (i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): |Exception: ", line)), default=0
+        )
+        return " ".join(" ".join(lines[start:]).split())
+
+    handlers, library.handlers = library.handlers, [Listener()]
+    try:
+        yield reason
+    finally:
+        library.handlers = handlers
+
+
 class RKNNBackend(ONNXRTBackend):
-    """The image tower on a Rockchip NPU, the text tower on the CPU by ONNX Runtime."""
+    """The image tower on a Rockchip NPU, the text tower on the CPU by ONNX Runtime.
+
+    An NPU that does not start, or whose vectors are not those of its program's golden picture, is refused: `refusal`
+    says why, and the folder's ONNX tower runs instead. Nothing short of running it proves a program right on a board.
+    """
 
     def __init__(self, options: ModelOptions) -> None:
         if importlib.util.find_spec("rknnlite") is None:
             text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
             raise options.error("BACKEND", options.backend, text)
+        self.target = options.rknn_target or board_target()
+        self._contexts: list[NPUContext] = []
         super().__init__(options)
-        self.precision = "fp16"
+        if self._contexts:
+            self.precision = "fp16"
 
     def _wanted_files(self, files: list[str]) -> list[str]:
-        npu = f"visual/rknpu/{self._options.rknn_target}/"
-        if f"{npu}model.rknn" not in files:
-            raise ValueError(f"it has no {npu}model.rknn")
-        return super()._wanted_files(files) + [name for name in files if name.startswith(npu)]
+        npu = f"visual/rknpu/{self.target}/"
+        return super()._wanted_files(files) + [name for name in files if self.target and name.startswith(npu)]
 
     def _image_file(self) -> str:
         return self._options.rknn_model
 
     def arrangements(self) -> Sequence[str]:
-        return ("whole",)
+        return ("whole",) if self._contexts else super().arrangements()
 
     def arrange(self, arrangement: str) -> None:
-        """There is one alone."""
+        if not self._contexts:
+            super().arrange(arrangement)
 
     def _load_image_tower(self) -> None:
-        from rknnlite.api import RKNNLite
+        if self._options.rknn_model and not Path(self._options.rknn_model).is_file():
+            raise self._options.error("RKNN_MODEL", self._options.rknn_model, "no such file")
+        try:
+            self._start_npu()
+        except NPURefused as refusal:
+            for context in self._contexts:
+                context.close()
+            self._contexts = []
+            self.refusal = " ".join(str(refusal).split())
+            self._take_the_cpu(refusal.detail)
 
-        options = self._options
-        if options.rknn_model or self._folder is None:
-            path = Path(options.rknn_model)
-        else:
-            path = self._folder / "visual" / "rknpu" / options.rknn_target / "model.rknn"
-        if not path.is_file():
-            raise options.error("RKNN_MODEL", options.rknn_model, f"no NPU model for {options.rknn_target} at {path}")
-        self._weights.append(path)
-        recipe = next(
-            (f for f in (path.parent, *path.parents[:3]) if (f / "preprocess_cfg.json").is_file()), path.parent
-        )
-        self.preprocess = Preprocess.from_config(_read_json(recipe / "preprocess_cfg.json"))
-        # The file does not say whether mean and std are baked in; a model.json beside it means ours, which are.
-        self._takes_uint8 = (path.parent / "model.json").is_file()
-        self._npu = RKNNLite()
-        if self._npu.load_rknn(str(path)) != 0:
-            raise options.error(
-                "RKNN_MODEL", str(path), f"the NPU runtime cannot read it; is it for {options.rknn_target}?"
-            )
-        if self._npu.init_runtime() != 0:
-            raise options.error("RKNN_MODEL", str(path), "the NPU runtime does not start; driver, /dev/dri, librknnrt?")
+    def _take_the_cpu(self, detail: str) -> None:
+        text = f"the NPU is not used: {self.refusal}{detail}"
+        if self._onnx_tower() is None:
+            text += "; and there is no visual/model.onnx that could run on the CPU instead"
+            raise self._options.error("BACKEND", self._options.backend, text)
+        log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", self._options.name, text)
+        super()._load_image_tower()
+
+    def _onnx_tower(self) -> Path | None:
+        given = self._options.onnx_image
+        path = Path(given) if given else self._folder / "visual" / "model.onnx" if self._folder else None
+        return path if path and path.is_file() else None
+
+    def _start_npu(self) -> None:
+        """Raises NPURefused; contexts that were started by then are in `_contexts`."""
+        path = self._program()
+        contract = read_json(path.with_name("model.json"))
+        self._check_contract(contract)
+        # Without a model.json it is immich's, which takes what has been normalised. The file itself does not say.
+        self._takes_uint8 = bool(contract)
+        recipes = (folder / "preprocess_cfg.json" for folder in (path.parent, *path.parents[:3]))
+        recipe = contract.get("preprocess") or next(filter(None, map(read_json, recipes)), {})
+        self.preprocess = Preprocess.from_config(recipe)
+        for core in range(self._cores_to_use(path)):
+            try:
+                self._contexts.append(NPUContext(path, core, NPU_CORES[self.target] > 1))
+            except NPURefused as refusal:
+                if not self._contexts:
+                    raise
+                text = "%s: %s%s; the NPU goes on with %d cores"
+                log.warning(text, self._options.name, refusal, refusal.detail, core)
+                break
+        cosine = self._worst_cosine(contract)
+        if cosine is not None and not cosine >= NPU_FLOOR:
+            raise NPURefused(f"self-test: cosine {cosine:.6f} to the golden vector; allowed: {NPU_FLOOR} and more")
+        self.npu = f"{self.target}, {len(self._contexts)} of {NPU_CORES[self.target]} cores"
+        self.npu += f", self-test {cosine:.6f}" if cosine is not None else ", not verified"
+        runtime = self._contexts[0].runtime_version
+        toolkit = contract.get("toolkit", "an unknown version")
+        log.info("%s: NPU: %s; runtime %s, program of toolkit %s", self._options.name, self.npu, runtime, toolkit)
+        # Vectors of the NPU and of its ONNX tower may lie in one index, so they are of the same weights.
+        self._weights.append(tower.parent if (tower := self._onnx_tower()) else path)
         self.runtime = "rknn"
 
+    def _program(self) -> Path:
+        if not self.target:
+            known = ", ".join(NPU_CORES)
+            text = f"{DEVICE_TREE} names no Rockchip NPU that we know ({known}); in a container it may be hidden"
+            raise NPURefused(f"{text}; {self._options.name}_RKNN_TARGET says it by hand")
+        if self._options.rknn_model:
+            return Path(self._options.rknn_model)
+        assert self._folder is not None  # without one both towers were given as files
+        path = self._folder / "visual" / "rknpu" / self.target / "model.rknn"
+        if not path.is_file():
+            raise NPURefused(
+                f"the folder has no {path.relative_to(self._folder).as_posix()}; export.py --rknn makes it"
+            )
+        return path
+
+    def _check_contract(self, contract: Mapping[str, Any]) -> None:
+        if contract.get("format", NPU_FORMAT) != NPU_FORMAT:
+            raise NPURefused(f"model.json is of format {contract['format']}; this version reads {NPU_FORMAT}")
+        soc = contract.get("soc", self.target)
+        if soc != self.target:
+            raise NPURefused(f"the program is for {soc}, the board is a {self.target}")
+        files = read_json(self._folder / "manifest.json").get("files", {}) if self._folder else {}
+        onnx = files.get("visual/model.onnx")
+        if onnx and contract.get("onnx_sha256", onnx) != onnx:
+            raise NPURefused("the program was made of another visual/model.onnx than the one beside it")
+
+    def _cores_to_use(self, path: Path) -> int:
+        """Each context holds the weights, and the file besides while it loads."""
+        wanted = self._options.rknn_cores or NPU_CORES[self.target]
+        have, each = available_memory(), 3 * path.stat().st_size
+        fit = max(1, have // each) if have else wanted
+        if fit < wanted:
+            log.warning("%s: memory for %d of %d NPU cores alone", self._options.name, fit, wanted)
+        return min(wanted, fit, NPU_CORES[self.target])
+
+    def _worst_cosine(self, contract: Mapping[str, Any]) -> float | None:
+        """Of the golden picture on each core, or of a picture to what the ONNX tower makes of it; None without both."""
+        golden = contract.get("golden") or self.golden
+        if golden:
+            file = base64.b64decode(golden["picture"])
+            picture = decode_image(file, [self.preprocess], 1 << 20, draft=False)[self.preprocess]
+            expected = np.array(golden["picture_vector"], np.float32)
+        elif tower := self._onnx_tower():
+            ramp = np.add.outer(np.arange(self.preprocess.size), np.arange(self.preprocess.size))
+            picture = np.stack([ramp % 251, ramp // 2 % 241, 255 - ramp % 239], axis=-1).astype(np.uint8)
+            session = self._session(tower, "ONNX_IMAGE", usable_cores())
+            takes_uint8 = session.get_inputs()[0].type == "tensor(uint8)"
+            given = picture[None] if takes_uint8 else normalize(picture[None], self.preprocess)
+            expected = self._run(session, given)[0]
+        else:
+            log.warning("%s: nothing to compare the NPU's vectors with; they are not verified", self._options.name)
+            return None
+        try:
+            runs = [context.run(*self._as_input(picture[None])) for context in self._contexts]
+            return float(min(unit_rows(np.stack(run.result()))[0] @ expected for run in runs))
+        except (RuntimeError, ValueError) as error:
+            raise NPURefused(f"self-test: {error}") from error
+
+    def _as_input(self, pixels: Pixels) -> tuple[NDArray[Any], str]:
+        return (pixels, "nhwc") if self._takes_uint8 else (normalize(pixels, self.preprocess), "nchw")
+
     def encode_images(self, pixels: Pixels) -> Vectors:
-        batch = pixels if self._takes_uint8 else normalize(pixels, self.preprocess)
-        layout = "nhwc" if self._takes_uint8 else "nchw"
-        rows = []
-        for start in range(len(batch)):  # NPU programs have a fixed batch of one
-            outputs = self._npu.inference(inputs=[batch[start : start + 1]], data_format=layout)
-            if outputs is None:  # it logs its failures and raises nothing
-                raise RuntimeError("the NPU runtime failed on an image")
-            rows.append(np.array(outputs[0], np.float32).reshape(1, -1))
-        return _unit_rows(np.concatenate(rows))
+        if not self._contexts:
+            return super().encode_images(pixels)
+        batch, layout = self._as_input(pixels)
+        step = len(self._contexts)
+        shares = [context.run(batch[i::step], layout) for i, context in enumerate(self._contexts)]
+        rows: list[Any] = [None] * len(batch)
+        for i, share in enumerate(shares):
+            rows[i::step] = share.result()
+        # float16 inside: what it made a unit is one to three digits.
+        return unit_rows(np.stack(rows))

@@ -188,6 +188,14 @@ class LumenClient:
         state = reply[1] if len(reply) == 2 and reply[0] == 0x08 else 0
         return HEALTH_STATES[state] if state < len(HEALTH_STATES) else "UNKNOWN"
 
+    def degraded(self) -> list[str]:
+        """What the daemon runs otherwise than its operator asked, such as images on the CPU. Raises LumenError."""
+        try:
+            _, call = self._stub.Health.with_call(empty_pb2.Empty(), timeout=self.timeout)
+        except grpc.RpcError as error:
+            raise LumenError.of_call(error) from error
+        return [str(value) for key, value in call.trailing_metadata() or () if key == "lumen-degraded"]
+
 
 def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
     shared: dict[str, Any] = {
@@ -451,8 +459,8 @@ def show_capabilities(client: LumenClient, as_json: bool) -> int:
 
 
 def show_health(client: LumenClient, as_json: bool) -> int:
-    state = client.health()
-    print(json.dumps({"status": state}) if as_json else state)
+    state, degraded = client.health(), client.degraded()
+    print(json.dumps({"status": state, "degraded": degraded}) if as_json else "\n".join([state, *degraded]))
     return 0 if state == "SERVING" else 1
 
 

@@ -166,8 +166,10 @@ class Settings:
     bioclip_ort_providers: tuple[str, ...] = _setting((), _names)
     clip_rknn_model: str = _setting("")
     bioclip_rknn_model: str = _setting("")
-    clip_rknn_target: str = _setting("rk3588", _choice(*backends.RKNN_TARGETS))
-    bioclip_rknn_target: str = _setting("rk3588", _choice(*backends.RKNN_TARGETS))
+    clip_rknn_target: str = _setting("", _choice(*backends.NPU_CORES))  # "": what the device tree says
+    bioclip_rknn_target: str = _setting("", _choice(*backends.NPU_CORES))
+    clip_rknn_cores: int = _setting(0, _number(1, 3))  # 0: all that there are and that memory allows
+    bioclip_rknn_cores: int = _setting(0, _number(1, 3))
     clip_labels: str = _setting("")  # "": ImageNet-1k
     bioclip_labels: str = _setting("")  # "": TreeOfLife-10M
     clip_templates: int = _setting(7, _templates)
@@ -205,7 +207,8 @@ class Settings:
 
     def options(self, model: str) -> backends.ModelOptions:
         """What the backend of "clip" or "bioclip" needs to know."""
-        shared = {"device", "precision", "onnx_image", "onnx_text", "ort_providers", "rknn_model", "rknn_target"}
+        shared = {"device", "precision", "onnx_image", "onnx_text", "ort_providers"}
+        shared |= {"rknn_model", "rknn_target", "rknn_cores"}
         return backends.ModelOptions(
             name=model.upper(),
             backend=self.backend_of(model),
@@ -1089,6 +1092,10 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
                 yield self._capability(name, models, (name,))
 
     def Health(self, request: empty_pb2.Empty, context: Any) -> empty_pb2.Empty:
+        """Its answer has no fields: what runs otherwise than the operator asked stands in the trailing metadata."""
+        loaded = [model.backend for name in ("clip", "bioclip") if self._models and (model := self._models.get(name))]
+        refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # ASCII: no client's, no path's text
+        context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
         return empty_pb2.Empty()
 
     def _capability(self, service: str, models: Models, names: Sequence[str]) -> pb.Capability:
@@ -1101,6 +1108,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             extra[f"{name}_embedding_dim"] = str(back.dim)
             extra[f"{name}_runtime"] = back.runtime
             extra[f"{name}_space"] = back.space
+            if back.npu or back.refusal:
+                extra[f"{name}_npu"] = back.npu or f"refused: {back.refusal}"
             if back.self_test_cosine is not None:
                 extra[f"{name}_self_test"] = f"{back.self_test_cosine:.7f}"
             extra[f"{name}_batch_size"] = str(loaded[name].image.batch_size)

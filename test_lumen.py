@@ -1211,47 +1211,278 @@ def test_the_tokenizer_equals_openclips_on_hostile_texts(tiny_onnx: Path) -> Non
         backends.ClipTokenizer.from_file(tiny_onnx / "config.json", 77)
 
 
+# --- the NPU ------------------------------------------------------------------------------------------------------
+
+# What rknn-toolkit-lite2 2.5.0 does, as its source and a run of the real wheel show it, on ONNX Runtime: it reports by
+# return codes, None and its log, takes one layout and dtype, and tolerates no second thread (here: aloud).
 FAKE_NPU = """
+import logging, os, threading
+import numpy as np
 import onnxruntime
-class RKNNLite:  # what a board's library does, on ONNX Runtime
-    def load_rknn(self, path):
-        self.session = onnxruntime.InferenceSession(path)
+
+log = logging.getLogger("acuityLogger")
+log.propagate = False
+log.addHandler(logging.StreamHandler())
+SOC = os.environ.get("FAKE_SOC", "rk3588")
+BROKEN_CORES = [int(core) for core in os.environ.get("FAKE_BROKEN_CORES", "").split()]
+ZEROS = os.environ.get("FAKE_ZEROS")  # toolkit issue 574
+made = []
+
+class RKNNLite:
+    NPU_CORE_AUTO, NPU_CORE_0, NPU_CORE_1, NPU_CORE_2 = 0, 1, 2, 4
+
+    def __init__(self, verbose=False, verbose_file=None):
+        self.rknn_data, self.session, self.mask, self.released = None, None, None, False
+        self.pictures, self.thread = 0, threading.get_ident()
+        self.rknn_log = type("Log", (), {"logger": log})
+        logging.addLevelName(logging.ERROR, "E")  # for the whole process
+        made.append(self)
+
+    def _here(self):
+        assert threading.get_ident() == self.thread, "a context was used by two threads"
+
+    def load_rknn(self, path, key_path=None):
+        self._here()
+        if not os.path.exists(path):
+            log.error("Invalid RKNN model path: %s", path)
+            return -1
+        self.path = path
+        with open(path, "rb") as file:
+            self.rknn_data = file.read()
         return 0
-    def init_runtime(self):
+
+    def init_runtime(self, target=None, device_id=None, async_mode=False, core_mask=NPU_CORE_AUTO):
+        self._here()
+        self.mask = core_mask
+        if core_mask and SOC not in ("rk3576", "rk3588"):
+            log.error("Traceback\\nException: RKNN init failed. error code: RKNN_ERR_FAIL")
+            return -1
+        if (core_mask or 1).bit_length() - 1 in BROKEN_CORES:
+            log.error("Traceback\\nException: failed to submit!")
+            return -1
+        try:
+            self.session = onnxruntime.InferenceSession(self.path)
+        except Exception:
+            log.error("Traceback\\nException: Invalid RKNN model version 6")
+            return -1
         return 0
-    def inference(self, inputs, data_format):
+
+    def inference(self, inputs, data_type=None, data_format=None, inputs_pass_through=None):
+        self._here()
         tower = self.session.get_inputs()[0]
-        if len(inputs[0]) != 1 or data_format != ("nhwc" if "uint8" in tower.type else "nchw"):
+        uint8 = "uint8" in tower.type
+        shape = (1, *tower.shape[1:])
+        fits = (inputs[0].dtype, data_format) == ((np.uint8, "nhwc") if uint8 else (np.float32, "nchw"))
+        if not (fits and inputs[0].shape == shape and inputs[0].flags.c_contiguous):
+            log.error("The input does not fit: %s %s", inputs[0].shape, inputs[0].dtype)
             return None
-        return self.session.run(None, {tower.name: inputs[0]})
+        self.pictures += 1
+        rows = self.session.run(None, {tower.name: inputs[0]})[0].astype(np.float16).astype(np.float32)
+        return [np.zeros_like(rows) if ZEROS else rows]
+
+    def get_sdk_version(self):
+        return "2.3.2 (429f97ae6b@2025-04-09T09:09:27)"
+
+    def release(self):
+        self._here()
+        self.released = True
 """
 
 
-@pytest.mark.parametrize("ours", [True, False])
+@pytest.fixture
+def npu_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a stand-in for rknn-toolkit-lite2, which has no wheel for this machine; see FAKE_NPU."""
+    library = tmp_path / "library"
+    (library / "rknnlite").mkdir(parents=True)
+    (library / "rknnlite" / "__init__.py").touch()
+    (library / "rknnlite" / "api.py").write_text(FAKE_NPU)
+    monkeypatch.syspath_prepend(str(library))
+    for module in ("rknnlite", "rknnlite.api"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return library
+
+
+def with_program(source: Path, folder: Path, target: str = "rk3588", **contract: Any) -> Path:
+    """A copy of a model's folder with an "NPU program" in it, and an export's model.json if there is a contract."""
+    shutil.copytree(source, folder)
+    home = folder / "visual" / "rknpu" / target
+    shutil.copytree(source / "visual", home, ignore=shutil.ignore_patterns("preprocess_cfg.json"))
+    (home / "model.onnx").rename(home / "model.rknn")
+    if contract:
+        (home / "model.json").write_text(json.dumps({"format": 1, "soc": target, "toolkit": "2.5.0", **contract}))
+    return folder
+
+
+def golden_of(source: Path) -> dict[str, Any]:
+    return json.loads((source / "manifest.json").read_text())["golden"]
+
+
+def npu_of(folder: Path, tmp_path: Path, target: str = "rk3588", **options: Any) -> Any:
+    return backends.create_backend(
+        backends.ModelOptions("CLIP", "rknn", str(folder), tmp_path, rknn_target=target, **options)
+    )
+
+
+@pytest.mark.parametrize("form", ["ours", "immich's"])
 def test_the_npu_gets_one_picture_at_a_time_in_the_form_its_file_wants(
-    tiny_onnx: Path, tiny_immich: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: bool
+    tiny_onnx: Path, tiny_immich: Path, tmp_path: Path, npu_library: Path, form: str
 ) -> None:
     """Lost otherwise: right-looking vectors of wrong pixels; the .rknn file does not say which form it takes."""
-    source = tiny_onnx if ours else tiny_immich
-    folder = tmp_path / source.name
-    shutil.copytree(source, folder)
-    shutil.copytree(source / "visual", folder / "visual" / "rknpu" / "rk3588")
-    program = folder / "visual" / "rknpu" / "rk3588"
-    (program / "model.onnx").rename(program / "model.rknn")
-    (program / "preprocess_cfg.json").unlink()
-    if ours:
-        (program / "model.json").write_text("{}")
-    (tmp_path / "rknnlite").mkdir()
-    (tmp_path / "rknnlite" / "__init__.py").write_text("")
-    (tmp_path / "rknnlite" / "api.py").write_text(FAKE_NPU)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    npu = backends.create_backend(backends.ModelOptions("CLIP", "rknn", str(folder), tmp_path))
-    cpu = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(source), tmp_path))
-    pixels = np.stack([pixels_of(encoded(picture(c))) for c in COLOURS.values()])
-    assert np.allclose(npu.encode_images(pixels), cpu.encode_images(pixels), atol=1e-5)
+    source = tiny_onnx if form == "ours" else tiny_immich
+    contract = {"golden": golden_of(tiny_onnx)} if form == "ours" else {}
+    npu = npu_of(with_program(source, tmp_path / source.name, **contract), tmp_path)
+    cpu = load(source)
+    pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()][:7]])
+    vectors = npu.encode_images(pixels)
+    assert np.sum(vectors * cpu.encode_images(pixels), axis=1).min() > 0.9999
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6  # though float16 came from the NPU
     assert (npu.runtime, npu.precision, npu.model_id) == ("rknn", "fp16", cpu.model_id)
-    with pytest.raises(backends.BackendError, match=r"CLIP_RKNN_MODEL.*no NPU model for rk3566"):
-        backends.create_backend(backends.ModelOptions("CLIP", "rknn", str(folder), tmp_path, rknn_target="rk3566"))
+    assert npu.space == cpu.space and npu.refusal == ""
+
+    # A context for each core, each on a thread of its own; all of them at work; the file's bytes given back.
+    from rknnlite.api import made
+
+    assert [context.mask for context in made] == [1, 2, 4]
+    assert len({context.thread for context in made}) == 3 and threading.get_ident() not in {c.thread for c in made}
+    assert all(context.pictures >= 3 and context.rknn_data is None for context in made)
+
+
+@pytest.mark.parametrize(
+    ("names", "target", "masks"),
+    [
+        ("radxa,rock-5b\0rockchip,rk3588\0", "rk3588", [1, 2, 4]),
+        ("xunlong,orangepi-5\0rockchip,rk3588s\0", "rk3588", [1, 2, 4]),
+        ("radxa,rock-5c\0rockchip,rk3582\0", "rk3588", [1, 2, 4]),
+        ("rockchip,rk3576-evb1-v10\0rockchip,rk3576\0", "rk3576", [1, 2]),
+        ("radxa,zero3w\0rockchip,rk3566\0", "rk3566", [0]),
+        ("raspberrypi,5-model-b\0brcm,bcm2712\0", "", []),
+    ],
+)
+def test_the_board_says_which_program_and_how_many_cores_it_has(
+    tiny_onnx: Path,
+    tmp_path: Path,
+    npu_library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: str,
+    target: str,
+    masks: list[int],
+) -> None:
+    """Lost otherwise: boards of the same chip under another name, and those that bear no core number."""
+    (tmp_path / "compatible").write_bytes(names.encode())
+    monkeypatch.setattr(backends, "DEVICE_TREE", tmp_path / "compatible")
+    assert backends.board_target() == target
+    monkeypatch.setenv("FAKE_SOC", target)
+    folder = with_program(tiny_onnx, tmp_path / "model", target or "rk3588", golden=golden_of(tiny_onnx))
+    npu = npu_of(folder, tmp_path, target="")
+    from rknnlite.api import made
+
+    assert [context.mask for context in made] == masks and npu.runtime == ("rknn" if target else "onnxrt")
+    assert target or "names no Rockchip NPU that we know" in npu.refusal
+
+
+def test_cores_are_as_many_as_asked_for_as_memory_bears_and_as_work(
+    tiny_onnx: Path,
+    tmp_path: Path,
+    npu_library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lost otherwise: a board of 2 GB that swaps, or an NPU given up because its third core does not work."""
+    folder = with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx))
+    size = (folder / "visual" / "rknpu" / "rk3588" / "model.rknn").stat().st_size
+    assert npu_of(folder, tmp_path, rknn_cores=2).npu.startswith("rk3588, 2 of 3 cores, self-test ")
+    monkeypatch.setattr(backends, "available_memory", lambda: 7 * size)
+    assert npu_of(folder, tmp_path).npu.startswith("rk3588, 2 of 3 cores")
+    assert "memory for 2 of 3 NPU cores alone" in caplog.text
+    monkeypatch.setattr(backends, "available_memory", lambda: 0)  # a system that does not say
+    monkeypatch.delitem(sys.modules, "rknnlite.api")
+    monkeypatch.setenv("FAKE_BROKEN_CORES", "2")
+    assert npu_of(folder, tmp_path).npu.startswith("rk3588, 2 of 3 cores")
+    assert "core 2 does not start (Exception: failed to submit!); the NPU goes on with 2 cores" in caplog.text
+
+
+NPU_FAULTS = [
+    ("zeros", {"FAKE_ZEROS": "1"}, {}, "self-test: the model returned a vector that is not finite or has no length"),
+    ("golden", {}, {"golden": "rolled"}, r"self-test: cosine -?0\.\d+ to the golden vector; allowed: 0.999 and more"),
+    ("soc", {}, {"soc": "rk3576"}, "the program is for rk3576, the board is a rk3588"),
+    ("onnx", {}, {"onnx_sha256": "ab"}, "the program was made of another visual/model.onnx than the one beside it"),
+    ("later", {}, {"format": 2}, "model.json is of format 2; this version reads 1"),
+    ("cores", {"FAKE_BROKEN_CORES": "0 1 2"}, {}, "the NPU's core 0 does not start"),
+    ("damaged", {}, {}, "the NPU's core 0 does not start"),
+    ("none", {}, {}, "the folder has no visual/rknpu/rk3588/model.rknn; export.py --rknn makes it"),
+]
+
+
+@pytest.mark.parametrize(("fault", "environment", "contract", "said"), NPU_FAULTS, ids=[f[0] for f in NPU_FAULTS])
+def test_an_npu_that_cannot_be_trusted_is_refused_aloud_and_the_cpu_takes_over(
+    tiny_onnx: Path,
+    tmp_path: Path,
+    npu_library: Path,
+    fault: str,
+    environment: dict[str, str],
+    contract: dict[str, Any],
+    said: str,
+) -> None:
+    """Lost otherwise: months of wrong vectors (rknn-toolkit2 issues 549, 574) or an idle NPU (immich issue 30037)."""
+    golden = golden_of(tiny_onnx)
+    if contract.get("golden"):
+        contract = {"golden": {**golden, "picture_vector": np.roll(golden["picture_vector"], 1).tolist()}}
+    folder = with_program(tiny_onnx, tmp_path / "model", **{"golden": golden, **contract})
+    program = folder / "visual" / "rknpu" / "rk3588" / "model.rknn"
+    if fault == "damaged":
+        program.write_bytes(program.read_bytes()[:1000])
+    if fault == "none":
+        program.unlink()
+    settings = {"CLIP_BACKEND": "rknn", "CLIP_RKNN_TARGET": "rk3588", "CLIP_MODEL": folder, "BIOCLIP_BACKEND": "none"}
+    data = label_files(tmp_path / "data")
+    node = Node(data, PYTHONPATH=npu_library, **settings, **environment).ready()
+    try:
+        [line] = [line for line in node.log.splitlines() if "ERROR" in line and "the NPU is not used" in line]
+        assert re.search(said, line) and line.endswith("images run on the CPU instead, by ONNX Runtime")
+        assert "Traceback" not in node.log
+        capability = node.stub.GetCapabilities(Empty())
+        assert capability.runtime == "onnxrt" and re.fullmatch(f"refused: {said}", capability.extra["clip_npu"])
+        assert list(capability.precisions) == ["fp32"]
+        _, call = node.stub.Health.with_call(Empty())
+        assert re.fullmatch(f"the NPU is not used: {said}", dict(call.trailing_metadata())["lumen-degraded"])
+        shown = run_client("health", address=node.address)
+        assert shown.returncode == 0 and re.fullmatch(f"SERVING\nthe NPU is not used: {said}\n", shown.stdout)
+        assert node.result("clip_classify", encoded(picture(RED)))["labels"][0]["label"]
+    finally:
+        assert node.stop() == 0
+
+    # Without a tower that could take over, there is nothing to serve.
+    shutil.move(folder / "visual" / "model.onnx", tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"].pop("visual/model.onnx")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if fault != "onnx":  # which cannot be told any more
+        node = Node(data, PYTHONPATH=npu_library, **settings, **environment)
+        assert node.process.wait(60) == 1
+        node.stop()
+        [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+        assert re.search(said, line) and "no visual/model.onnx that could run on the CPU instead" in line
+
+
+def test_an_npu_without_golden_vectors_is_compared_with_the_cpu(
+    tiny_immich: Path, tmp_path: Path, npu_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: immich's folders, which carry no vectors to compare with, on a board that computes wrongly."""
+    folder = with_program(tiny_immich, tmp_path / "model")
+    assert "self-test 0.9999" in npu_of(folder, tmp_path).npu
+    monkeypatch.delitem(sys.modules, "rknnlite.api")
+    monkeypatch.setenv("FAKE_ZEROS", "1")
+    assert npu_of(folder, tmp_path).refusal.startswith("self-test")
+
+
+def test_an_npu_that_fails_later_fails_that_request_alone(
+    tiny_onnx: Path, tmp_path: Path, npu_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: None taken for a vector, and a daemon down with it."""
+    npu = npu_of(with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx)), tmp_path)
+    with pytest.raises(RuntimeError, match="the NPU failed on an image"):
+        npu.encode_images(np.zeros((2, 17, 17, 3), np.uint8))
+    assert npu.encode_images(np.zeros((4, npu.preprocess.size, npu.preprocess.size, 3), np.uint8)).shape[0] == 4
 
 
 # --- label sets and their caches ---------------------------------------------------------------------------------
