@@ -620,7 +620,7 @@ def summary(table: Sequence[Operator]) -> str:
     return f"{sum(sums.values()) / 1e6:.2f} M cycles by the compiler's estimate ({parts}); on the CPU: {counts}"
 
 
-def convert_elsewhere(arguments: Sequence[str], folder: Path, socs: Sequence[str]) -> None:
+def convert_elsewhere(arguments: Sequence[str]) -> None:
     """Runs the conversion in the toolkit's environment. Raises ExportError with what makes one, if there is none."""
     program = NPU_ENVIRONMENT / "bin" / "python"
     if not program.exists():
@@ -629,7 +629,7 @@ def convert_elsewhere(arguments: Sequence[str], folder: Path, socs: Sequence[str
             "  python3.11 -m venv .venv-rknn\n"
             "  .venv-rknn/bin/pip install -r requirements-rknn.txt\n"
             f"  .venv-rknn/bin/pip install --no-deps rknn-toolkit2=={TOOLKIT}\n"
-            f"  .venv-rknn/bin/python export.py --to {folder} --rknn {','.join(socs)}"
+            f"  .venv-rknn/bin/python export.py {' '.join(arguments)}"
         )
     sys.stdout.flush()
     if status := subprocess.run([program, Path(__file__).resolve(), *arguments]).returncode:
@@ -724,7 +724,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif socs:
             given = ["--to", str(options["to"]), "--rknn", ",".join(socs)] + ["--no-sdpa"] * (not sdpa)
             given += ["--photos", str(options["photos"])] if options["photos"] else []
-            convert_elsewhere(given, options["to"], socs)
+            convert_elsewhere(given)
     except (BackendError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

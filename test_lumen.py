@@ -1485,6 +1485,144 @@ def test_an_npu_that_fails_later_fails_that_request_alone(
     assert npu.encode_images(np.zeros((4, npu.preprocess.size, npu.preprocess.size, 3), np.uint8)).shape[0] == 4
 
 
+def test_the_graph_for_the_npu_computes_what_the_export_does(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: nine tenths of an NPU's time, or the right vectors, by the rewritten patch convolution."""
+    import onnx
+    import onnxruntime
+
+    tower = tiny_onnx / "visual" / "model.onnx"
+    graph = export.npu_graph(tower)
+    assert not {"Conv", "Shape"} & {node.op_type for node in graph.graph.node}
+    assert "LayerNormalization" in {node.op_type for node in graph.graph.node}  # which the compiler fuses
+    onnx.save_model(graph, tmp_path / "npu.onnx")
+    cpu = load(tiny_onnx)
+    pixels = np.stack([pixels_of(encoded(picture(c, seed=i))) for i, c in enumerate(COLOURS.values())])
+    session = onnxruntime.InferenceSession(tmp_path / "npu.onnx")
+    given = backends.normalize(pixels, cpu.preprocess)  # what the compiler puts in front
+    found = np.concatenate([session.run(None, {"image": row[None]})[0] for row in given])
+    assert np.sum(found * cpu.encode_images(pixels), axis=1).min() > 0.999999
+
+
+SAID_BY_THE_TOOLKIT = """\
+D RKNN: [02:08:11.101] Total Internal Memory Size: 1029KB
+D RKNN: [02:08:11.103] ID OpType DataType Target InputShape OutputShape Cycles(DDR/NPU/Total) RW(KB) FullName
+D RKNN: [02:08:11.103] 0  InputOperator UINT8 CPU \\ (1,3,224,224) 0/0/0 147 InputOperator
+D RKNN: [02:08:11.103] 1  ConvAdd FLOAT16 NPU (1,768,1,50),(768,768,1,1) (1,768,1,50) 64000/73728/73728 1300 Conv:x
+D RKNN: [02:08:11.103] 2  ConvAdd FLOAT16 NPU (1,768,1,50),(768,768,1,1) (1,768,1,50) 64000/73728/73728 1300 Conv:y
+D RKNN: [02:08:11.103] 3  exSoftmax13 FLOAT16 CPU (1,12,50,50) (1,12,50,50) 0/0/0 117 Softmax:z
+"""
+
+
+def test_the_compilers_table_is_read_and_told_in_short() -> None:
+    """Lost otherwise: a patch convolution at ten times the time, or a softmax on the CPU, that nobody sees."""
+    table = export.cost_table(SAID_BY_THE_TOOLKIT)
+    assert [op.kind for op in table] == ["InputOperator", "ConvAdd", "ConvAdd", "exSoftmax13"]
+    said = "0.15 M cycles by the compiler's estimate (ConvAdd 0.15, InputOperator 0.00, exSoftmax13 0.00)"
+    assert export.summary(table) == f"{said}; on the CPU: 1 exSoftmax13"
+    with pytest.raises(export.ExportError, match="no table of cycles"):
+        export.cost_table("I RKNN: done")
+
+
+def run_export(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "export.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif((ROOT / ".venv-rknn").exists(), reason="the toolkit's environment is here, so it would be used")
+def test_without_the_toolkit_it_is_said_what_to_run(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: an afternoon with the toolkit's own requirements, which do not install."""
+    run = run_export("--to", tiny_onnx, "--rknn", "rk3588,rk3576", "--no-sdpa")
+    told = [line.strip() for line in run.stderr.splitlines()]
+    assert run.returncode == 1 and "in an environment of its own" in told[0] and len(told) == 5
+    assert told[2] == ".venv-rknn/bin/pip install -r requirements-rknn.txt"
+    assert told[4] == f".venv-rknn/bin/python export.py --to {tiny_onnx} --rknn rk3588,rk3576 --no-sdpa"
+    run = run_export("--to", tiny_onnx, "--rknn", "rk3399")
+    assert run.returncode == 2 and "'rk3399'; allowed: rk3562, rk3566, rk3568, rk3576, rk3588" in run.stderr
+    run = run_export("--to", tiny_onnx)
+    assert run.returncode == 2 and "--model or --rknn: one of the two is needed" in run.stderr
+    with pytest.raises(export.ExportError, match="needs the fp32 image tower of an export"):
+        export.convert(tmp_path, ["rk3588"])
+
+
+@pytest.fixture(scope="session")
+def toolkit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(the Python of an environment as README makes it, a folder of photographs); LUMEN_RKNN_VENV keeps the first."""
+    if "rknn" not in request.config.option.markexpr:
+        pytest.skip("installs Rockchip's toolkit (1.5 GB) and takes ten minutes; run it with: python -m pytest -m rknn")
+    if os.uname().machine != "x86_64" or not shutil.which("python3.11"):
+        pytest.skip("Rockchip's toolkit needs x86-64 and python3.11")
+    venv = Path(os.environ.get("LUMEN_RKNN_VENV") or tmp_path_factory.mktemp("rknn") / "venv")
+    pip = [str(venv / "bin" / "pip"), "install", "-q"]
+    if not venv.exists():
+        subprocess.run(["python3.11", "-m", "venv", str(venv)], check=True)
+        subprocess.run([*pip, "-r", str(ROOT / "requirements-rknn.txt")], check=True)
+        subprocess.run([*pip, "--no-deps", f"rknn-toolkit2=={export.TOOLKIT}"], check=True)
+    folder = tmp_path_factory.mktemp("photographs")
+    subprocess.run([*pip, "--no-deps", "--target", str(folder / "package"), "scikit-image"], check=True)
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg"):
+        shutil.copy(folder / "package" / "skimage" / "data" / name, folder)
+    shutil.rmtree(folder / "package")
+    return str(venv / "bin" / "python"), folder
+
+
+def converted(toolkit: tuple[str, Path], folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """Converts as a user does; -> (what was printed, the cycles and cosines by SoC)."""
+    command = [toolkit[0], str(ROOT / "export.py"), "--to", str(folder), "--photos", str(toolkit[1]), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    print(f"\n{run.stdout}", end="")
+    programs = sorted((folder / "visual" / "rknpu").iterdir())
+    return run.stdout, {home.name: json.loads((home / "model.json").read_text()) for home in programs}
+
+
+@pytest.mark.rknn
+@pytest.mark.timeout(1200)
+def test_the_demo_becomes_a_program_for_every_npu(toolkit: tuple[str, Path], tmp_path: Path) -> None:
+    """Lost otherwise: boards whose program does not compile, or computes something else in float16."""
+    shutil.copytree(DEMO, tmp_path / "demo")
+    said, made = converted(toolkit, tmp_path / "demo", "--rknn", ",".join(backends.NPU_CORES))
+    assert set(made) == set(backends.NPU_CORES)
+    for soc, contract in made.items():
+        home = tmp_path / "demo" / "visual" / "rknpu" / soc
+        assert contract["simulator_cosine"] >= 0.9999 and contract["soc"] == soc
+        assert contract["fused_attention"] == (soc != "rk3576")
+        assert contract["input"] == {"dtype": "uint8", "layout": "NHWC", "shape": [1, 96, 96, 3]}
+        assert contract["rknn_sha256"] == backends.sha256_of(home / "model.rknn")
+        assert contract["batch_sizes"] == [1] and contract["toolkit"] == export.TOOLKIT
+        assert soc.encode() in (home / "model.rknn").read_bytes().lower()
+    assert re.search(r"rk3588: .* on the CPU: nothing", said)
+    # The golden vector is what ONNX Runtime makes of the golden picture, so a board can be told right from wrong.
+    golden, cpu = made["rk3588"]["golden"], load(DEMO)
+    picture = backends.decode_image(base64.b64decode(golden["picture"]), [cpu.preprocess], 1 << 20, draft=False)
+    assert cpu.encode_images(picture[cpu.preprocess][None])[0] @ np.array(golden["picture_vector"]) > 0.99999
+    # What is there stays when a conversion fails, and a daemon on a PC reads the folder as before.
+    assert load(tmp_path / "demo").self_test_cosine > 0.9999
+    _, made = converted(toolkit, tmp_path / "demo", "--rknn", "rk3588", "--no-sdpa")
+    assert made["rk3588"]["fused_attention"] is False and made["rk3588"]["simulator_cosine"] >= 0.9999
+
+
+@pytest.mark.rknn
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("architecture", "budget"), [("ViT-B-32", 12_000_000), ("ViT-L-14", 170_000_000)])
+def test_true_size_towers_stay_in_the_npus_budget(
+    toolkit: tuple[str, Path], tmp_path: Path, architecture: str, budget: int
+) -> None:
+    """Lost otherwise: a tower that takes ten times the NPU's time, as ViT-B/32 does with its patch convolution.
+
+    ViT-L-14 is BioCLIP-2's shape. Weights are random; the photographs are real.
+    """
+    import open_clip
+    import torch
+
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model(architecture).state_dict(), tmp_path / "seeded.pt")
+    export.export(f"{architecture}:{tmp_path / 'seeded.pt'}", tmp_path / "model", tower="image", data_dir=tmp_path)
+    said, made = converted(toolkit, tmp_path / "model", "--rknn", "rk3588")
+    assert made["rk3588"]["simulator_cosine"] >= 0.9999
+    assert made["rk3588"]["compiler_cycles"] <= budget
+    assert "on the CPU: nothing" in said
+
+
 # --- label sets and their caches ---------------------------------------------------------------------------------
 
 
