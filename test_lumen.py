@@ -1492,8 +1492,8 @@ def test_the_graph_for_the_npu_computes_what_the_export_does(tiny_onnx: Path, tm
 
     tower = tiny_onnx / "visual" / "model.onnx"
     graph = export.npu_graph(tower)
-    assert not {"Conv", "Shape"} & {node.op_type for node in graph.graph.node}
-    assert "LayerNormalization" in {node.op_type for node in graph.graph.node}  # which the compiler fuses
+    kinds = {node.op_type for node in graph.graph.node}
+    assert "Conv" not in kinds and "LayerNormalization" in kinds  # the latter is one operator of the NPU's
     onnx.save_model(graph, tmp_path / "npu.onnx")
     cpu = load(tiny_onnx)
     pixels = np.stack([pixels_of(encoded(picture(c, seed=i))) for i, c in enumerate(COLOURS.values())])
