@@ -587,14 +587,17 @@ def _split_model(options: ModelOptions) -> tuple[str, str]:
     return arch, weights
 
 
-def fetch_repository(options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]]) -> Path:
+def fetch_repository(
+    options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]], form: str = ""
+) -> Path:
     """The files that `choose` takes from a hub repository's list, downloaded once to `data/models/`.
 
     A marker with every file's size says that the folder is whole; with it there is no network call at all. A
-    download that was cut off goes on where it stopped. Raises BackendError.
+    download that was cut off goes on where it stopped. `form` (default: the backend) names what `choose` takes.
+    Raises BackendError.
     """
     folder = options.data_dir / "models" / repo.replace("/", "--")
-    marker = folder / f".complete-{options.backend}.json"
+    marker = folder / f".complete-{form or options.backend}.json"
     if _is_whole(folder, marker):
         return folder
     from huggingface_hub import HfApi, snapshot_download
@@ -913,6 +916,7 @@ class ONNXRTBackend:
     """
 
     npu = refusal = ""
+    _form = "onnxrt"  # of a download; see `fetch_repository`
 
     def __init__(self, options: ModelOptions) -> None:
         _needs(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
@@ -943,13 +947,13 @@ class ONNXRTBackend:
             return None, value.removeprefix("hf-hub:")
         if value.startswith("hf-hub:"):
             repo = value.removeprefix("hf-hub:")
-            return fetch_repository(options, repo, self._wanted_files), repo
+            return fetch_repository(options, repo, self._wanted_files, self._form), repo
         arch, tag = _split_model(options)
         if Path(tag).exists():
             raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
         # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
         repo = f"immich-app/{arch}__{tag.replace('_', '-')}"
-        return fetch_repository(options, repo, self._wanted_files), value
+        return fetch_repository(options, repo, self._wanted_files, self._form), value
 
     def _wanted_files(self, files: list[str]) -> list[str]:
         """Both towers and their configs; what belongs to other runtimes stays on the hub."""
@@ -1228,6 +1232,7 @@ class RKNNBackend(ONNXRTBackend):
             text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
             raise options.error("BACKEND", options.backend, text)
         self.target = options.rknn_target or board_target()
+        self._form = f"rknn-{self.target}" if self.target else "rknn"  # another board wants another program
         self._contexts: list[NPUContext] = []
         super().__init__(options)
         if self._contexts:

@@ -1939,6 +1939,22 @@ def test_first_start_downloads_and_the_second_asks_nobody(tmp_path: Path, hub: F
         assert {p.name for p in (tmp_path / path).iterdir()} == {"text_vectors.npz", "text_vectors.meta.json"}
 
 
+def test_a_board_downloads_its_own_program(tmp_path: Path, hub: FakeHub, tiny_onnx: Path, npu_library: Path) -> None:
+    """Lost otherwise: the NPU, for those who have no PC to convert on, or hundreds of megabytes for other boards."""
+    folder = with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx))
+    shutil.copytree(folder / "visual" / "rknpu" / "rk3588", folder / "visual" / "rknpu" / "rk3566")
+    hub.repos[IMMICH_REPO] = folder_content(folder)
+    data = label_files(tmp_path / "data")
+    settings = {"BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url, "PYTHONPATH": npu_library}
+    # First a container that hides the board, which is then named.
+    for target, runtime, fetched in (("", "onnxrt", set()), ("rk3588", "rknn", {"rk3588"}), ("rk3588", "rknn", set())):
+        hub.requests.clear()
+        node = Node(data, CLIP_BACKEND="rknn", CLIP_RKNN_TARGET=target, **settings).ready()
+        assert node.stub.GetCapabilities(Empty()).runtime == runtime
+        assert node.stop() == 0
+        assert {part for r in hub.requests for part in backends.NPU_CORES if f"/{part}/" in r} == fetched
+
+
 def test_a_kill_in_the_middle_of_a_download_costs_no_more_than_the_rest(
     tmp_path: Path, hub: FakeHub, tiny_onnx: Path
 ) -> None:
@@ -2882,6 +2898,63 @@ def test_a_copy_of_three_files_serves_the_demo_on_aarch64(arm64_root: Path, draw
         assert np.sum(here.encode_text(here.tokenize(texts)) * np.array(there), axis=1).min() > 0.9999
     finally:
         assert node.stop() == 0, node.log
+
+
+@pytest.mark.arm64
+@pytest.mark.timeout(7200)
+def test_the_real_npu_library_tells_its_faults_in_one_line(arm64_root: Path) -> None:
+    """Lost otherwise: tracebacks on the boards of those whose NPU is not set up yet, which is everybody's first day.
+
+    The library is rknn-toolkit-lite2 as PyPI has it; the board is a device tree of our own in the root's empty /proc.
+    """
+    shutil.rmtree(arm64_root / "var" / "lib" / "npu", ignore_errors=True)
+    with_program(DEMO, arm64_root / "var" / "lib" / "npu")
+    python = ("chroot", str(arm64_root), "/opt/lumen-clip/.venv/bin/python")
+    settings = {"CLIP_BACKEND": "rknn", "CLIP_MODEL": "/var/lib/npu", "BIOCLIP_BACKEND": "none"}
+    settings["CLIP_LABELS"] = "/opt/lumen-clip/gen/demo/names.json"
+    device_tree = arm64_root / "proc" / "device-tree" / "compatible"
+    device_tree.parent.mkdir(parents=True, exist_ok=True)
+    missing_library = r"core 0 does not start \(Exception: Can not find dynamic library on RK3588! Please download"
+    for names, more, said in (
+        ("vendor,board\0rockchip,rk3588s\0", {}, missing_library),
+        ("vendor,board\0rockchip,rk3399\0", {}, "names no Rockchip NPU that we know"),
+        # What the library says of a board that it does not know, where the operator insists.
+        ("vendor,board\0rockchip,rk3399\0", {"CLIP_RKNN_TARGET": "rk3588"}, r"\(Exception: Please specify the target"),
+    ):
+        device_tree.write_bytes(names.encode())
+        node = Node(Path("/var/lib/lumen"), (), (*python, "/opt/lumen-clip/lumen_clip.py"), **settings, **more).bound()
+        try:
+            node.wait_for("ready: ", 900)
+            [line] = [line for line in node.log.splitlines() if "the NPU is not used" in line]
+            assert re.search(said, line) and " ERROR lumen.backends: " in line and "Traceback" not in node.log
+            assert node.stub.GetCapabilities(Empty()).extra["clip_npu"].startswith("refused: ")
+            fox = (DEMO / "pictures" / "fox.png").read_bytes()
+            assert node.result("clip_classify", fox)["labels"][0]["label"] == "fox"
+        finally:
+            assert node.stop() == 0, node.log
+    # A file that the operator named and that is not there ends the start; the library itself says no more than -1.
+    node = Node(
+        Path("/var/lib/lumen"),
+        (),
+        (*python, "/opt/lumen-clip/lumen_clip.py"),
+        **{**settings, "CLIP_RKNN_MODEL": "/nowhere.rknn"},
+    )
+    assert node.process.wait(300) == 1
+    node.stop()
+    assert "lumen-clip: CLIP_RKNN_MODEL=/nowhere.rknn: no such file" in node.log and "Traceback" not in node.log
+    script = """
+from pathlib import Path
+import backends
+try:
+    backends.NPUContext(Path("/nowhere.rknn"), 0, False)
+except backends.NPURefused as refusal:
+    print(f"{refusal}{refusal.detail}")
+"""
+    run = subprocess.run(
+        (*python, "-c", f"import sys; sys.path.append('/opt/lumen-clip'){script}"), capture_output=True
+    )
+    wanted = "the NPU's library cannot read the program (Invalid RKNN model path: /nowhere.rknn)"
+    assert run.stdout.decode().strip() == wanted and b"Traceback" not in run.stderr
 
 
 # --- speed -------------------------------------------------------------------------------------------------------
