@@ -15,22 +15,27 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
+import hashlib
 import heapq
 import ipaddress
 import itertools
 import json
 import logging
+import mmap
 import os
 import queue
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -47,6 +52,9 @@ from backends import Backend, BackendError, BadInput, Preprocess
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from labels import LabelError, LabelSet
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger("lumen")
 
@@ -75,6 +83,7 @@ TURN_SECONDS = 0.05  # each request that a stream has in work puts its next one 
 CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
+FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
 DRAIN_S = 20  # for requests in work when the daemon is told to stop
 
 
@@ -182,6 +191,7 @@ class Settings:
     lumen_data_dir: Path = _setting(DATA_DIR, Path)
     lumen_jpeg_draft: bool = _setting(True, _switch)
     lumen_tune: bool = _setting(True, _switch)
+    lumen_hang_s: int = _setting(120, _number(1, 86_400))
     lumen_max_streams: int = _setting(64, _number(1, 4096))
     lumen_max_request_mb: int = _setting(64, _number(1, 1024))
     lumen_max_megapixels: int = _setting(40, _number(1, 1000))
@@ -260,6 +270,7 @@ class Job:
     def __init__(self, correlation_id: str, due: float) -> None:
         self.correlation_id = correlation_id
         self.due = due  # when its turn comes, by time.monotonic()
+        self.digest = ""  # sha-256 of the payload, once it is worked on
         self.arrived = time.monotonic()
         self.steps: Steps | None = None
         self.answer: futures.Future[Answer] = futures.Future()
@@ -285,7 +296,11 @@ class _Step:
 class Engine:
     """The one inference thread. No timer: a batch is what has gathered while the last one ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None) -> None:
+        """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
+        self.busy_since: float | None = None  # when the batch that runs now began, by time.monotonic()
+        self.failed_in_a_row = 0  # batches of which not one item had a result
+        self._holding = holding or (lambda digests: nullcontext())
         self._changed = threading.Condition()
         self._lines: list[Line] = []
         self._new: list[Job] = []
@@ -363,7 +378,14 @@ class Engine:
         if not batch:
             return
         items = [step.results[position] for step, position in batch]
-        for (step, position), result in zip(batch, self._results(line, items), strict=True):
+        digests = list(dict.fromkeys(step.job.digest for step, _ in batch if step.job.digest))
+        self.busy_since = time.monotonic()
+        with self._holding(digests):
+            results = self._results(line, items)
+        self.busy_since = None
+        failed = all(isinstance(result, Exception) for result in results)
+        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
+        for (step, position), result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 step.error = result
             step.results[position] = result
@@ -710,6 +732,114 @@ def _pixels(task: Task, request: Request, recipes: Mapping[str, Preprocess], set
     return {task.models[0]: backends.pixels_from_tensor(request.payload, request.meta, recipe)}
 
 
+# --- payloads that crash ----------------------------------------------------------------------------------------
+
+
+class Journal:
+    """The payloads that are being worked on, in a file that outlives the process.
+
+    After a crash in native code, faulthandler's report names the thread, and the journal what it had in hand: those
+    bytes are refused from the next start on, instead of ending the daemon again. Where it cannot be told which of
+    several it was (they ran as one batch), or where the process was killed from outside (memory, power, kill -9),
+    having been in hand proves little: then it takes a second time, without an answer in between.
+    """
+
+    SLOT = 96  # bytes: thread, kind, digest
+    SLOTS = 1024
+    KEPT = 1000  # suspects
+    CERTAIN = 2
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._suspects = folder, Counter[str]()
+        self._slots: mmap.mmap | None = None
+        self._lock = threading.Lock()
+        try:
+            self._open()
+        except (OSError, ValueError) as error:
+            faulthandler.enable()
+            log.warning(
+                "no crash journal in %s (%s): a payload that crashes the daemon could do so again", folder, error
+            )
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self._folder / "in-flight").open("a+b")
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError("another daemon uses this folder") from error
+        if (kept := self._folder / "suspects.json").exists():
+            self._suspects.update(json.loads(kept.read_text()))
+        self._learn()
+        self._file.truncate(0)
+        self._file.truncate(self.SLOT * self.SLOTS)
+        self._slots = mmap.mmap(self._file.fileno(), self.SLOT * self.SLOTS)
+        self._free = list(range(self.SLOTS))
+        self._report = (self._folder / "crash.txt").open("w")
+        faulthandler.enable(self._report)
+
+    def _learn(self) -> None:
+        """What the last run left: nothing, if it ended as it should."""
+        self._file.seek(0)
+        held = [line.split() for line in self._file.read().decode("ascii", "replace").split("\0") if line.strip()]
+        held = [slot for slot in held if len(slot) == 3]
+        path = self._folder / "crash.txt"
+        report = path.read_text("utf-8", "replace") if path.exists() else ""
+        thread = re.search(r"Current thread 0x0*([0-9a-f]+)", report)
+        # A native library's own thread is none that we know: then it was at work on a batch.
+        blamed = [slot for slot in held if thread and slot[0] == thread[1]]
+        blamed = blamed or [slot for slot in held if report and slot[1] == "batch"] or held
+        digests = {digest for _, _, digest in blamed}
+        for digest in digests:
+            self._suspects[digest] += self.CERTAIN if report and len(digests) == 1 else 1
+        if report:
+            log.error("the last run crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
+            log.debug("%s", report)
+        if digests:
+            self._keep()
+            refused = [digest for digest in digests if self._suspects[digest] >= self.CERTAIN]
+            text = "the last run ended while it worked on %d payloads; refused from now on: %s"
+            log.error(text, len(digests), ", ".join(f"sha-256 {digest[:16]}..." for digest in refused) or "none")
+
+    def _keep(self) -> None:
+        while len(self._suspects) > self.KEPT:
+            del self._suspects[next(iter(self._suspects))]
+        backends.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
+
+    def check(self, digest: str) -> None:
+        """Raises BadInput for bytes that ended the daemon before."""
+        if self._suspects.get(digest, 0) >= self.CERTAIN:
+            raise BadInput("payload: the daemon crashed over these bytes before, so they are refused")
+
+    def answered(self, digest: str) -> None:
+        """A suspect that was answered is none."""
+        if digest in self._suspects:
+            with self._lock:
+                self._suspects.pop(digest, None)
+                self._keep()
+
+    @contextmanager
+    def holding(self, digests: Sequence[str], kind: str = "batch") -> Iterator[None]:
+        slots: list[int] = []
+        if self._slots is not None:
+            with self._lock:
+                for digest in digests[: len(self._free)]:
+                    slots.append(self._free.pop())
+                    self._write(slots[-1], f"{threading.get_ident():x} {kind} {digest}")
+        try:
+            yield
+        finally:
+            with self._lock:
+                for slot in slots:
+                    self._write(slot, "")
+                    self._free.append(slot)
+
+    def _write(self, slot: int, text: str) -> None:
+        if self._slots is not None:
+            self._slots[slot * self.SLOT : (slot + 1) * self.SLOT] = text.encode().ljust(self.SLOT, b"\0")
+
+
 # --- one stream -------------------------------------------------------------------------------------------------
 
 
@@ -978,7 +1108,11 @@ class Stream:
         try:
             if job.answer.cancelled():
                 return
-            prepare(task, request, self._models, self._daemon.settings)
+            job.digest = hashlib.sha256(request.payload).hexdigest()
+            journal = self._daemon.journal
+            journal.check(job.digest)
+            with journal.holding([job.digest], "prepare"):
+                prepare(task, request, self._models, self._daemon.settings)
             job.steps = task.run(self._models, request)
             self._daemon.engine.submit(job)
         except Exception as error:
@@ -996,6 +1130,7 @@ class Stream:
             raise
         except Exception as error:
             return _error_response(job, error)
+        self._daemon.journal.answered(job.digest)
         milliseconds = round((time.monotonic() - job.arrived) * 1000)
         return pb.InferResponse(
             correlation_id=job.correlation_id,
@@ -1028,7 +1163,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine = Engine()
+        self.journal = Journal(settings.lumen_data_dir)
+        self.engine = Engine(self.journal.holding)
         self.decoders = DecodePool(min(backends.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
         self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
         self.health = health.HealthServicer()
@@ -1055,6 +1191,22 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     def check_streams(self) -> None:
         for stream in list(self._streams):
             stream.check(time.monotonic())
+
+    def stop_serving(self) -> None:
+        self._draining = True
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def trouble(self) -> str:
+        """What is wrong with the inference thread, or ""."""
+        engine, limit = self.engine, self.settings.lumen_hang_s
+        busy_since = engine.busy_since
+        if not engine.thread.is_alive():
+            return "the inference thread has died"
+        if busy_since is not None and time.monotonic() - busy_since > limit:
+            return f"a batch has been running for over {limit} s (LUMEN_HANG_S)"
+        if engine.failed_in_a_row >= FAILURES_MAX:
+            return f"{engine.failed_in_a_row} batches failed in a row"
+        return ""
 
     def _set_health(self, status: Any) -> None:
         for name in ("", SERVICE):
@@ -1442,7 +1594,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trim_memory()
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in event.offered()))
-    status = supervise(daemon, events)
+    if trouble := supervise(daemon, events):
+        log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
+        daemon.stop_serving()
+        beacon.close()
+        server.stop(None).wait(2)  # what is in work has no one who could answer it
+        _leave(1)
 
     notify("STOPPING=1")
     log.info("stopping: answering what is in work")
@@ -1452,21 +1609,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     daemon.decoders.stop()
     daemon.engine.stop()
     log.info("stopped")
-    return status
+    return 0
 
 
-def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException | None]) -> int:
-    """Waits for the signal to stop and looks after the streams meanwhile; -> the exit status."""
+def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException | None]) -> str:
+    """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
+
+    systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
+    """
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    beat = min(5.0, watchdog or 5.0, daemon.settings.lumen_hang_s / 2)
     while True:
         try:
-            events.get(timeout=5)
-            return 0
+            events.get(timeout=beat)
+            return ""
         except queue.Empty:
             daemon.check_streams()
             trim_memory()
-        if not daemon.engine.thread.is_alive():
-            log.critical("the inference thread has died; leaving, so that a supervisor starts the daemon again")
-            return 1
+        if trouble := daemon.trouble():
+            return trouble
+        if watchdog:
+            notify("WATCHDOG=1")
 
 
 def _report(error: BaseException) -> None:
