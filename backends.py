@@ -458,8 +458,11 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
         found = None
     if found is None:
         found = _try_out(backend, most)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"key": key, "tuning": asdict(found)}).encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps({"key": key, "tuning": asdict(found)}).encode())
+        except OSError as error:
+            log.warning("cannot keep the tuning in %s (%s); the next start tries again", folder, error)
     if found.arrangement in backend.arrangements() and found.arrangement != backend.arrangements()[0]:
         backend.arrange(found.arrangement)
     log.info("%s: %s, up to %d images at once, %.1f images/s", backend.model_id, *asdict(found).values())
@@ -657,11 +660,14 @@ def step_back(steps: int) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a small file so that a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Pieces:
@@ -1118,14 +1124,15 @@ class NPURefused(Exception):
 
 
 def board_target() -> str:
-    """The target in `NPU_CORES` whose programs this board runs, or "" if it is no Rockchip board that we know.
-
-    The device tree lists names such as `rockchip,rk3588s`, each ended by a zero byte.
-    """
+    """The target in `NPU_CORES` whose programs this board runs, or "" if it is no Rockchip board that we know."""
     try:
-        names = DEVICE_TREE.read_bytes().decode("ascii", "replace")
+        return npu_target(DEVICE_TREE.read_bytes().decode("ascii", "replace"))
     except OSError:  # no device tree, or a container that hides it
         return ""
+
+
+def npu_target(names: str) -> str:
+    """Of the names that a device tree lists, such as `rockchip,rk3588s`; see `board_target`."""
     if "rk3582" in names:  # sold with a part of an RK3588's cores
         return "rk3588"
     return next((target for target in NPU_CORES if target in names), "")

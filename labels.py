@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -360,6 +361,9 @@ def _save_cache(folder: Path, key: CacheKey, vectors: NDArray[Any]) -> None:
     meta = json.dumps({**_meta(key), "dtype": str(vectors.dtype)}, indent=2).encode()
     path = folder / "text_vectors.npz"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    for left in folder.glob(f".{path.name}.*.tmp"):  # by a process that was killed; another may be at work
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:
             np.savez(file, vecs=vectors, meta=np.frombuffer(meta, np.uint8))

@@ -749,10 +749,15 @@ class Journal:
     KEPT = 1000  # suspects
     CERTAIN = 2
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._suspects = folder, Counter[str]()
+    def __init__(self) -> None:
+        """Keeps nothing and refuses nothing until it is opened."""
+        self._suspects = Counter[str]()
         self._slots: mmap.mmap | None = None
         self._lock = threading.Lock()
+
+    def open(self, folder: Path) -> None:
+        """Reads what the last run left in `folder`, and from now on keeps this run's there; once in a process."""
+        self._folder = folder
         try:
             self._open()
         except (OSError, ValueError) as error:
@@ -805,7 +810,10 @@ class Journal:
     def _keep(self) -> None:
         while len(self._suspects) > self.KEPT:
             del self._suspects[next(iter(self._suspects))]
-        backends.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
+        try:
+            backends.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
+        except OSError as error:
+            log.warning("cannot keep suspects.json in %s (%s)", self._folder, error)
 
     def check(self, digest: str) -> None:
         """Raises BadInput for bytes that ended the daemon before."""
@@ -1006,6 +1014,7 @@ class Stream:
                 self._yielding_since, self._idle_since = None, time.monotonic()
                 self._window.release()
             if job.code is not grpc.StatusCode.OK and not self._gone:
+                log.info("a stream ended: %s, %s", job.code.name, job.details)
                 self._context.abort(job.code, job.details)
         finally:
             self._leave()
@@ -1015,7 +1024,8 @@ class Stream:
         silent = now - self._idle_since
         if self._yielding_since is not None:
             if now - self._yielding_since > READER_IDLE_S:
-                self._context.cancel()  # the client does not read
+                log.info("a stream ended: its client does not read")
+                self._context.cancel()
         elif self._in_work:
             return
         elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
@@ -1163,7 +1173,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.journal = Journal(settings.lumen_data_dir)
+        self.journal = Journal()
         self.engine = Engine(self.journal.holding)
         self.decoders = DecodePool(min(backends.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
         self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
@@ -1515,6 +1525,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")
     parser.add_argument("--demo", action="store_true", help="serve the small emoji model in gen/demo; not announced")
+    parser.add_argument("--doctor", action="store_true", help="say what keeps the daemon from running here, and leave")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
     parsed = parser.parse_args(arguments)
@@ -1562,11 +1573,30 @@ def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], 
     threading.Thread(target=load, name="load", daemon=True).start()
 
 
+def see_the_doctor(options: argparse.Namespace) -> int:
+    """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
+    try:
+        import doctor
+    except ImportError:
+        print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
+        return 2
+    findings = []
+    environment: Mapping[str, str] = demo_environment(os.environ) if options.demo else os.environ
+    try:
+        settings = Settings.from_environment(environment)
+    except SettingError as error:
+        findings.append(("settings", doctor.FAILURE, f"{error}; the rest is of the defaults"))
+        settings = Settings()
+    return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # The level is ours; libraries speak when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log.setLevel(options.log_level.upper())
+    if options.doctor:
+        return see_the_doctor(options)
     try:
         settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
         daemon = Daemon(settings)
@@ -1574,6 +1604,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingError, OSError) as error:
         print(f"lumen-clip: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingError) else 1
+    daemon.journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
 
     events: queue.SimpleQueue[Models | BaseException | None] = queue.SimpleQueue()  # None: told to stop

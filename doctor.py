@@ -1,0 +1,455 @@
+"""What stands between this machine and a running daemon: `python lumen_clip.py --doctor`.
+
+One line for each thing that the chosen configuration depends on, with a remedy where it is not well. Reads alone:
+loads no model, writes nothing, and imports no runtime into this process (an import can end it on an old processor).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import backends
+
+if TYPE_CHECKING:
+    from lumen_clip import Settings
+
+OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some cores
+# Of a model's files on disk, what is resident while it loads and runs: measured 1.4 (torch) to 2.1 (int8) at
+# ViT-B-32 size, where buffers weigh as much as weights do.
+MEMORY_FACTOR = 2
+WEIGHTS = (".onnx", ".data", ".rknn", ".safetensors", ".bin", ".pt")
+FINE, NOTE, WARNING, FAILURE = "ok", "--", "!", "FAIL"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the system says things about itself."""
+
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    dev: Path = Path("/dev")
+    libraries: tuple[Path, ...] = (Path("/usr/lib"), Path("/usr/lib64"))
+
+
+@dataclass
+class Visit:
+    """What is examined."""
+
+    settings: Settings
+    host: str
+    port: int
+    places: Places = field(default_factory=Places)
+
+    def models(self) -> list[backends.ModelOptions]:
+        names = [name for name in ("clip", "bioclip") if self.settings.backend_of(name) != "none"]
+        return [self.settings.options(name) for name in names]
+
+    def uses(self, backend: str) -> bool:
+        return any(model.backend == backend for model in self.models())
+
+    def folder(self, model: backends.ModelOptions) -> Path | None:
+        """Where a model's files lie (for torch perhaps one file), or None while they are not here."""
+        arch, _, weights = model.model.partition(":")
+        for path in (Path(model.model), *([Path(weights)] if weights else [])):
+            if path.is_dir() or (weights and path.is_file()):
+                return path
+        if model.onnx_image and model.onnx_text:
+            return Path(model.onnx_image).parent
+        # A download's folder has the repository's name, in which architecture and tag come in one spelling or another.
+        wanted = [_letters(part) for part in ((weights,) if arch == "hf-hub" else (arch, weights))]
+        for marker in model.data_dir.glob(f"models/*/.complete-{model.backend}*.json"):
+            if all(part in _letters(marker.parent.name) for part in wanted):
+                return marker.parent
+        return None
+
+    def weights(self, model: backends.ModelOptions) -> list[Path]:
+        """The files of a model that are here and take memory."""
+        folder = self.folder(model)
+        if folder is None:
+            return []
+        files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+        if model.backend == "rknn":
+            target = model.rknn_target or backends.npu_target(_text(self.places.proc / "device-tree" / "compatible"))
+            files = [path for path in files if "textual" in path.parts or f"rknpu/{target}/" in path.as_posix()]
+        else:
+            files = [path for path in files if "rknpu" not in path.parts]
+        return [path for path in files if path.suffix in WEIGHTS]
+
+    def to_download(self) -> list[str]:
+        """What is not here yet and comes from the hub."""
+        missing = [f"{model.name}'s model" for model in self.models() if self.folder(model) is None]
+        for model, file in (("clip", "imagenet_class_names.json"), ("bioclip", "txt_emb_species.json")):
+            own = getattr(self.settings, f"{model}_labels")
+            here = own or (self.settings.lumen_data_dir / model / file).is_file()
+            if self.settings.backend_of(model) != "none" and not here:
+                missing.append(f"{model.upper()}'s labels")
+        return missing
+
+    def has_onnx(self, model: backends.ModelOptions) -> bool:
+        folder = self.folder(model)
+        return bool(model.onnx_image) or bool(folder and (folder / "visual" / "model.onnx").is_file())
+
+    def npu_mark(self) -> str:
+        """How bad it is that the NPU cannot be used."""
+        on_npu = [model for model in self.models() if model.backend == "rknn"]
+        if not on_npu:
+            return NOTE
+        # A model that is still to be downloaded brings its ONNX tower along.
+        has_other = all(self.has_onnx(model) or self.folder(model) is None for model in on_npu)
+        return WARNING if has_other else FAILURE
+
+
+Finding = tuple[str, str]  # mark, text
+
+
+# --- the checks -------------------------------------------------------------------------------------------------
+
+
+def board(visit: Visit) -> Iterator[Finding]:
+    path = visit.places.proc / "device-tree" / "compatible"
+    names = path.read_bytes().decode("ascii", "replace").strip("\0").split("\0") if path.exists() else []
+    target = backends.npu_target(" ".join(names))
+    named = {model.rknn_target for model in visit.models() if model.backend == "rknn" and model.rknn_target}
+    if target:
+        cores = backends.NPU_CORES[target]
+        yield FINE, f"{', '.join(names)}: runs programs for {target}, on {cores} NPU core{'s' * (cores > 1)}"
+    elif named:
+        yield FINE, f"{', '.join(sorted(named))}, as CLIP_RKNN_TARGET or BIOCLIP_RKNN_TARGET says"
+    elif not visit.uses("rknn"):
+        yield NOTE, f"{', '.join(names) or platform.machine()}: no Rockchip NPU, and none is asked for"
+    elif names:
+        yield visit.npu_mark(), f"{', '.join(names)}: no Rockchip NPU that we know; set CLIP_BACKEND=onnxrt"
+    else:
+        text = f"{path} is not readable; in a container: --security-opt systempaths=unconfined, or set CLIP_RKNN_TARGET"
+        yield visit.npu_mark(), text
+
+
+def npu_driver(visit: Visit) -> Iterator[Finding]:
+    if not visit.uses("rknn"):
+        yield NOTE, "not needed: no model uses the NPU"
+        return
+    for path in ("kernel/debug/rknpu/version", "module/rknpu/version"):
+        said = _text(visit.places.sys / path)
+        if match := re.search(r"(\d+)\.(\d+)\.(\d+)", said):
+            if tuple(map(int, match.groups())) >= OLDEST_DRIVER:
+                yield FINE, match[0]
+            else:
+                yield visit.npu_mark(), f"{match[0]} is too old; 0.9.8 and later work: update the vendor's kernel"
+            return
+    if _nodes(visit.places):
+        yield FINE, "there, of unknown version (it stands in /sys/kernel/debug/rknpu/version, for root)"
+    elif (visit.places.dev / "accel").exists():
+        yield visit.npu_mark(), "mainline's rocket driver; Rockchip's library wants the vendor's kernel (5.10 or 6.1)"
+    else:
+        yield visit.npu_mark(), "no rknpu driver; boot the vendor's kernel (5.10 or 6.1 with rknpu)"
+
+
+def npu_library(visit: Visit) -> Iterator[Finding]:
+    if not visit.uses("rknn"):
+        yield NOTE, "not needed: no model uses the NPU"
+        return
+    if importlib.util.find_spec("rknnlite") is None:
+        remedy = "it has wheels for aarch64 and Python up to 3.12: pip install -r requirements-edge.txt there"
+        yield FAILURE, f"rknn-toolkit-lite2 is not installed; {remedy}, or set CLIP_BACKEND=onnxrt"
+    else:
+        yield FINE, f"rknn-toolkit-lite2 {_version('rknn-toolkit-lite2')}"
+    found = [path for folder in visit.places.libraries if (path := folder / "librknnrt.so").is_file()]
+    if not found:
+        text = "librknnrt.so is not in /usr/lib; copy it there from rknn-toolkit2's rknpu2/runtime"
+        yield visit.npu_mark(), text
+        return
+    version = _search(found[0], rb"librknnrt version: (\d+\.\d+\.\d+)")
+    yield FINE, f"librknnrt {version or 'of unknown version'} ({found[0]})"
+
+
+def npu_programs(visit: Visit) -> Iterator[Finding]:
+    on_npu = [model for model in visit.models() if model.backend == "rknn"]
+    if not on_npu:
+        yield NOTE, "not needed: no model uses the NPU"
+    board_names = _text(visit.places.proc / "device-tree" / "compatible")
+    for model in on_npu:
+        target = model.rknn_target or backends.npu_target(board_names)
+        folder = visit.folder(model)
+        path = Path(model.rknn_model) if model.rknn_model else None
+        if path is None and folder is not None and target:
+            path = folder / "visual" / "rknpu" / target / "model.rknn"
+        if path is None:
+            yield NOTE, f"{model.name}: {'not downloaded yet' if target else 'no target'}"
+        elif not path.is_file():
+            mark = FAILURE if model.rknn_model else visit.npu_mark()
+            yield mark, f"{model.name}: {path} is missing; make it on a PC: export.py --rknn {target}"
+        else:
+            contract = json.loads(_text(path.with_name("model.json")) or "{}")
+            toolkit = contract.get("toolkit") or _search(path, rb"rknn-toolkit2[^0-9]{0,20}(\d+\.\d+\.\d+)")
+            yield FINE, f"{model.name}: {path}, made by toolkit {toolkit or 'of unknown version (no model.json)'}"
+
+
+def npu_nodes(visit: Visit) -> Iterator[Finding]:
+    if not visit.uses("rknn"):
+        yield NOTE, "not needed: no model uses the NPU"
+        return
+    nodes = _nodes(visit.places)
+    if not nodes:
+        text = "no device node of the NPU in /dev/dri; in a container: --device /dev/dri (never link /dev/rknpu to one)"
+        yield visit.npu_mark(), text
+    for node in nodes:
+        if os.access(node, os.R_OK | os.W_OK):
+            yield FINE, f"{node} can be read and written"
+        else:
+            yield visit.npu_mark(), f"{node} is not ours; {_group_remedy(node)}"
+
+
+def runtimes(visit: Visit) -> Iterator[Finding]:
+    wanted = {"onnxruntime"} if visit.uses("onnxrt") or visit.uses("rknn") else set()
+    wanted |= {"torch", "open_clip"} if visit.uses("torch") else set()
+    for module in sorted(wanted):
+        if importlib.util.find_spec(module) is None:
+            file = "requirements.txt" if module != "onnxruntime" else "requirements-edge.txt"
+            yield FAILURE, f"{module} is not installed; pip install -r {file}"
+            continue
+        ask = "print(m.__version__, *getattr(m, 'get_available_providers', list)())"
+        script = f"import {module} as m; {ask}"
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        if run.returncode < 0:
+            text = f"{module} dies of signal {-run.returncode} here; the processor lacks what its wheel needs, see CPU"
+            yield FAILURE, text
+        elif run.returncode:
+            last = (run.stderr.strip().splitlines() or ["no word"])[-1]
+            yield FAILURE, f"{module} cannot be imported ({last[:200]}); install it again"
+        else:
+            version, *providers = run.stdout.split()
+            yield FINE, f"{module} {version}" + (f": {', '.join(providers)}" if providers else "")
+            yield from _missing_providers(visit, providers)
+
+
+def _missing_providers(visit: Visit, providers: list[str]) -> Iterator[Finding]:
+    for model in visit.models():
+        for name in model.ort_providers:
+            if providers and name not in providers:
+                yield FAILURE, f"{model.name}_ORT_PROVIDERS={name}: not in this build of ONNX Runtime"
+
+
+def processor(visit: Visit) -> Iterator[Finding]:
+    lines = _text(visit.places.proc / "cpuinfo").splitlines()
+    flags = {
+        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()
+    }
+    machine = platform.machine()
+    # What runs only slowly without, and what the wheels of x86-64 were seen to need.
+    wanted = {"x86_64": ("avx", "avx2", "fma"), "aarch64": ("asimd", "asimddp", "fphp")}.get(machine, ())
+    if not flags or not wanted:
+        yield NOTE, f"{machine}, of unknown features"
+        return
+    missing = [flag for flag in wanted if flag not in flags]
+    if not missing:
+        yield FINE, f"{machine} with {', '.join(wanted)}"
+    elif machine == "x86_64" and visit.uses("torch") and "avx2" in missing:
+        yield WARNING, f"{machine} without {', '.join(missing)}; torch may die of SIGILL: CLIP_BACKEND=onnxrt"
+    else:
+        yield WARNING, f"{machine} without {', '.join(missing)}; it works, only slower"
+
+
+def cores(visit: Visit) -> Iterator[Finding]:
+    there, usable = os.cpu_count() or 1, backends.usable_cores()
+    text = f"{usable} of {there} usable, by affinity and quota"
+    yield (FINE, text) if usable > 1 else (WARNING, f"{text}; pictures will be decoded and embedded in turn")
+
+
+def memory(visit: Visit) -> Iterator[Finding]:
+    match = re.search(r"MemAvailable:\s+(\d+) kB", _text(visit.places.proc / "meminfo"))
+    if not match:
+        yield NOTE, "the system does not say how much is available"
+        return
+    have = int(match[1]) * 1024
+    for group in visit.places.sys.glob("fs/cgroup/memory.max"):  # a container's own limit
+        if (limit := _text(group).strip()).isdigit():
+            have = min(have, int(limit))
+    need, unknown = 0, []
+    for model in visit.models():
+        if visit.folder(model) is None:
+            unknown.append(model.name)
+        need += sum(path.stat().st_size for path in visit.weights(model))
+    text = f"{have / 1e9:.1f} GB available"
+    if unknown:
+        text += f"; what {' and '.join(unknown)} need is known once they are downloaded"
+    if need * MEMORY_FACTOR > have:
+        yield WARNING, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB; --precision int8 needs less"
+    else:
+        yield FINE, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB" if need else text
+
+
+def cache(visit: Visit) -> Iterator[Finding]:
+    data, missing = visit.settings.lumen_data_dir, visit.to_download()
+    for model in visit.models():
+        if folder := visit.folder(model):
+            yield FINE, f"{model.name}: {folder}"
+    for what in missing:
+        yield NOTE, f"{what} will be downloaded"
+    existing = next(path for path in (data, *data.absolute().parents) if path.exists())
+    if os.access(existing, os.W_OK) and not _read_only(existing):
+        yield FINE, f"{data} can be written"
+    elif not missing:
+        yield WARNING, f"{data} cannot be written; what is computed is computed again at each start"
+    else:
+        yield FAILURE, f"{data} cannot be written, and something is to be downloaded; set LUMEN_DATA_DIR"
+
+
+def hub(visit: Visit) -> Iterator[Finding]:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    missing = visit.to_download()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=3):
+            yield FINE, f"{endpoint} answers"
+    except urllib.error.HTTPError as error:
+        yield FINE, f"{endpoint} answers ({error.code})"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if missing:
+            text = f"{endpoint} does not answer ({reason}), and {', '.join(missing)} must be downloaded"
+            yield FAILURE, f"{text}; copy a folder here and name it in CLIP_MODEL, or set HF_ENDPOINT"
+        else:
+            yield NOTE, f"{endpoint} does not answer ({reason}); nothing is to be downloaded"
+
+
+def port(visit: Visit) -> Iterator[Finding]:
+    family = socket.AF_INET6 if ":" in visit.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((visit.host, visit.port))
+        except OSError as error:
+            yield (
+                FAILURE,
+                f"{visit.host} port {visit.port}: {error.strerror or error}; stop what uses it, or set --port",
+            )
+        else:
+            yield FINE, f"{visit.host} port {visit.port} is free"
+
+
+def discovery(visit: Visit) -> Iterator[Finding]:
+    from lumen_clip import advertised_ip
+
+    if not visit.settings.clip_mdns_type:
+        yield NOTE, "off"
+        return
+    address = visit.settings.advertise_ip or advertised_ip(visit.host)
+    if address:
+        yield FINE, f"{visit.settings.clip_mdns_name} will be announced at {address}"
+    else:
+        yield WARNING, "no address that others could reach; set ADVERTISE_IP to be found"
+
+
+CHECKS: tuple[tuple[str, Callable[[Visit], Iterator[Finding]]], ...] = (
+    ("board", board),
+    ("NPU driver", npu_driver),
+    ("NPU library", npu_library),
+    ("NPU programs", npu_programs),
+    ("NPU nodes", npu_nodes),
+    ("runtime", runtimes),
+    ("CPU", processor),
+    ("cores", cores),
+    ("memory", memory),
+    ("models", cache),
+    ("hub", hub),
+    ("port", port),
+    ("mDNS", discovery),
+)
+
+
+def examine(visit: Visit) -> list[tuple[str, str, str]]:
+    """(what, mark, text) for each finding. Never raises: what cannot be checked says so."""
+    findings = []
+    for name, check in CHECKS:
+        try:
+            findings += [(name, mark, text) for mark, text in check(visit)]
+        except Exception as error:  # a doctor who faints helps nobody; the line says what happened
+            findings.append((name, WARNING, f"could not be checked ({type(error).__name__}: {error})"))
+    return findings
+
+
+def report(findings: list[tuple[str, str, str]]) -> int:
+    """Prints them; -> the exit status: 1 if something keeps the daemon from running as it is configured."""
+    for name, mark, text in findings:
+        line = f"{mark:<4} {name:<13} {' '.join(text.split())}"
+        print(line.encode(sys.stdout.encoding or "ascii", "backslashreplace").decode(sys.stdout.encoding or "ascii"))
+    return int(any(mark == FAILURE for _, mark, _ in findings))
+
+
+# --- what the checks read ---------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    """A file's text, or "" if there is none to be read."""
+    try:
+        return path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _search(path: Path, pattern: bytes) -> str:
+    """The first group of the first match in a large file, or ""."""
+    if not path.stat().st_size:
+        return ""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        match = re.search(pattern, content)
+        return match[1].decode("ascii", "replace") if match else ""
+
+
+def _nodes(places: Places) -> list[Path]:
+    """The NPU's device nodes: those of DRM by their driver's name, for their numbers vary, or the older one."""
+    nodes = []
+    for entry in sorted((places.sys / "class" / "drm").glob("*")):
+        if "DRIVER=RKNPU" in _text(entry / "device" / "uevent").upper():
+            nodes.append(places.dev / "dri" / entry.name)
+    older = places.dev / "rknpu"
+    return nodes or ([older] if older.exists() else [])
+
+
+def _group_remedy(node: Path) -> str:
+    if not node.exists():
+        return "it is not in /dev; in a container: --device /dev/dri"
+    import grp
+
+    try:
+        group = grp.getgrgid(node.stat().st_gid).gr_name
+    except KeyError:
+        group = str(node.stat().st_gid)
+    return (
+        f"add the daemon's user to the group {group}: usermod -aG {group} USER (systemd: SupplementaryGroups={group})"
+    )
+
+
+def _read_only(folder: Path) -> bool:
+    """Root may write anywhere, but not on a disk that is mounted read-only; this leaves nothing behind."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return False
+    except OSError:
+        return True
