@@ -608,7 +608,9 @@ def fetch_repository(
     revision = REVISIONS.get(repo, "main")
     log.info("downloading %s@%s to %s", repo, revision[:12], folder)
     try:
-        files = choose(HfApi().list_repo_files(repo, revision=revision))
+        # list_repo_files waits for ever on a hub that takes the connection and says nothing.
+        found = HfApi().repo_info(repo, revision=revision, timeout=30).siblings or []
+        files = choose([file.rfilename for file in found])
         snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace_file(marker, json.dumps(sizes).encode())

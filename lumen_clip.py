@@ -22,7 +22,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import mmap
 import os
 import queue
 import re
@@ -752,7 +751,7 @@ class Journal:
     def __init__(self) -> None:
         """Keeps nothing and refuses nothing until it is opened."""
         self._suspects = Counter[str]()
-        self._slots: mmap.mmap | None = None
+        self._free: list[int] = []  # slots of the file
         self._lock = threading.Lock()
 
     def open(self, folder: Path) -> None:
@@ -768,7 +767,9 @@ class Journal:
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self._folder / "in-flight").open("a+b")
+        path = self._folder / "in-flight"
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
         if sys.platform != "win32":
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -778,11 +779,10 @@ class Journal:
             self._suspects.update(json.loads(kept.read_text()))
         self._learn()
         self._file.truncate(0)
-        self._file.truncate(self.SLOT * self.SLOTS)
-        self._slots = mmap.mmap(self._file.fileno(), self.SLOT * self.SLOTS)
-        self._free = list(range(self.SLOTS))
+        os.pwrite(self._file.fileno(), bytes(self.SLOT * self.SLOTS), 0)
         self._report = (self._folder / "crash.txt").open("w")
         faulthandler.enable(self._report)
+        self._free = list(range(self.SLOTS))
 
     def _learn(self) -> None:
         """What the last run left: nothing, if it ended as it should."""
@@ -829,23 +829,24 @@ class Journal:
 
     @contextmanager
     def holding(self, digests: Sequence[str], kind: str = "batch") -> Iterator[None]:
-        slots: list[int] = []
-        if self._slots is not None:
-            with self._lock:
-                for digest in digests[: len(self._free)]:
-                    slots.append(self._free.pop())
-                    self._write(slots[-1], f"{threading.get_ident():x} {kind} {digest}")
+        with self._lock:
+            slots = [self._free.pop() for _ in digests[: len(self._free)]]
+            for slot, digest in zip(slots, digests, strict=False):
+                self._write(slot, f"{threading.get_ident():x} {kind} {digest}")
         try:
             yield
         finally:
             with self._lock:
                 for slot in slots:
                     self._write(slot, "")
-                    self._free.append(slot)
+                self._free += slots
 
     def _write(self, slot: int, text: str) -> None:
-        if self._slots is not None:
-            self._slots[slot * self.SLOT : (slot + 1) * self.SLOT] = text.encode().ljust(self.SLOT, b"\0")
+        # Not through mmap: on a full disk that ends the process.
+        try:
+            os.pwrite(self._file.fileno(), text.encode().ljust(self.SLOT, b"\0"), slot * self.SLOT)
+        except OSError as error:
+            log.warning("cannot write the crash journal (%s)", error)
 
 
 # --- one stream -------------------------------------------------------------------------------------------------

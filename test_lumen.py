@@ -998,7 +998,7 @@ def test_a_vector_that_is_not_finite_never_leaves(watched: Any, monkeypatch: pyt
     """Lost otherwise: an index with a NaN in it, which finds nothing any more."""
     backend, stub = watched
     monkeypatch.setattr(
-        backend._backend, "_run", lambda session, batch: backends._unit_rows(np.full((len(batch), 64), np.nan))
+        backend._backend, "_run", lambda session, batch: backends.unit_rows(np.full((len(batch), 64), np.nan))
     )
     assert one(stub, "clip_embed", b"a dog").error.code == pb.ERROR_CODE_INTERNAL
     monkeypatch.undo()
@@ -1734,7 +1734,7 @@ def test_the_doctor_names_what_ails_a_board(
 
 def test_the_doctor_never_faints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the one tool for a machine on which everything else fails."""
-    nothing = doctor.Places(*(tmp_path / name for name in ("a", "b", "c")), (tmp_path / "d",))
+    nothing = doctor.Places(tmp_path / "a", tmp_path / "b", tmp_path / "c", (tmp_path / "d",))
     garbage = tmp_path / "garbage"
     for name in ("proc/device-tree/compatible", "proc/cpuinfo", "proc/meminfo", "sys/module/rknpu/version"):
         (garbage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -1831,7 +1831,7 @@ def test_species_prompts_are_bioclips_captions() -> None:
 def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the right answer, or the app's insert, which wants each label once."""
     rng = np.random.default_rng(0)
-    vectors = backends._unit_rows(rng.normal(size=(5000, 16)))
+    vectors = backends.unit_rows(rng.normal(size=(5000, 16)))
     names = [f"label {i // 2}" for i in range(5000)]
     labelset = labels.LabelSet(names, vectors.astype(np.float16), 20.0)
     for row in labelset.probabilities(vectors[:20]):
@@ -1853,8 +1853,8 @@ def test_backends_score_half_precision_rows_as_float32_does(backend: str, tiny: 
     scorer = backends.create_backend(backends.ModelOptions("CLIP", backend, str(model), Path()))
     rng = np.random.default_rng(0)
     for count, dtype in itertools.product((1, 1024, 5000), (np.float16, np.float32)):
-        rows = backends._unit_rows(rng.normal(size=(count, 768))).astype(dtype)
-        for queries in (rows[:1].astype(np.float32), backends._unit_rows(rng.normal(size=(8, 768)))):
+        rows = backends.unit_rows(rng.normal(size=(count, 768))).astype(dtype)
+        for queries in (rows[:1].astype(np.float32), backends.unit_rows(rng.normal(size=(8, 768)))):
             found = scorer.similarities(rows, queries)
             assert found.dtype == np.float32 and found.shape == (len(queries), count)
             assert np.allclose(found, queries.astype(np.float64) @ rows.T.astype(np.float64), atol=2e-6)
@@ -1876,7 +1876,7 @@ class Texts:
 
     def __call__(self, texts: list[str]) -> Any:
         self.calls += len(texts)
-        return backends._unit_rows([np.random.default_rng([self.seed, *t.encode()]).normal(size=16) for t in texts])
+        return backends.unit_rows([np.random.default_rng([self.seed, *t.encode()]).normal(size=16) for t in texts])
 
 
 NAMES = [f"label {i}" for i in range(100)]
@@ -2656,7 +2656,7 @@ def test_bytes_that_are_no_message_end_that_stream_alone(harsh: Node) -> None:
 def test_lying_chunks_cost_no_memory(harsh: Node) -> None:
     """Lost otherwise: the board's memory, to a number that a client made up."""
     before = resident_mb(harsh)
-    lies = [
+    lies: list[dict[str, Any]] = [
         {"total": 2**63, "seq": 0},
         {"total": 2**64 - 1, "seq": 2**64 - 2},
         {"total": 3, "seq": 3},
@@ -2965,10 +2965,12 @@ def test_fuzz_chunks(messages: list[pb.InferRequest]) -> None:
 @hypothesis.given(st.binary(min_size=1, max_size=200), st.integers(1, 12), st.booleans(), st.randoms())
 def test_fuzz_chunks_of_one_request_in_any_order(payload: bytes, count: int, offsets: bool, order: Any) -> None:
     """Lost otherwise: a photograph that arrived whole and was told to be damaged."""
-    messages = chunks(payload, min(count, len(payload)), task="clip_embed", correlation_id="x")
-    if not offsets:
-        for message in messages:
-            message.offset = 0
+    cuts = sorted(order.randrange(len(payload) + 1) for _ in range(count - 1))
+    bounds = list(itertools.pairwise([0, *cuts, len(payload)]))
+    messages = [
+        pb.InferRequest(task="clip_embed", payload=payload[a:b], seq=i, total=count, offset=a if offsets else 0)
+        for i, (a, b) in enumerate(bounds)
+    ]
     order.shuffle(messages)
     assembler = lumen_clip.Assembler(1000)
     made = [request for m in messages if (request := assembler.add(m, m.payload))]
