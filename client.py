@@ -77,16 +77,36 @@ class Result:
     meta: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Door:
+    """How to enter a daemon that does not stand open: PEM bytes, and the token. All of it is optional."""
+
+    tls: bool = False
+    ca: bytes | None = None  # who signed the daemon's certificate; None: whom the system trusts
+    certificate: bytes | None = None  # our own, where the daemon asks for one, with its key
+    key: bytes | None = None
+    name: str = ""  # the certificate's, where it is not the address's
+    token: str = ""
+
+
 class LumenClient:
     """One channel to a daemon; safe to use from several threads. `timeout` is in seconds a call."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0) -> None:
-        options = [
+    def __init__(self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0, door: Door | None = None) -> None:
+        door = door or Door()
+        options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ]
+        if door.name:
+            options.append(("grpc.ssl_target_name_override", door.name))
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(address, options)
+        self._metadata = (("authorization", f"Bearer {door.token}"),) if door.token else ()
+        if door.tls:
+            credentials = grpc.ssl_channel_credentials(door.ca, door.key, door.certificate)
+            self._channel = grpc.secure_channel(address, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(address, options)
         self._stub = pb_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> LumenClient:
@@ -102,7 +122,9 @@ class LumenClient:
         """One request; chunked when its payload is over 1 MiB. Raises LumenError."""
         request = Request(task, payload, mime, meta or {})
         try:
-            for response in self._stub.Infer(iter(_messages(request, "")), timeout=self.timeout):
+            for response in self._stub.Infer(
+                iter(_messages(request, "")), timeout=self.timeout, metadata=self._metadata
+            ):
                 return _result(task, response)
         except grpc.RpcError as error:
             raise LumenError.of_call(error) from error
@@ -130,7 +152,7 @@ class LumenClient:
             except Exception as error:  # gRPC would report it as a bare "exception iterating requests"
                 failure.append(error)
 
-        call = self._stub.Infer(send())
+        call = self._stub.Infer(send(), metadata=self._metadata)
         try:
             for number, response in enumerate(call):
                 if response.correlation_id != str(number):
@@ -171,7 +193,7 @@ class LumenClient:
     def capabilities(self) -> list[pb.Capability]:
         """One for each model. Raises LumenError."""
         try:
-            return list(self._stub.StreamCapabilities(empty_pb2.Empty(), timeout=self.timeout))
+            return list(self._stub.StreamCapabilities(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise LumenError.of_call(error) from error
 
@@ -182,7 +204,7 @@ class LumenClient:
         """
         check = self._channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
         try:
-            reply: bytes = check(b"", timeout=self.timeout)
+            reply: bytes = check(b"", timeout=self.timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise LumenError.of_call(error) from error
         state = reply[1] if len(reply) == 2 and reply[0] == 0x08 else 0
@@ -191,7 +213,7 @@ class LumenClient:
     def degraded(self) -> list[str]:
         """What the daemon runs otherwise than its operator asked, such as images on the CPU. Raises LumenError."""
         try:
-            _, call = self._stub.Health.with_call(empty_pb2.Empty(), timeout=self.timeout)
+            _, call = self._stub.Health.with_call(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise LumenError.of_call(error) from error
         return [str(value) for key, value in call.trailing_metadata() or () if key == "lumen-degraded"]
@@ -300,7 +322,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
     parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--tls", action="store_true", help="the daemon speaks TLS; implied by the next four")
+    parser.add_argument("--ca", type=Path, metavar="PEM", help="who signed its certificate, or that certificate itself")
+    parser.add_argument("--cert", type=Path, metavar="PEM", help="our own certificate, with --key")
+    parser.add_argument("--key", type=Path, metavar="PEM")
+    parser.add_argument("--server-name", default="", metavar="NAME", help="in its certificate, if not the address's")
+    parser.add_argument("--token-file", type=Path, default=os.environ.get("LUMEN_TOKEN_FILE") or None, metavar="FILE")
     return parser
+
+
+def door_of(options: argparse.Namespace) -> Door:
+    """Raises UsageError, or OSError if a file cannot be read."""
+
+    def content(path: Path | None) -> bytes | None:
+        return path.read_bytes() if path else None
+
+    if bool(options.cert) != bool(options.key):
+        raise UsageError("--cert and --key: one without the other")
+    tls = options.tls or any((options.ca, options.cert, options.server_name))
+    token = options.token_file.read_text("utf-8").strip() if options.token_file else ""
+    host = options.address.rpartition(":")[0].strip("[]")
+    if token and not tls and not (host == "localhost" or host == "::1" or host.startswith("127.")):
+        raise UsageError("--token-file: without --tls the token would travel in the clear")
+    return Door(tls, content(options.ca), content(options.cert), content(options.key), options.server_name, token)
 
 
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
@@ -470,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.discover:
             options.address = discover()
             print(f"client.py: found {options.address}", file=sys.stderr)
-        with LumenClient(options.address, options.timeout) as client:
+        with LumenClient(options.address, options.timeout, door_of(options)) as client:
             if options.task == "capabilities":
                 return show_capabilities(client, options.json)
             if options.task == "health":

@@ -18,6 +18,7 @@ import ctypes
 import faulthandler
 import hashlib
 import heapq
+import hmac
 import ipaddress
 import itertools
 import json
@@ -27,6 +28,7 @@ import queue
 import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -176,8 +178,8 @@ class Settings:
     bioclip_rknn_model: str = _setting("")
     clip_rknn_target: str = _setting("", _choice(*backends.NPU_CORES))  # "": what the device tree says
     bioclip_rknn_target: str = _setting("", _choice(*backends.NPU_CORES))
-    clip_rknn_cores: int = _setting(0, _number(1, 3))  # 0: all that there are and that memory allows
-    bioclip_rknn_cores: int = _setting(0, _number(1, 3))
+    clip_rknn_cores: int = _setting(0, _number(0, 3))  # 0: all that there are and that memory allows
+    bioclip_rknn_cores: int = _setting(0, _number(0, 3))
     clip_labels: str = _setting("")  # "": ImageNet-1k
     bioclip_labels: str = _setting("")  # "": TreeOfLife-10M
     clip_templates: int = _setting(7, _templates)
@@ -190,6 +192,10 @@ class Settings:
     lumen_data_dir: Path = _setting(DATA_DIR, Path)
     lumen_jpeg_draft: bool = _setting(True, _switch)
     lumen_tune: bool = _setting(True, _switch)
+    lumen_tls_cert: str = _setting("")  # "": plaintext
+    lumen_tls_key: str = _setting("")
+    lumen_tls_client_ca: str = _setting("")
+    lumen_token_file: str = _setting("")
     lumen_hang_s: int = _setting(120, _number(1, 86_400))
     lumen_max_streams: int = _setting(64, _number(1, 4096))
     lumen_max_request_mb: int = _setting(64, _number(1, 1024))
@@ -1314,8 +1320,95 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         )
 
 
+# --- doors ------------------------------------------------------------------------------------------------------
+
+
+def tls_credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """None for plaintext. Raises SettingError for files that are not a certificate, its key and a CA."""
+    names = "lumen_tls_cert", "lumen_tls_key", "lumen_tls_client_ca"
+    paths = {name: getattr(settings, name) for name in names}
+    if not any(paths.values()):
+        return None
+    for name, other in (names[:2], names[1::-1], (names[2], names[0])):
+        if paths[name] and not paths[other]:
+            raise SettingError(f"{name.upper()}={paths[name]}: needs {other.upper()} as well")
+    pem: dict[str, bytes | None] = dict.fromkeys(names)
+    for name, path in paths.items():
+        if path:
+            pem[name] = _read_setting(name, path)
+    try:  # gRPC itself takes anything, and then refuses every client
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(paths[names[0]], paths[names[1]])
+    except (OSError, ValueError) as error:
+        text = f"not a PEM certificate that {names[1].upper()} is the key of ({error})"
+        raise SettingError(f"{names[0].upper()}={paths[names[0]]}: {text}") from error
+    try:
+        if paths[names[2]]:
+            context.load_verify_locations(paths[names[2]])
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{names[2].upper()}={paths[names[2]]}: not a PEM certificate ({error})") from error
+    certificate, key, ca = (pem[name] for name in names)
+    assert certificate and key
+    return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=bool(ca))
+
+
+def read_token(settings: Settings, host: str) -> bytes:
+    """The bearer token that every call must carry, or b"". Raises SettingError."""
+    path = settings.lumen_token_file
+    if not path:
+        return b""
+    token = _read_setting("lumen_token_file", path).strip()
+    if not re.fullmatch(rb"[!-~]{16,4096}", token):
+        raise SettingError(f"LUMEN_TOKEN_FILE={path}: allowed: one token of 16 printable ASCII characters or more")
+    if not settings.lumen_tls_cert and not _is_loopback(host):
+        text = "without LUMEN_TLS_CERT the token would travel in the clear; allowed then: --host 127.0.0.1"
+        raise SettingError(f"LUMEN_TOKEN_FILE={path}: {text}")
+    if Path(path).stat().st_mode & 0o077:
+        log.warning("LUMEN_TOKEN_FILE=%s can be read by others on this machine; chmod 600", path)
+    return token
+
+
+def _read_setting(name: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingError(f"{name.upper()}={path}: {error.strerror}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
+    """Turns away calls without the token, before they hold anything. The standard health service stays open.
+
+    The refusal reads no message: one that waited for it would let silent strangers hold threads.
+    """
+
+    def __init__(self, token: bytes) -> None:
+        self._expected = b"Bearer " + token
+
+        def refuse(_: Any, context: Any) -> None:
+            log.info("turned away %s: no valid token", context.peer())
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "metadata authorization: allowed: Bearer and the token")
+
+        self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        sent = [value for key, value in details.invocation_metadata if key == "authorization"]
+        known = any(hmac.compare_digest(str(value).encode(), self._expected) for value in sent)
+        if known or details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return continuation(details)
+        return self._refusal
+
+
 def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int]:
-    """Binds the port and serves; -> (server, the port). Raises OSError in one line if the port cannot be had."""
+    """Binds the port and serves; -> (server, the port). Raises OSError in one line if the port cannot be had, and
+    SettingError if the doors cannot be closed as the settings say."""
+    credentials, token = tls_credentials(daemon.settings), read_token(daemon.settings, host)
     family, address = (socket.AF_INET6, f"[{host}]:{port}") if ":" in host else (socket.AF_INET, f"{host}:{port}")
     with socket.socket(family) as probe:  # says why a port cannot be had; gRPC does not
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1328,6 +1421,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, "grpc"),
         maximum_concurrent_rpcs=threads,
+        interceptors=[Doorkeeper(token)] if token else [],
         options=[
             ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
             ("grpc.max_receive_message_length", message_bytes),
@@ -1346,7 +1440,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
     health_pb2_grpc.add_HealthServicer_to_server(daemon.health, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from error
     server.start()
@@ -1468,6 +1562,7 @@ class Beacon:
             "version": settings.clip_mdns_version,
             "v": settings.clip_mdns_version,
             "runtime": runtime,
+            **({"tls": "1"} if settings.lumen_tls_cert else {}),
         }
         try:
             # An address that is not ours (a container's host, say) is announced on all interfaces.
