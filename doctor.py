@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import mmap
 import os
 import platform
@@ -195,9 +194,13 @@ def npu_programs(visit: Visit) -> Iterator[Finding]:
             mark = FAILURE if model.rknn_model else visit.npu_mark()
             yield mark, f"{model.name}: {path} is missing; make it on a PC: export.py --rknn {target}"
         else:
-            contract = json.loads(_text(path.with_name("model.json")) or "{}")
-            toolkit = contract.get("toolkit") or _search(path, rb"rknn-toolkit2[^0-9]{0,20}(\d+\.\d+\.\d+)")
-            yield FINE, f"{model.name}: {path}, made by toolkit {toolkit or 'of unknown version (no model.json)'}"
+            # The file says both of itself, in the JSON that it carries.
+            toolkit = _search(path, rb'"version":"(\d+\.\d+\.\d+)"')
+            made_for = _search(path, rb'"target_platform":\["(\w+)"')
+            if made_for and target and made_for != target:
+                yield visit.npu_mark(), f"{model.name}: {path} is for {made_for}, the board wants {target}"
+            else:
+                yield FINE, f"{model.name}: {path}, made by toolkit {toolkit or 'of unknown version'}"
 
 
 def npu_nodes(visit: Visit) -> Iterator[Finding]:

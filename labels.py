@@ -32,6 +32,7 @@ Progress = Callable[[int, int], None]  # (labels done, labels in all)
 
 CACHE_FORMAT = 1
 ENCODE_BATCH = 32  # prompts a forward
+SHARD_LABELS = 2048  # computed labels that are kept together; what a kill may cost
 SCORE_BLOCK = 16_384  # rows turned to float32 at a time: 50 MB at 768 dimensions
 TOP_BLOCK = 256  # values of which the search for the best looks at the largest first
 HALF_PRECISION_BYTES = 256 << 20  # a larger float32 matrix is stored as float16; logits move by 0.0025 at most
@@ -278,29 +279,80 @@ def cached_vectors(
             log.info("taking over %s", old)
             break
     else:
-        vectors = _build(names, recipe, encode, key.dim, progress)
+        vectors = _build(names, recipe, encode, key, folder, progress)
     try:
         _save_cache(folder, key, vectors)
+        shutil.rmtree(folder / ".building", ignore_errors=True)  # of other keys too, which nobody asks for any more
     except OSError as error:
         log.warning("cannot keep the text vectors in %s (%s); the next start computes them again", folder, error)
     return vectors
 
 
-def _build(names: Sequence[str], recipe: Recipe, encode: Encode, dim: int, progress: Progress) -> NDArray[Any]:
+def _build(
+    names: Sequence[str], recipe: Recipe, encode: Encode, key: CacheKey, folder: Path, progress: Progress
+) -> NDArray[Any]:
+    """Computes the vectors in shards, which a later start takes over if this one is stopped: a kill costs the last."""
     from tqdm import tqdm
 
     log.info("computing the text vectors of %d labels (%s)", len(names), recipe.name)
-    half = len(names) * dim * 4 > HALF_PRECISION_BYTES
-    vectors = np.empty((len(names), dim), np.float16 if half else np.float32)
+    half = len(names) * key.dim * 4 > HALF_PRECISION_BYTES
+    vectors = np.empty((len(names), key.dim), np.float16 if half else np.float32)
+    shards = _Shards(folder / ".building", key)
     # A journal gets a line now and then, a terminal a bar.
     interval = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=len(names), desc="text vectors", unit="label", mininterval=interval) as bar:
-        for start in range(0, len(names), 64):
-            part = names[start : start + 64]
-            vectors[start : start + len(part)] = label_vectors(part, recipe, encode)
-            bar.update(len(part))
-            progress(start + len(part), len(names))
+        for start in range(0, len(names), SHARD_LABELS):
+            shard = names[start : start + SHARD_LABELS]
+            rows = shards.load(start, len(shard))
+            if rows is not None and _probe(rows, shard, recipe, encode):
+                bar.update(len(shard))
+            else:
+                rows = np.empty((len(shard), key.dim), np.float32)
+                for at in range(0, len(shard), 64):
+                    part = shard[at : at + 64]
+                    rows[at : at + len(part)] = label_vectors(part, recipe, encode)
+                    bar.update(len(part))
+                    progress(start + at + len(part), len(names))
+                if len(names) > SHARD_LABELS:
+                    shards.save(start, rows)
+            vectors[start : start + len(shard)] = rows
     return vectors
+
+
+class _Shards:
+    """Parts of a cache that is being built, each a file that is whole or not there; see `_save_cache`."""
+
+    def __init__(self, folder: Path, key: CacheKey) -> None:
+        self._folder, self._dim = folder, key.dim
+        self._name = hashlib.sha256(json.dumps(_meta(key)).encode()).hexdigest()[:16]
+        self._warned = False
+
+    def load(self, start: int, count: int) -> NDArray[Any] | None:
+        path = self._folder / f"{self._name}-{start}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:  # whose members have checksums, as an npy has not
+                rows: NDArray[Any] = file["rows"]
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # as of `_load_cache`
+            log.warning("%s is damaged (%s); computing it again", path, error)
+            return None
+        return rows if rows.shape == (count, self._dim) else None
+
+    def save(self, start: int, rows: NDArray[Any]) -> None:
+        path = self._folder / f"{self._name}-{start}.npz"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, rows=rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if not self._warned:
+                log.warning("cannot keep what is computed in %s (%s); if stopped, it begins again", self._folder, error)
+            self._warned = True
 
 
 def _probe(vectors: NDArray[Any], names: Sequence[str], recipe: Recipe, encode: Encode) -> bool:
