@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import faulthandler
 import hashlib
 import heapq
 import hmac
@@ -33,10 +32,10 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,12 @@ from grpc_reflection.v1alpha import reflection
 
 import backends
 import labels
+import watch
 from backends import Backend, BackendError, BadInput, Preprocess
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from labels import LabelError, LabelSet
-
-if sys.platform != "win32":
-    import fcntl
+from watch import Journal, Traffic
 
 log = logging.getLogger("lumen")
 
@@ -86,6 +84,7 @@ STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
 FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
 DRAIN_S = 20  # for requests in work when the daemon is told to stop
+TRAFFIC_LOG_S = 60  # between two lines that say what went through
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
@@ -200,6 +199,7 @@ class Settings:
     lumen_max_streams: int = _setting(64, _number(1, 4096))
     lumen_max_request_mb: int = _setting(64, _number(1, 1024))
     lumen_max_megapixels: int = _setting(40, _number(1, 1000))
+    lumen_metrics_port: int = _setting(0, _number(0, 65535))  # 0: none
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -272,8 +272,8 @@ class Answer:
 class Job:
     """A request on its way; `answer` resolves to an Answer or to the exception that the client shall hear of."""
 
-    def __init__(self, correlation_id: str, due: float) -> None:
-        self.correlation_id = correlation_id
+    def __init__(self, correlation_id: str, due: float, task: str, size: int) -> None:
+        self.correlation_id, self.task, self.size = correlation_id, task, size  # as the client named them; bytes
         self.due = due  # when its turn comes, by time.monotonic()
         self.digest = ""  # sha-256 of the payload, once it is worked on
         self.arrived = time.monotonic()
@@ -301,8 +301,13 @@ class _Step:
 class Engine:
     """The one inference thread. No timer: a batch is what has gathered while the last one ran."""
 
-    def __init__(self, holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None) -> None:
+    def __init__(
+        self,
+        holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
         """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
+        self._traffic = traffic or Traffic(TASKS)
         self.busy_since: float | None = None  # when the batch that runs now began, by time.monotonic()
         self.failed_in_a_row = 0  # batches of which not one item had a result
         self._holding = holding or (lambda digests: nullcontext())
@@ -388,6 +393,7 @@ class Engine:
         with self._holding(digests):
             results = self._results(line, items)
         self.busy_since = None
+        self._traffic.ran(line.name, len(items))
         failed = all(isinstance(result, Exception) for result in results)
         self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
         for (step, position), result in zip(batch, results, strict=True):
@@ -449,10 +455,15 @@ class Model:
         self.backend, self.tuning = backend, tuning
 
         def images(items: list[Any]) -> Sequence[Any]:
-            return list(backend.encode_images(np.stack(items)))
+            return rows_of(backend.encode_images(np.stack(items)), len(items))
 
         def texts(items: list[Any]) -> Sequence[Any]:
-            return list(backend.encode_text(np.stack(items)))
+            return rows_of(backend.encode_text(np.stack(items)), len(items))
+
+        def rows_of(vectors: labels.Vectors, count: int) -> Sequence[Any]:
+            if vectors.shape != (count, backend.dim):  # a fault of a runtime's, which would mix up answers
+                raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
+            return list(vectors)
 
         images_at_once = tuning.batch_size if tuning else batch_size
         self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK)
@@ -737,124 +748,6 @@ def _pixels(task: Task, request: Request, recipes: Mapping[str, Preprocess], set
     return {task.models[0]: backends.pixels_from_tensor(request.payload, request.meta, recipe)}
 
 
-# --- payloads that crash ----------------------------------------------------------------------------------------
-
-
-class Journal:
-    """The payloads that are being worked on, in a file that outlives the process.
-
-    After a crash in native code, faulthandler's report names the thread, and the journal what it had in hand: those
-    bytes are refused from the next start on, instead of ending the daemon again. Where it cannot be told which of
-    several it was (they ran as one batch), or where the process was killed from outside (memory, power, kill -9),
-    having been in hand proves little: then it takes a second time, without an answer in between.
-    """
-
-    SLOT = 96  # bytes: thread, kind, digest
-    SLOTS = 1024
-    KEPT = 1000  # suspects
-    CERTAIN = 2
-
-    def __init__(self) -> None:
-        """Keeps nothing and refuses nothing until it is opened."""
-        self._suspects = Counter[str]()
-        self._free: list[int] = []  # slots of the file
-        self._lock = threading.Lock()
-
-    def open(self, folder: Path) -> None:
-        """Reads what the last run left in `folder`, and from now on keeps this run's there; once in a process."""
-        self._folder = folder
-        try:
-            self._open()
-        except (OSError, ValueError) as error:
-            faulthandler.enable()
-            log.warning(
-                "no crash journal in %s (%s): a payload that crashes the daemon could do so again", folder, error
-            )
-
-    def _open(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "in-flight"
-        path.touch()
-        self._file = path.open("r+b", buffering=0)
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OSError("another daemon uses this folder") from error
-        if (kept := self._folder / "suspects.json").exists():
-            self._suspects.update(json.loads(kept.read_text()))
-        self._learn()
-        self._file.truncate(0)
-        os.pwrite(self._file.fileno(), bytes(self.SLOT * self.SLOTS), 0)
-        self._report = (self._folder / "crash.txt").open("w")
-        faulthandler.enable(self._report)
-        self._free = list(range(self.SLOTS))
-
-    def _learn(self) -> None:
-        """What the last run left: nothing, if it ended as it should."""
-        self._file.seek(0)
-        held = [line.split() for line in self._file.read().decode("ascii", "replace").split("\0") if line.strip()]
-        held = [slot for slot in held if len(slot) == 3]
-        path = self._folder / "crash.txt"
-        report = path.read_text("utf-8", "replace") if path.exists() else ""
-        thread = re.search(r"Current thread 0x0*([0-9a-f]+)", report)
-        # A native library's own thread is none that we know: then it was at work on a batch.
-        blamed = [slot for slot in held if thread and slot[0] == thread[1]]
-        blamed = blamed or [slot for slot in held if report and slot[1] == "batch"] or held
-        digests = {digest for _, _, digest in blamed}
-        for digest in digests:
-            self._suspects[digest] += self.CERTAIN if report and len(digests) == 1 else 1
-        if report:
-            log.error("the last run crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
-            log.debug("%s", report)
-        if digests:
-            self._keep()
-            refused = [digest for digest in digests if self._suspects[digest] >= self.CERTAIN]
-            text = "the last run ended while it worked on %d payloads; refused from now on: %s"
-            log.error(text, len(digests), ", ".join(f"sha-256 {digest[:16]}..." for digest in refused) or "none")
-
-    def _keep(self) -> None:
-        while len(self._suspects) > self.KEPT:
-            del self._suspects[next(iter(self._suspects))]
-        try:
-            backends.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
-        except OSError as error:
-            log.warning("cannot keep suspects.json in %s (%s)", self._folder, error)
-
-    def check(self, digest: str) -> None:
-        """Raises BadInput for bytes that ended the daemon before."""
-        if self._suspects.get(digest, 0) >= self.CERTAIN:
-            raise BadInput("payload: the daemon crashed over these bytes before, so they are refused")
-
-    def answered(self, digest: str) -> None:
-        """A suspect that was answered is none."""
-        if digest in self._suspects:
-            with self._lock:
-                self._suspects.pop(digest, None)
-                self._keep()
-
-    @contextmanager
-    def holding(self, digests: Sequence[str], kind: str = "batch") -> Iterator[None]:
-        with self._lock:
-            slots = [self._free.pop() for _ in digests[: len(self._free)]]
-            for slot, digest in zip(slots, digests, strict=False):
-                self._write(slot, f"{threading.get_ident():x} {kind} {digest}")
-        try:
-            yield
-        finally:
-            with self._lock:
-                for slot in slots:
-                    self._write(slot, "")
-                self._free += slots
-
-    def _write(self, slot: int, text: str) -> None:
-        # Not through mmap: on a full disk that ends the process.
-        try:
-            os.pwrite(self._file.fileno(), text.encode().ljust(self.SLOT, b"\0"), slot * self.SLOT)
-        except OSError as error:
-            log.warning("cannot write the crash journal (%s)", error)
-
-
 # --- one stream -------------------------------------------------------------------------------------------------
 
 
@@ -1015,6 +908,7 @@ class Stream:
                     response = self._response(job)
                 except futures.CancelledError:
                     return
+                self._daemon.traffic.ended(job, OUTCOMES[response.error.code])
                 self._in_work.discard(job)
                 self._yielding_since = time.monotonic()
                 yield response
@@ -1025,6 +919,8 @@ class Stream:
                 self._context.abort(job.code, job.details)
         finally:
             self._leave()
+            for job in list(self._in_work):
+                self._daemon.traffic.ended(job, "cancelled")
 
     def check(self, now: float) -> None:
         """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
@@ -1094,7 +990,10 @@ class Stream:
         """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
         self._window.acquire()
         size = len(request.payload) if request else 0
-        job = Job(correlation_id, time.monotonic() + len(self._in_work) * TURN_SECONDS)
+        due = time.monotonic() + len(self._in_work) * TURN_SECONDS
+        job = Job(correlation_id, due, request.task if request else "", size)
+        self._daemon.traffic.queued(1)
+        job.answer.add_done_callback(lambda _: self._daemon.traffic.queued(-1))
         self._in_work.add(job)
         self._jobs.put(job)
         try:
@@ -1102,7 +1001,6 @@ class Stream:
                 raise error or BadInput("the client has left")
             task = self._task(request.task)
             read_meta(task, request)
-            log.debug("%s: a request of %d bytes", task.name, size)
         except BadInput as bad:
             self._daemon.budget.give(size)
             job.finish(bad)
@@ -1160,6 +1058,9 @@ class Stream:
         )
 
 
+OUTCOMES = {0: "ok", pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument", pb.ERROR_CODE_INTERNAL: "internal"}
+
+
 def _error_response(job: Job, error: Exception) -> pb.InferResponse:
     """An error has an empty result and result_mime, so that no client takes it for an answer."""
     if isinstance(error, BadInput):
@@ -1181,7 +1082,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.journal = Journal()
-        self.engine = Engine(self.journal.holding)
+        self.traffic = Traffic(TASKS)
+        self.engine = Engine(self.journal.holding, self.traffic)
         self.decoders = DecodePool(min(backends.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
         self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
         self.health = health.HealthServicer()
@@ -1241,12 +1143,15 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         models = self._ready(context)
         if not self._admission.acquire(blocking=False):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
+            self.traffic.turned_away("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         stream = Stream(self, models, request_iterator, context)
         self._streams.add(stream)
+        self.traffic.stream(1)
         try:
             yield from stream.answers()
         finally:
+            self.traffic.stream(-1)
             self._streams.discard(stream)
             self._admission.release()
 
@@ -1456,7 +1361,9 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
         if settings.backend_of(name) == "none":
             continue
         options = settings.options(name)
-        say(f"loading {options.model} ({options.backend})")
+        # Clients are told this too: a file's name, and not where it lies.
+        where = "" if options.model.startswith("hf-hub:") else "[^:]*/"
+        say(f"loading {re.sub(where, '', options.model)} ({options.backend})")
         backend = backends.create_backend(options)
         folder = settings.lumen_data_dir / name / backend.runtime / backend.model_id.replace("/", "--")
         tuning = None
@@ -1623,6 +1530,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", action="store_true", help="serve the small emoji model in gen/demo; not announced")
     parser.add_argument("--doctor", action="store_true", help="say what keeps the daemon from running here, and leave")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-format", default="text", choices=("text", "json"))
     parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
     parsed = parser.parse_args(arguments)
     if not 0 <= parsed.port <= 65535:
@@ -1669,6 +1577,18 @@ def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], 
     threading.Thread(target=load, name="load", daemon=True).start()
 
 
+def serve_metrics(daemon: Daemon, host: str) -> None:
+    """Raises SettingError."""
+    port = daemon.settings.lumen_metrics_port
+    try:
+        watch.serve_metrics(daemon.traffic, host, port)
+    except ImportError:
+        text = "prometheus-client is not installed; pip install prometheus-client"
+        raise SettingError(f"LUMEN_METRICS_PORT={port}: {text}") from None
+    except OSError as error:
+        raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
+
+
 def see_the_doctor(options: argparse.Namespace) -> int:
     """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
     try:
@@ -1690,12 +1610,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # The level is ours; libraries speak when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.log_format == "json":
+        logging.root.handlers[0].setFormatter(watch.JSONLines())
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are no JSON
     log.setLevel(options.log_level.upper())
     if options.doctor:
         return see_the_doctor(options)
     try:
         settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
         daemon = Daemon(settings)
+        if settings.lumen_metrics_port:
+            serve_metrics(daemon, options.host)
         server, port = start_server(daemon, options.host, options.port)
     except (SettingError, OSError) as error:
         print(f"lumen-clip: {error}", file=sys.stderr)
@@ -1735,6 +1660,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server.stop(DRAIN_S).wait()
     daemon.decoders.stop()
     daemon.engine.stop()
+    daemon.traffic.say(0)
     log.info("stopped")
     return 0
 
@@ -1753,6 +1679,7 @@ def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException |
         except queue.Empty:
             daemon.check_streams()
             trim_memory()
+            daemon.traffic.say(TRAFFIC_LOG_S)
         if trouble := daemon.trouble():
             return trouble
         if watchdog:

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -2364,7 +2365,7 @@ def test_told_to_stop_it_answers_what_it_has_and_exits_0(
 
     call = node.stub.Infer(requests(), timeout=30)
     assert next(call).result
-    node.wait_for("clip_image_embed: a request of")
+    wait_until(lambda: b" prepare " in (tmp_path / "in-flight").read_bytes())
     node.process.send_signal(number)
     assert next(call).result
     with pytest.raises(grpc.RpcError) as error:
@@ -2399,6 +2400,8 @@ def encode_or_worse(backend, pixels):
             time.sleep(3600)
         if (means[:, 0] < 20).any() and (means[:, 1] > 200).any():
             raise RuntimeError("the model does not feel like it")
+        if (means[:, 0] < 20).any() and (means[:, 2] > 200).any():
+            ctypes.PyDLL(None).sleep(3600)  # a driver that holds the GIL as well
     return encode(backend, pixels)
 
 backends.decode_image = decode_or_crash
@@ -2530,6 +2533,50 @@ def test_a_hung_model_ends_the_process_so_that_it_is_started_again(
         assert node.log.count("a batch has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
     node = misbehaving()
     assert node.ask("clip_image_embed", encoded(picture(GREEN))).result and node.stop() == 0
+
+
+def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable[..., Node], tmp_path: Path) -> None:
+    """Lost otherwise: a board whose driver holds the GIL; no line of Python can help then, only systemd."""
+    blue = encoded(picture((0, 30, 230)), "PNG")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        beats: list[float] = []
+
+        def supervise() -> None:
+            with contextlib.suppress(OSError):
+                while said := supervisor.recv(4096):
+                    beats.extend([time.monotonic()] * (said == b"WATCHDOG=1"))
+
+        threading.Thread(target=supervise, daemon=True).start()
+        node = misbehaving(NOTIFY_SOCKET=tmp_path / "notify", WATCHDOG_USEC="1000000")
+        wait_until(lambda: len(beats) > 2)
+        call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=blue)]), timeout=60)
+        wait_until(lambda: time.monotonic() - beats[-1] > 3, 30)  # here systemd loses its patience
+        node.process.send_signal(signal.SIGABRT)
+        assert node.process.wait(20) == -signal.SIGABRT
+        call.cancel()
+    node = misbehaving()
+    assert "the last run crashed: Fatal Python error: Aborted" in node.log
+    assert node.ask("clip_image_embed", blue).error.message == REFUSED
+    assert node.ask("clip_image_embed", encoded(picture(RED))).result and node.stop() == 0
+
+
+@pytest.mark.parametrize("fault", ["short rows", "too few rows", "zeros", "NaN"])
+def test_what_is_no_vector_is_never_sent_as_one(watched: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Lost otherwise: an index with rows that poison every search."""
+    backend, stub = watched
+    whole = backend._backend._encode_piece
+
+    def broken(pixels: Any) -> Any:
+        rows = whole(pixels)
+        made = {"short rows": rows[:, :-1], "too few rows": rows[:-1], "zeros": rows * 0, "NaN": rows * np.nan}[fault]
+        return made if fault in ("short rows", "too few rows") else backends.unit_rows(made)
+
+    monkeypatch.setattr(backend._backend, "_encode_piece", broken)
+    response = one(stub, "clip_image_embed", encoded(picture(RED)))
+    assert response.error.code == pb.ERROR_CODE_INTERNAL and not response.result
+    monkeypatch.undo()
+    assert one(stub, "clip_image_embed", encoded(picture(RED))).result
 
 
 def test_a_model_that_only_fails_is_started_again(misbehaving: Callable[..., Node]) -> None:
@@ -3124,6 +3171,78 @@ def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
         vectors = labels._load_cache(path, key)
         if vectors is not None:
             assert vectors.shape == (8, 4) and np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 0.02
+
+
+# --- logs and metrics ---------------------------------------------------------------------------------------------
+
+
+def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the one trace of a night's trouble; or trust in it, to a client that sends line breaks."""
+    (tmp_path / "daemon.py").write_text(IMPATIENT.replace("@ROOT@", str(ROOT)))
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
+    node = Node(
+        label_files(tmp_path / "data"),
+        ("--log-level", "debug", "--log-format", "json"),
+        (sys.executable, str(tmp_path / "daemon.py")),
+        CONSTANTS=json.dumps({"TRAFFIC_LOG_S": 4}),
+        **settings,
+    ).ready()
+    forged = 'x\n{"level": "CRITICAL", "message": "pwned"}\r\u2028'
+    requests = [pb.InferRequest(task="clip_embed", payload=b"a dog", correlation_id="a") for _ in range(8)]
+    requests += [pb.InferRequest(task=forged, payload=b"x", correlation_id=forged)]
+    requests += [pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)), correlation_id="é" * 500)]
+    assert len(node.infer(*requests)) == 10
+    said = node.wait_for(
+        r"in \d+ s: 10 requests, 1 errors, 0 given up, batches of ([\d.]+), p95 (\d+) ms, longest queue (\d+)"
+    )
+    assert float(said[1]) >= 1 and 1 <= int(said[3]) <= 10
+    time.sleep(6)  # nothing goes through, so nothing is said
+    assert node.stop() == 0
+    entries = [json.loads(line) for line in node.log.splitlines()]
+    assert all(set(entry) >= {"time", "level", "logger", "message"} for entry in entries)
+    assert "CRITICAL" not in {entry["level"] for entry in entries}
+    assert len([e for e in entries if re.match(r"in \d+ s: ", e["message"])]) == 1
+    told = [entry["message"] for entry in entries if entry["message"].startswith("request ")]
+    assert len(told) == 10 and all(len(line) < 700 for line in told)
+    assert sum(re.fullmatch(r"request 'a': 'clip_embed', 5 bytes, \d+ ms, ok", line) is not None for line in told) == 8
+    assert sum(", invalid_argument" in line for line in told) == 1
+
+
+def test_prometheus_counts_what_went_through(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the graph on which one sees that something has changed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "CLIP_BACKEND": "onnxrt",
+        "CLIP_MODEL": tiny_onnx,
+        "BIOCLIP_BACKEND": "none",
+        "LUMEN_METRICS_PORT": port,
+    }
+    node = Node(label_files(tmp_path), **settings).ready()
+    node.infer(
+        *[pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5, pb.InferRequest(task="nonsense", payload=b"x")
+    )
+    release = threading.Event()
+    call = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release), timeout=60)
+    assert next(call).result
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        metrics = answer.read().decode()
+    release.set()
+    for line in (
+        'lumen_requests_total{outcome="ok",task="clip_embed"} 6.0',
+        'lumen_requests_total{outcome="invalid_argument",task="unknown"} 1.0',
+        'lumen_request_seconds_count{task="clip_embed"} 6.0',
+        "lumen_open_streams 1.0",
+        "lumen_queue_depth 0.0",
+    ):
+        assert line in metrics.splitlines(), metrics
+    assert 'lumen_batch_items_bucket{le="+Inf",line="clip text"}' in metrics and "nonsense" not in metrics
+    second = Node(tmp_path, **settings)
+    assert second.process.wait(60) == 2
+    second.stop()
+    assert re.fullmatch(rf"lumen-clip: LUMEN_METRICS_PORT={port}: Address already in use\n", second.log)
+    assert node.stop() == 0
 
 
 # --- supply -------------------------------------------------------------------------------------------------------
@@ -4071,7 +4190,7 @@ def arm64_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         shutil.copy(name, root / name.lstrip("/"))
     home = root / "opt" / "lumen-clip"
     home.mkdir(parents=True, exist_ok=True)
-    for name in ("lumen_clip.py", "labels.py", "backends.py", "requirements-edge.txt"):
+    for name in ("lumen_clip.py", "labels.py", "backends.py", "watch.py", "requirements-edge.txt"):
         shutil.copy(ROOT / name, home)
     shutil.copytree(ROOT / "gen", home / "gen", dirs_exist_ok=True)
     (root / "var" / "lib" / "lumen").mkdir(exist_ok=True)
@@ -4083,7 +4202,7 @@ def arm64_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.arm64
 @pytest.mark.timeout(7200)
-def test_a_copy_of_three_files_serves_the_demo_on_aarch64(arm64_root: Path, drawings: list[Drawing]) -> None:
+def test_a_copy_of_four_files_serves_the_demo_on_aarch64(arm64_root: Path, drawings: list[Drawing]) -> None:
     """Lost otherwise: the boards, which are what all this is for."""
     program = ("chroot", str(arm64_root), "/opt/lumen-clip/.venv/bin/python", "/opt/lumen-clip/lumen_clip.py")
     node = Node(Path("/var/lib/lumen"), ("--demo",), program).bound()

@@ -1,0 +1,310 @@
+"""What a daemon that nobody watches keeps of itself: a journal of payloads that crash it, counts of its traffic for a
+line a minute and for Prometheus, and the form of its log.
+
+Knows nothing of gRPC, models or tasks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import backends
+from backends import BadInput
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("lumen.watch")
+
+
+# --- payloads that crash ----------------------------------------------------------------------------------------
+
+
+class Journal:
+    """The payloads that are being worked on, in a file that outlives the process.
+
+    After a crash in native code, faulthandler's report names the thread, and the journal what it had in hand: those
+    bytes are refused from the next start on, instead of ending the daemon again. Where it cannot be told which of
+    several it was (they ran as one batch), or where the process was killed from outside (memory, power, kill -9),
+    having been in hand proves little: then it takes a second time, without an answer in between.
+    """
+
+    SLOT = 96  # bytes: thread, kind, digest
+    SLOTS = 1024
+    KEPT = 1000  # suspects
+    CERTAIN = 2
+
+    def __init__(self) -> None:
+        """Keeps nothing and refuses nothing until it is opened."""
+        self._suspects = Counter[str]()
+        self._free: list[int] = []  # slots of the file
+        self._lock = threading.Lock()
+
+    def open(self, folder: Path) -> None:
+        """Reads what the last run left in `folder`, and from now on keeps this run's there; once in a process."""
+        self._folder = folder
+        try:
+            self._open()
+        except (OSError, ValueError) as error:
+            faulthandler.enable()
+            log.warning(
+                "no crash journal in %s (%s): a payload that crashes the daemon could do so again", folder, error
+            )
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "in-flight"
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError("another daemon uses this folder") from error
+        if (kept := self._folder / "suspects.json").exists():
+            self._suspects.update(json.loads(kept.read_text()))
+        self._learn()
+        self._file.truncate(0)
+        os.pwrite(self._file.fileno(), bytes(self.SLOT * self.SLOTS), 0)
+        self._report = (self._folder / "crash.txt").open("w")
+        faulthandler.enable(self._report)
+        self._free = list(range(self.SLOTS))
+
+    def _learn(self) -> None:
+        """What the last run left: nothing, if it ended as it should."""
+        self._file.seek(0)
+        held = [line.split() for line in self._file.read().decode("ascii", "replace").split("\0") if line.strip()]
+        held = [slot for slot in held if len(slot) == 3]
+        path = self._folder / "crash.txt"
+        report = path.read_text("utf-8", "replace") if path.exists() else ""
+        thread = re.search(r"Current thread 0x0*([0-9a-f]+)", report)
+        # A native library's own thread is none that we know: then it was at work on a batch.
+        blamed = [slot for slot in held if thread and slot[0] == thread[1]]
+        blamed = blamed or [slot for slot in held if report and slot[1] == "batch"] or held
+        digests = {digest for _, _, digest in blamed}
+        for digest in digests:
+            self._suspects[digest] += self.CERTAIN if report and len(digests) == 1 else 1
+        if report:
+            log.error("the last run crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
+            log.debug("%s", report)
+        if digests:
+            self._keep()
+            refused = [digest for digest in digests if self._suspects[digest] >= self.CERTAIN]
+            text = "the last run ended while it worked on %d payloads; refused from now on: %s"
+            log.error(text, len(digests), ", ".join(f"sha-256 {digest[:16]}..." for digest in refused) or "none")
+
+    def _keep(self) -> None:
+        while len(self._suspects) > self.KEPT:
+            del self._suspects[next(iter(self._suspects))]
+        try:
+            backends.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
+        except OSError as error:
+            log.warning("cannot keep suspects.json in %s (%s)", self._folder, error)
+
+    def check(self, digest: str) -> None:
+        """Raises BadInput for bytes that ended the daemon before."""
+        if self._suspects.get(digest, 0) >= self.CERTAIN:
+            raise BadInput("payload: the daemon crashed over these bytes before, so they are refused")
+
+    def answered(self, digest: str) -> None:
+        """A suspect that was answered is none."""
+        if digest in self._suspects:
+            with self._lock:
+                self._suspects.pop(digest, None)
+                self._keep()
+
+    @contextmanager
+    def holding(self, digests: Sequence[str], kind: str = "batch") -> Iterator[None]:
+        with self._lock:
+            slots = [self._free.pop() for _ in digests[: len(self._free)]]
+            for slot, digest in zip(slots, digests, strict=False):
+                self._write(slot, f"{threading.get_ident():x} {kind} {digest}")
+        try:
+            yield
+        finally:
+            with self._lock:
+                for slot in slots:
+                    self._write(slot, "")
+                self._free += slots
+
+    def _write(self, slot: int, text: str) -> None:
+        # Not through mmap: on a full disk that ends the process.
+        try:
+            os.pwrite(self._file.fileno(), text.encode().ljust(self.SLOT, b"\0"), slot * self.SLOT)
+        except OSError as error:
+            log.warning("cannot write the crash journal (%s)", error)
+
+
+# --- traffic ------------------------------------------------------------------------------------------
+
+
+class Histogram:
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """As Prometheus counts: each with all that are smaller."""
+        return list(zip([*map(str, self.bounds), "+Inf"], itertools.accumulate(self.counts), strict=True))
+
+
+class Ended(Protocol):
+    """What is told of a request."""
+
+    correlation_id: str
+    task: str  # as the client named it
+    size: int  # bytes
+    arrived: float  # by time.monotonic()
+
+
+@dataclass
+class Minute:
+    """What the next line will say."""
+
+    since: float
+    longest_queue: int
+    seconds: list[float] = field(default_factory=list)  # of requests that were answered
+    errors: int = 0
+    given_up: int = 0  # by their clients
+    batches: int = 0
+    items: int = 0
+    turned_away: str = ""  # the last one
+
+
+class Traffic:
+    """Counts what goes through, for a line a minute and for Prometheus. No text of a client's gets in."""
+
+    SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+    ITEMS = (1, 2, 4, 8, 16, 32, 64)
+
+    def __init__(self, tasks: Container[str]) -> None:
+        """`tasks`: the names that are counted; a client may send any."""
+        self._tasks, self._lock = tasks, threading.Lock()
+        self._requests = Counter[tuple[str, str]]()  # (task, outcome)
+        self._turned_away = Counter[str]()  # reason
+        self._seconds: dict[str, Histogram] = defaultdict(lambda: Histogram(self.SECONDS))
+        self._batches: dict[str, Histogram] = defaultdict(lambda: Histogram(self.ITEMS))
+        self._queue = self._streams = 0
+        self._minute = Minute(time.monotonic(), 0)
+
+    def stream(self, change: int) -> None:
+        with self._lock:
+            self._streams += change
+
+    def queued(self, change: int) -> None:
+        """Requests that are waited for."""
+        with self._lock:
+            self._queue += change
+            self._minute.longest_queue = max(self._minute.longest_queue, self._queue)
+
+    def ran(self, line: str, items: int) -> None:
+        with self._lock:
+            self._batches[line].add(items)
+            self._minute.batches += 1
+            self._minute.items += items
+
+    def turned_away(self, reason: str, peer: str) -> None:
+        with self._lock:
+            self._turned_away[reason] += 1
+            self._minute.turned_away = f"{reason}, {peer}"
+
+    def ended(self, job: Ended, outcome: str) -> None:
+        seconds, task = time.monotonic() - job.arrived, job.task if job.task in self._tasks else "unknown"
+        with self._lock:
+            self._requests[task, outcome] += 1
+            if outcome == "cancelled":
+                self._minute.given_up += 1
+            else:
+                self._seconds[task].add(seconds)
+                self._minute.seconds.append(seconds)
+                self._minute.errors += outcome != "ok"
+        # %a and a limit: a client writes no lines of ours.
+        text = "request %a: %a, %d bytes, %d ms, %s"
+        log.debug(text, job.correlation_id[:40], job.task[:40], job.size, 1000 * seconds, outcome)
+
+    def say(self, every: float) -> None:
+        """Logs what went through since the last line, if that is long enough ago and anything did."""
+        now = time.monotonic()
+        with self._lock:
+            minute = self._minute
+            if now - minute.since < every:
+                return
+            self._minute = Minute(now, self._queue)
+        if count := len(minute.seconds) + minute.given_up:
+            p95 = 1000 * sorted(minute.seconds or [0.0])[-(-len(minute.seconds) * 95 // 100) - 1]
+            log.info(
+                "in %.0f s: %d requests, %d errors, %d given up, batches of %.1f, p95 %.0f ms, longest queue %d",
+                *(now - minute.since, count, minute.errors, minute.given_up),
+                *(minute.items / max(minute.batches, 1), p95, minute.longest_queue),
+            )
+        if minute.turned_away:
+            log.info("calls turned away since the start: %s; the last: %s", dict(self._turned_away), minute.turned_away)
+
+    def collect(self) -> list[Any]:
+        """For a registry of prometheus_client."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        requests = CounterMetricFamily("lumen_requests", "Requests by their end", labels=["task", "outcome"])
+        turned_away = CounterMetricFamily("lumen_turned_away", "Calls refused at the door", labels=["reason"])
+        seconds = HistogramMetricFamily("lumen_request_seconds", "From a request to its answer", labels=["task"])
+        batches = HistogramMetricFamily("lumen_batch_items", "Items run together", labels=["line"])
+        with self._lock:
+            for key, count in self._requests.items():
+                requests.add_metric(key, count)
+            for reason, count in self._turned_away.items():
+                turned_away.add_metric([reason], count)
+            for family, histograms in ((seconds, self._seconds), (batches, self._batches)):
+                for label, histogram in histograms.items():
+                    family.add_metric([label], histogram.buckets(), histogram.sum)
+            queue_depth = GaugeMetricFamily("lumen_queue_depth", "Requests that are waited for", self._queue)
+            streams = GaugeMetricFamily("lumen_open_streams", "Open Infer streams", self._streams)
+        return [requests, turned_away, seconds, batches, queue_depth, streams]
+
+
+def serve_metrics(traffic: Traffic, host: str, port: int) -> None:
+    """Answers Prometheus on a thread of its own. Raises ImportError without prometheus-client, OSError for the port."""
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(traffic)
+    server, _ = start_http_server(port, host, registry)
+    handler: Any = server.RequestHandlerClass
+    handler.timeout = 10  # seconds, of a scraper that says nothing
+    log.info("metrics on %s port %d", host, server.server_port)
+
+
+# --- the log ----------------------------------------------------------------------------------------------------
+
+
+class JSONLines(logging.Formatter):
+    """One object a line, for whoever collects logs by machine."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
