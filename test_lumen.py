@@ -9,6 +9,7 @@ its true-size sisters have seeded random weights, for which shapes and numerical
 from __future__ import annotations
 
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -3018,6 +3019,120 @@ def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -
     assert "Traceback" not in node.log
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_hostile_and_honest_load_for_half_an_hour(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: the daemon that runs for months. LUMEN_SOAK_MINUTES (30) and LUMEN_SEED change it."""
+    if "soak" not in request.config.option.markexpr:
+        pytest.skip("takes half an hour; run it with: python -m pytest -s -m soak")
+    minutes, seed = float(os.environ.get("LUMEN_SOAK_MINUTES", "30")), int(os.environ.get("LUMEN_SEED", "5"))
+    (tmp_path / "daemon.py").write_text(IMPATIENT.replace("@ROOT@", str(ROOT)))
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
+    program = (sys.executable, str(tmp_path / "daemon.py"))
+    node = Node(label_files(tmp_path / "data"), program=program, CONSTANTS=json.dumps(PATIENCE), **settings).ready()
+    photos = [encoded(picture(c, (640, 480))) for c in COLOURS.values()]
+    texts = [f"a photo of thing {i}".encode() for i in range(200)]
+    expected = {p: node.result("clip_image_embed", p)["vector"] for p in photos}
+    expected |= {t: node.result("clip_embed", t)["vector"] for t in texts}
+    over, counts = threading.Event(), collections.Counter[str]()
+    wrong: list[str] = []
+
+    def honest(number: int) -> None:
+        rng = np.random.default_rng([seed, number])
+        with grpc.insecure_channel(node.address) as channel:
+            stub = pb_grpc.InferenceStub(channel)
+            while not over.is_set():
+                asked = [photos[int(rng.integers(len(photos)))] for _ in range(int(rng.integers(1, 12)))]
+                asked += [texts[int(rng.integers(len(texts)))] for _ in range(int(rng.integers(1, 12)))]
+                requests = [
+                    pb.InferRequest(task="clip_image_embed" if a in photos else "clip_embed", payload=a) for a in asked
+                ]
+                try:
+                    responses = list(stub.Infer(iter(requests), timeout=60))
+                except grpc.RpcError as error:
+                    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:  # which is an answer under such load
+                        wrong.append(f"{error.code()}: {error.details()}")
+                    counts["told to come later"] += 1
+                    time.sleep(0.2)
+                    continue
+                for payload, response in zip(asked, responses, strict=True):
+                    counts["right"] += 1
+                    if not np.allclose(json.loads(response.result)["vector"], expected[payload], atol=1e-5):
+                        wrong.append("another vector")
+
+    def poisoner() -> None:
+        specials = list(poisons().values())
+        for number in itertools.count():
+            part = [*mutants(60, seed * 1000 + number), specials[number % len(specials)]]
+            requests = (pb.InferRequest(task="clip_image_embed", payload=data) for data in part)
+            with contextlib.suppress(grpc.RpcError):
+                for response in node.stub.Infer(requests, timeout=60):
+                    counts["poisoned"] += 1
+                    if response.error.code not in (0, pb.ERROR_CODE_INVALID_ARGUMENT):
+                        wrong.append(response.error.message)
+            if over.wait(0.5):
+                return
+
+    def vandal() -> None:
+        rng = np.random.default_rng([seed, 99])
+        raw = node.channel.stream_stream("/home_native.v1.Inference/Infer", lambda data: data, lambda data: data)
+        while not over.wait(0.1):
+            counts["vandalised"] += 1
+            with contextlib.suppress(grpc.RpcError, OSError):
+                match int(rng.integers(6)):
+                    case 0:  # a connection that says nothing, or half a frame, and goes
+                        peer = RawPeer(node)
+                        peer.socket.sendall(rng.integers(0, 256, 50, np.uint8).tobytes())
+                        peer.socket.close()
+                    case 1:
+                        list(raw(iter([rng.integers(0, 256, 80, np.uint8).tobytes()]), timeout=5))
+                    case 2:  # a stream that is cancelled with its work under way
+                        call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=photos[0])] * 20))
+                        time.sleep(float(rng.random() / 20))
+                        call.cancel()
+                    case 3:  # half a request, and silence; its end comes from the daemon
+                        message = pb.InferRequest(task="clip_embed", payload=b"a", total=3, correlation_id="x")
+                        release = threading.Event()
+                        list(node.stub.Infer(held(message, release), timeout=10))
+                    case 4:
+                        lie = pb.InferRequest(task="clip_embed", payload=b"a", total=2**63, seq=int(rng.integers(9)))
+                        list(node.stub.Infer(iter([lie, lie]), timeout=5))
+                    case 5:
+                        meta = {"labels": json.dumps([f"{rng.random()}" for _ in range(50)]), "topk": "9" * 50}
+                        list(
+                            node.stub.Infer(iter([pb.InferRequest(task="clip_classify", payload=photos[1], meta=meta)]))
+                        )
+
+    def measured() -> tuple[float, int, int]:
+        """With all quiet, after the daemon has given back what it freed."""
+        time.sleep(15)
+        return resident_mb(node), *threads_and_files(node)
+
+    def load_for(seconds: float) -> None:
+        over.clear()
+        work = [threading.Thread(target=honest, args=(i,)) for i in range(3)]
+        work += [threading.Thread(target=poisoner), threading.Thread(target=vandal)]
+        for thread in work:
+            thread.start()
+        over.wait(seconds)
+        over.set()
+        for thread in work:
+            thread.join(120)
+
+    load_for(minutes * 60 * 0.25)
+    settled = measured()
+    load_for(minutes * 60 * 0.75)
+    ended = measured()
+    print(f"\n{minutes:g} minutes, seed {seed}: {dict(counts)}")
+    print("MB, threads and files after a quarter {:.1f} {} {}; at the end {:.1f} {} {}".format(*settled, *ended))
+    assert not wrong, wrong[:5]
+    assert min(counts[kind] for kind in ("right", "poisoned", "vandalised")) > 100 * minutes / 30
+    assert ended[0] - settled[0] < 5 and ended[1] <= settled[1] + 2 and ended[2] <= settled[2] + 2
+    assert node.stop() == 0 and "Traceback" not in node.log
+
+
 # --- fuzzing ------------------------------------------------------------------------------------------------------
 
 # LUMEN_FUZZ=100 python -m pytest -k fuzz    goes on a hundred times as long
@@ -3606,7 +3721,7 @@ def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path)
         said: list[str] = []
         while not said or not said[-1].startswith("READY=1"):
             said.append(supervisor.recv(4096).decode())
-        assert said[0] == f"STATUS=loading {tiny_onnx} (onnxrt)"
+        assert said[0] == f"STATUS=loading {tiny_onnx.name} (onnxrt)"  # clients are told so too: no path
         assert node.result("clip_embed", b"a dog")
         assert node.stop() == 0
         assert supervisor.recv(4096) == b"STOPPING=1"
