@@ -1454,46 +1454,68 @@ class Beacon:
     """The mDNS advertisement. It stands only while the models answer; a network without mDNS costs a warning."""
 
     def __init__(self, settings: Settings, host: str, port: int, runtime: str) -> None:
+        self._settings, self._host, self._port = settings, host, port
+        self._runtime = runtime
         self._zeroconf: Any = None
-        address = settings.advertise_ip or advertised_ip(host)
-        if not settings.clip_mdns_type:
+        self._address: str | None = ""  # of which is announced; None: there is none
+        self.look_around()
+
+    def look_around(self) -> None:
+        """Announces the address that the LAN reaches us at, if it is another one than before.
+
+        Boards start before their network, cables are pulled, and routers give out new addresses.
+        """
+        if not self._settings.clip_mdns_type:
             return
+        address = self._settings.advertise_ip or advertised_ip(self._host)
+        if address == self._address:
+            return
+        self.close()
+        self._address = address
         if address is None:
             log.warning("mDNS: no address that others could reach; set ADVERTISE_IP to be found")
             return
+        try:
+            self._announce(address)
+        except Exception as error:  # zeroconf raises its own kinds and OSError; none is worth the service
+            log.warning("mDNS: not advertised (%s: %s)", type(error).__name__, error)
+
+    def _announce(self, address: str) -> None:
         from zeroconf import InterfaceChoice, IPVersion, ServiceInfo, Zeroconf
 
+        settings = self._settings
         properties = {
             "uuid": settings.clip_mdns_uuid or kept_uuid(settings.lumen_data_dir),
             "status": settings.clip_mdns_status,
             "version": settings.clip_mdns_version,
             "v": settings.clip_mdns_version,
-            "runtime": runtime,
+            "runtime": self._runtime,
             **({"tls": "1"} if settings.lumen_tls_cert else {}),
         }
-        try:
-            # An address that is not ours (a container's host, say) is announced on all interfaces.
-            interfaces = [address] if is_own(address) else InterfaceChoice.All
-            self._zeroconf = Zeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
-            for kind in settings.clip_mdns_type:
-                info = ServiceInfo(
-                    kind,
-                    f"{settings.clip_mdns_name}.{kind}",
-                    port=port,
-                    properties=properties,
-                    server=f"lumen-clip-{properties['uuid'][:8]}.local.",
-                    addresses=[socket.inet_aton(address)],
-                )
-                self._zeroconf.register_service(info, allow_name_change=True)
-                log.info("mDNS: %s at %s:%d", info.name, address, port)
-        except Exception as error:  # zeroconf raises its own kinds and OSError; none is worth the service
-            log.warning("mDNS: not advertised (%s: %s)", type(error).__name__, error)
+        # An address that is not ours (a container's host, say) is announced on all interfaces.
+        interfaces = [address] if is_own(address) else InterfaceChoice.All
+        zeroconf = self._zeroconf = Zeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
+        for kind in settings.clip_mdns_type:
+            info = ServiceInfo(
+                kind,
+                f"{settings.clip_mdns_name}.{kind}",
+                port=self._port,
+                properties=properties,
+                server=f"lumen-clip-{properties['uuid'][:8]}.local.",
+                addresses=[socket.inet_aton(address)],
+            )
+            zeroconf.register_service(info, allow_name_change=True)
+            log.info("mDNS: %s at %s:%d", info.name, address, self._port)
 
     def close(self) -> None:
         """Says goodbye, so that clients forget us at once."""
         if self._zeroconf:
-            self._zeroconf.unregister_all_services()
-            self._zeroconf.close()
+            try:
+                self._zeroconf.unregister_all_services()
+                self._zeroconf.close()
+            except Exception as error:  # as above; the network may be gone
+                log.warning("mDNS: no goodbye (%s: %s)", type(error).__name__, error)
+            self._zeroconf = None
 
 
 def kept_uuid(data_dir: Path) -> str:
@@ -1646,7 +1668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trim_memory()
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in event.offered()))
-    if trouble := supervise(daemon, events):
+    if trouble := supervise(daemon, beacon, events):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
         beacon.close()
@@ -1665,7 +1687,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException | None]) -> str:
+def supervise(daemon: Daemon, beacon: Beacon, events: queue.SimpleQueue[Models | BaseException | None]) -> str:
     """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
     systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
@@ -1678,6 +1700,7 @@ def supervise(daemon: Daemon, events: queue.SimpleQueue[Models | BaseException |
             return ""
         except queue.Empty:
             daemon.check_streams()
+            beacon.look_around()
             trim_memory()
             daemon.traffic.say(TRAFFIC_LOG_S)
         if trouble := daemon.trouble():

@@ -3690,6 +3690,46 @@ def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) 
     assert run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1").returncode == 1  # goodbye was said
 
 
+BROWSER = """
+import socket, sys, time, zeroconf
+found = zeroconf.Zeroconf(interfaces=[sys.argv[1]], ip_version=zeroconf.IPVersion.V4Only)
+info = found.get_service_info("_lumen._tcp.local.", sys.argv[2] + "._lumen._tcp.local.", 8000)
+print(info and [socket.inet_ntoa(address) for address in info.addresses])
+"""
+
+
+def test_a_network_that_comes_later_or_changes_is_announced_on(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: boards that start before their router, or that got another address, found by nobody."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+        pytest.skip("needs root, iproute2 and util-linux, for a network of its own")
+    name = f"lumen-later-{os.getpid()}"
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_NAME": name}
+    settings["CLIP_MDNS_TYPE"] = "_lumen._tcp.local."
+    node = Node(label_files(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
+    node.wait_for("ready: ")
+    inside = ("nsenter", "--target", str(node.process.pid), "--net")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run([*inside, "ip", *arguments], check=True)
+
+    try:
+        node.wait_for("no address that others could reach")
+        ip("link", "add", "eth9", "type", "veth", "peer", "name", "eth8")
+        for end in ("eth8", "eth9"):
+            ip("link", "set", end, "up")
+        for address, other in (("10.77.0.1", ""), ("10.77.0.2", "10.77.0.1")):
+            if other:
+                ip("address", "del", f"{other}/24", "dev", "eth9")
+            ip("address", "add", f"{address}/24", "dev", "eth9")
+            ip("route", "replace", "224.0.0.0/4", "dev", "eth9")
+            node.wait_for(rf"mDNS: {name}\._lumen\._tcp\.local\. at {address}:\d+", 30)
+            browse = [*inside, sys.executable, "-c", BROWSER, address, name]
+            seen = subprocess.run(browse, capture_output=True, text=True, timeout=30)
+            assert seen.stdout.strip() == str([address]), seen.stderr
+    finally:
+        assert node.stop() == 0, node.log
+
+
 def _browse(name: str, kind: str) -> Any:
     from zeroconf import Zeroconf
 
