@@ -2625,6 +2625,13 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     release = threading.Event()
     calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(64)]
     assert all(next(call).result for call in calls)
+    waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]  # the spare threads as well
+    for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
+        with pytest.raises(grpc.RpcError):
+            next(refused)
+    for call in waiting:
+        with contextlib.suppress(grpc.RpcError):  # too many at once are refused, too
+            call.result()
     release.set()
     assert all(list(call) == [] for call in calls)
     yield node
