@@ -69,6 +69,14 @@ class BackendError(Exception):
     """A model cannot be had or run as configured; the text is one line for the operator."""
 
 
+class DamagedFile(BackendError):
+    """A file of a model is not the one that its manifest names."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        super().__init__(text)
+        self.path = path
+
+
 class BadInput(ValueError):
     """A picture or tensor that a client sent cannot be used; the text is for that client."""
 
@@ -557,7 +565,7 @@ def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
             raise options.error("MODEL", options.model, f"manifest.json names {name}, which is missing")
         if sha256_of(path) != digest:
             text = f"{name} is not the file that manifest.json names; copy the folder again"
-            raise options.error("MODEL", options.model, text)
+            raise DamagedFile(str(options.error("MODEL", options.model, text)), path)
     return manifest
 
 
@@ -931,7 +939,7 @@ class ONNXRTBackend:
         self._options = options
         self._folder, self.model_id = self._resolve()
         config = read_json(self._folder / "config.json") if self._folder else {}
-        manifest = read_manifest(self._folder, options) if self._folder else {}
+        manifest = self._manifest()
         self.model_id = manifest.get("model_id", self.model_id)
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
         self.precision = str(manifest.get("precision", "fp32"))
@@ -962,6 +970,23 @@ class ONNXRTBackend:
         # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
         repo = f"immich-app/{arch}__{tag.replace('_', '-')}"
         return fetch_repository(options, repo, self._wanted_files, self._form), value
+
+    def _manifest(self) -> dict[str, Any]:
+        """That of the folder. A file of a download that is damaged is fetched once more. Raises BackendError."""
+        if self._folder is None:
+            return {}
+        try:
+            return read_manifest(self._folder, self._options)
+        except DamagedFile as error:
+            markers = list(self._folder.glob(".complete-*.json"))
+            if not markers:  # no download
+                raise
+            log.warning("%s is damaged; fetching it once more", error.path)
+            for path in (error.path, *markers):
+                path.unlink()
+            self._folder, _ = self._resolve()
+            assert self._folder is not None
+            return read_manifest(self._folder, self._options)
 
     def _wanted_files(self, files: list[str]) -> list[str]:
         """Both towers and their configs; what belongs to other runtimes stays on the hub."""

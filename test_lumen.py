@@ -2198,6 +2198,35 @@ def test_a_board_downloads_its_own_program(tmp_path: Path, hub: FakeHub, tiny_on
         assert {part for r in hub.requests for part in backends.NPU_CORES if f"/{part}/" in r} == fetched
 
 
+def test_a_damaged_download_is_fetched_once_more_and_then_refused(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: a board with a tired disk, or vectors of weights that are not the model's."""
+    hub.repos[IMMICH_REPO] = folder_content(tiny_onnx)
+    data = label_files(tmp_path)
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url}
+    assert Node(data, **settings).ready().stop() == 0
+    tower = data / "models" / IMMICH_REPO.replace("/", "--") / "visual" / "model.onnx"
+    whole = tower.read_bytes()
+
+    def damage() -> None:
+        tower.write_bytes(whole[:-1000] + bytes(1000))
+
+    damage()
+    hub.requests.clear()
+    node = Node(data, **settings).ready()
+    assert node.log.count("is damaged; fetching it once more") == 1 and tower.read_bytes() == whole
+    assert node.result("clip_image_embed", encoded(picture(RED)))["dim"] == 64 and node.stop() == 0
+    # A hub that has it wrong as well is asked once, not for ever.
+    hub.repos[IMMICH_REPO]["visual/model.onnx"] = whole[:-1000] + bytes(1000)
+    damage()
+    node = Node(data, **settings)
+    assert node.process.wait(90) == 1
+    node.stop()
+    assert node.log.count("fetching it once more") == 1 and "Traceback" not in node.log
+    assert "visual/model.onnx is not the file that manifest.json names" in node.log.splitlines()[-1]
+
+
 def test_a_kill_in_the_middle_of_a_download_costs_no_more_than_the_rest(
     tmp_path: Path, hub: FakeHub, tiny_onnx: Path
 ) -> None:
@@ -2891,6 +2920,27 @@ def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
                 outcomes["refused" if told else "answered"] += 1
     print(f"{outcomes}, {resident_mb(harsh) - before:.0f} MB more")
     assert min(outcomes.values()) > 100 and resident_mb(harsh) - before < 250
+
+
+@pytest.mark.parametrize("moment", ["queued", "running", "replying"])
+def test_a_client_that_leaves_takes_its_work_along(harsh: Node, moment: str) -> None:
+    """Lost otherwise: an hour of work for a phone that has gone; or the places of those who left."""
+    photo = encoded(picture(RED, (4000, 3000)), "PNG")  # a while to decode
+    with outlived(harsh):
+        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (30 if moment == "queued" else 2)
+        call = harsh.stub.Infer(iter(requests), timeout=60)
+        if moment != "replying":
+            wait_until(lambda: b" prepare " in (Path(harsh.data) / "in-flight").read_bytes())
+        elif moment == "replying":
+            call.cancel()
+            call = harsh.stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 2000), timeout=60)
+            assert next(call).result  # and 1,999 more are on their way
+        seen = len(harsh.log)
+        call.cancel()
+        time.sleep(1)
+        done = len(re.findall(r"request .*, ok", harsh.log[seen:]))
+        assert done < (200 if moment == "replying" else 4)
+        assert re.search(r"request .*, cancelled", harsh.log[seen:])
 
 
 def test_five_thousand_streams_leave_nothing_behind(harsh: Node) -> None:
