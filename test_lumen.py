@@ -3568,6 +3568,7 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
         for arguments in (("clip_embed", "a dog"), ("capabilities",), ("health",)):
             seen = run_client(*arguments, *own, address=node.address)
             assert seen.returncode == 0, seen.stderr
+        assert run_client("health", "--ca", str(papers / "ca.pem"), address=node.address).stdout == "SERVING\n"
         without = run_client("clip_embed", "a dog", "--ca", str(papers / "ca.pem"), address=node.address)
         assert without.returncode == 1 and "unauthenticated" in without.stderr
     finally:
