@@ -282,10 +282,24 @@ class Job:
 
     def finish(self, result: Answer | Exception) -> None:
         if self.answer.set_running_or_notify_cancel():  # False: the client has left
+            if isinstance(result, BadInput):
+                forget_frames(result)
             if isinstance(result, Exception):
                 self.answer.set_exception(result)
             else:
                 self.answer.set_result(result)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Lets go of the frames that an exception came through.
+
+    They hold the job that holds the exception, so that payloads and decoded pictures would stay until Python's
+    collector comes by, which knows nothing of their size.
+    """
+    while error is not None:
+        error.__traceback__, following = None, error.__cause__ or error.__context__
+        error.__cause__ = error.__context__ = None
+        error = following
 
 
 class _Step:
@@ -1038,11 +1052,11 @@ class Stream:
 
     def _response(self, job: Job) -> pb.InferResponse:
         """Waits for a job's answer. Raises CancelledError when the client has left."""
+        if error := job.answer.exception():
+            return _error_response(job, error)
+        answer = job.answer.result()
         try:
-            answer = job.answer.result()
             result = answer.encoded()
-        except futures.CancelledError:
-            raise
         except Exception as error:
             return _error_response(job, error)
         self._daemon.journal.answered(job.digest)
@@ -1061,7 +1075,7 @@ class Stream:
 OUTCOMES = {0: "ok", pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument", pb.ERROR_CODE_INTERNAL: "internal"}
 
 
-def _error_response(job: Job, error: Exception) -> pb.InferResponse:
+def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
     """An error has an empty result and result_mime, so that no client takes it for an answer."""
     if isinstance(error, BadInput):
         code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
@@ -1069,6 +1083,7 @@ def _error_response(job: Job, error: Exception) -> pb.InferResponse:
         # The client gets a number, the log gets the story.
         code, text = pb.ERROR_CODE_INTERNAL, f"internal error {uuid.uuid4().hex[:8]}; the daemon's log says more"
         log.error("%s", text.partition(";")[0], exc_info=error)
+        forget_frames(error)
     problem = pb.Error(code=code, message=text)
     return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
 
