@@ -4,7 +4,7 @@ FROM python:3.12-slim
 WORKDIR /app
 COPY requirements-edge.txt .
 RUN pip install --no-cache-dir -r requirements-edge.txt
-COPY lumen_clip.py labels.py backends.py watch.py client.py doctor.py LICENSE ./
+COPY *.py LICENSE ./
 COPY gen gen
 
 RUN useradd --system lumen && mkdir /data && chown lumen /data

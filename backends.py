@@ -1,8 +1,7 @@
-"""Image and text towers: OpenCLIP on torch, ONNX Runtime, the Rockchip NPU.
+"""Image and text towers: OpenCLIP on torch, and ONNX Runtime; `npu` has the third.
 
-Owns what a picture and a text become before a model sees them, and the models themselves. Knows nothing of gRPC,
-threads, settings or label sets. `decode_image`, `pixels_from_tensor` and `tokenize` may run on any thread;
-`encode_images` and `encode_text` belong to the inference thread alone.
+Owns the models, where their files come from, and how this machine runs them best. Knows nothing of gRPC, settings or
+label sets. `tokenize` may run on any thread; `encode_images` and `encode_text` belong to the inference thread alone.
 
 Between layers a picture is uint8 RGB `[n, size, size, 3]`. Mean and std live behind `encode_images`.
 Heavy libraries are imported by the class that needs them, so an edge device never sees torch.
@@ -12,51 +11,45 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
-import io
 import json
 import logging
 import os
 import platform
-import re
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, features
+
+from inputs import (
+    BackendError,
+    ClipTokenizer,
+    Pixels,
+    Preprocess,
+    Tokens,
+    decode_image,
+    true_length,
+)
 
 log = logging.getLogger("lumen.backends")
 
-Pixels = NDArray[np.uint8]  # [n, size, size, 3], RGB
-Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 
-# OpenAI's CLIP statistics; open_clip/constants.py has the same.
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
 SCORING_GRAPH = Path(__file__).resolve().parent / "gen" / "scoring.onnx"  # made by `scoring.py` beside it
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
-DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
-NPU_FLOOR = 0.999  # the least cosine of what the NPU makes of a golden picture
-NPU_FORMAT = 1  # of the model.json beside a .rknn file
-NPU_CORES = {"rk3562": 1, "rk3566": 1, "rk3568": 1, "rk3576": 2, "rk3588": 3}
-DEVICE_TREE = Path("/proc/device-tree/compatible")
 # What the default models were read at; another repository is taken at its main branch.
 REVISIONS = {
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "1a25a446712ba5ee05982a381eed697ef9b435cf",
@@ -65,277 +58,12 @@ REVISIONS = {
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-class BackendError(Exception):
-    """A model cannot be had or run as configured; the text is one line for the operator."""
-
-
 class DamagedFile(BackendError):
     """A file of a model is not the one that its manifest names."""
 
     def __init__(self, text: str, path: Path) -> None:
         super().__init__(text)
         self.path = path
-
-
-class BadInput(ValueError):
-    """A picture or tensor that a client sent cannot be used; the text is for that client."""
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How a picture becomes a model's input; fields and defaults are OpenCLIP's `PreprocessCfg`."""
-
-    size: int = 224
-    mean: tuple[float, ...] = OPENAI_MEAN
-    std: tuple[float, ...] = OPENAI_STD
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], size: int | None = None) -> Preprocess:
-        """Reads a `preprocess_cfg`; `size` is the model's own side in pixels and wins over the config's.
-
-        Raises BackendError for a recipe that is not supported.
-        """
-        side = size if size is not None else config.get("size", cls.size)
-        if isinstance(side, Sequence):
-            if len(set(side)) != 1:
-                raise BackendError(f"preprocess size {list(side)}: only square inputs are supported")
-            side = side[0]
-        mode = config.get("resize_mode") or cls.resize_mode
-        filter_name = config.get("interpolation") or cls.interpolation
-        if mode not in ("shortest", "squash"):
-            raise BackendError(f"preprocess resize_mode {mode!r}: only 'shortest' and 'squash' are supported")
-        if filter_name not in ("bicubic", "bilinear"):
-            raise BackendError(f"preprocess interpolation {filter_name!r}: only 'bicubic' and 'bilinear'")
-        return cls(
-            size=int(side),
-            mean=tuple(float(x) for x in config.get("mean") or cls.mean),
-            std=tuple(float(x) for x in config.get("std") or cls.std),
-            interpolation=filter_name,
-            resize_mode=mode,
-        )
-
-    @property
-    def tensor_id(self) -> str:
-        """The name under which clients know this recipe, or "" (PROTOCOL: ids that the Lumen SDK can produce)."""
-        return "bioclip2_224_image_v1" if self == Preprocess() else ""
-
-
-def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool) -> dict[Preprocess, Pixels]:
-    """Decodes one picture by its content and prepares it for each recipe: uint8 RGB `[size, size, 3]`.
-
-    Plain RGB files decoded in full equal OpenCLIP's own transform to the last bit. `draft` lets a JPEG be decoded at
-    a fraction of its size, at least `DRAFT_MARGIN` times the largest recipe's side. Raises BadInput.
-    """
-    recipes = list(recipes)
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
-        log.debug("not an image: %r", error)
-        raise BadInput(
-            f"payload: not an image that can be read; allowed: whole files of {', '.join(IMAGE_FORMATS)}"
-        ) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
-    try:
-        if draft and image.format in ("JPEG", "MPO"):
-            side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
-            image.draft(None, (side, side))
-        image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
-        return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
-    except BadInput:
-        raise
-    except Exception as error:
-        log.debug("undecodable %s: %r", image.format, error)
-        raise BadInput(f"payload: the {image.format} image is damaged or cut off") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8. Cameras and editors write broken EXIF; the picture is no worse for it."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception as error:
-        log.debug("unreadable EXIF: %r", error)
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB as a viewer would show it: alpha over white, 16 bits scaled, not clipped."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        # 16-bit greyscale; Pillow's own conversion clips at 255.
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-# EXIF orientation -> the operation that shows the picture upright (as Pillow's ImageOps.exif_transpose has it).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-def _resize(image: Image.Image, recipe: Preprocess, orientation: int, max_pixels: int) -> Pixels:
-    """torchvision's Resize and CenterCrop on a PIL image, with its truncation and its banker's rounding."""
-    side = recipe.size
-    width, height = image.size
-    if recipe.resize_mode == "squash":
-        target = (side, side)
-    elif width <= height:
-        target = (side, int(side * height / width))
-    else:
-        target = (int(side * width / height), side)
-    if target[0] * target[1] > max_pixels:
-        raise BadInput(f"payload: the image is too narrow ({width} x {height} pixels)")
-    if target != image.size:
-        image = image.resize(target, _FILTERS[recipe.interpolation])
-    # Turned after the resize: the picture is small by now.
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    left, top = (round((length - side) / 2.0) for length in image.size)
-    return np.asarray(image.crop((left, top, left + side, top + side)))
-
-
-TENSOR_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
-
-
-def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preprocess) -> Pixels:
-    """A client's ready-made input `[1, 3, size, size]` back into the pixels it came from: uint8 `[size, size, 3]`.
-
-    Exact for any tensor that was `(pixel / 255 - mean) / std`. Raises BadInput, naming the meta key.
-    """
-    shape = [1, 3, recipe.size, recipe.size]
-    expected = {
-        "lumen.tensor.layout": "NCHW",
-        "lumen.tensor.format": "contiguous",
-        "lumen.tensor.byte_order": "little",
-        "lumen.preprocess.id": recipe.tensor_id,
-        "lumen.preprocess.skip": "true",
-    }
-    for key, value in expected.items():
-        if meta.get(key) != value:
-            raise BadInput(f"meta {key}: {meta.get(key, '')!r}; allowed: {value!r}")
-    dtype = TENSOR_DTYPES.get(meta.get("lumen.tensor.dtype", ""))
-    if dtype is None:
-        raise BadInput(f"meta lumen.tensor.dtype: {meta.get('lumen.tensor.dtype', '')!r}; allowed: fp32, fp16")
-    try:
-        sent: object = json.loads(meta.get("lumen.tensor.shape", ""))
-    except (ValueError, RecursionError):
-        sent = None
-    if sent != shape:
-        raise BadInput(f"meta lumen.tensor.shape: {meta.get('lumen.tensor.shape', '')[:80]!r}; allowed: {shape}")
-    if len(payload) != 3 * recipe.size**2 * dtype.itemsize:
-        raise BadInput(f"payload: {len(payload)} bytes; a tensor {shape} has {3 * recipe.size**2 * dtype.itemsize}")
-    values = np.frombuffer(payload, dtype).reshape(3, recipe.size, recipe.size).astype(np.float32)
-    mean, std = (np.array(x, np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
-    with np.errstate(all="ignore"):  # the next line judges what overflowed
-        levels = np.rint((values * std + mean) * 255)
-        valid = bool(np.all((levels >= -1) & (levels <= 256)))  # false for NaN as well
-    if not valid:
-        raise BadInput("payload: tensor values outside (pixel/255 - mean)/std of an image")
-    return np.ascontiguousarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-
-
-# --- text -------------------------------------------------------------------------------------------------------
-
-
-class ClipTokenizer:
-    """CLIP's byte-pair tokenizer, equal to OpenCLIP's SimpleTokenizer on any text, at the speed of `tokenizers`.
-
-    A CLIP `tokenizer.json` used as it is shipped differs from OpenCLIP on curly quotes, HTML entities, ligatures,
-    control characters and more, because its normalizer lacks ftfy. So only its vocabulary and merges are taken;
-    cleaning and splitting are done here, as OpenCLIP does them.
-    """
-
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
-        import regex
-        from tokenizers import Tokenizer, models, pre_tokenizers
-
-        self.context_length = context_length
-        self._split = regex.compile(
-            r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-            regex.IGNORECASE,
-        )
-        self.start, self.end = _special_ids(vocab)
-        self._specials = {"<start_of_text>": self.start, "<end_of_text>": self.end}
-        bpe = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>")
-        self._bpe = Tokenizer(bpe)
-        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    @classmethod
-    def from_file(cls, path: Path, context_length: int) -> ClipTokenizer:
-        """From a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
-        try:
-            model = json.loads(path.read_text("utf-8"))["model"]
-            vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-            if model.get("end_of_word_suffix") != "</w>":
-                raise BackendError(f"{path}: not a CLIP byte-pair tokenizer, which alone is supported")
-            return cls(vocab, merges, context_length)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
-
-    def to_json(self) -> str:
-        """The content of a `tokenizer.json`, from which `from_file` makes the same tokenizer."""
-        return str(self._bpe.to_str())
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
-        tokens = np.zeros((len(texts), self.context_length), np.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            ids = [self.start, *self._encode(clean_text(text)), self.end][: self.context_length]
-            ids[-1] = self.end
-            row[: len(ids)] = ids
-        return tokens
-
-    def _encode(self, text: str) -> list[int]:
-        # A word has one token at least, so more words than the context holds are never read.
-        words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
-        ids: list[int] = []
-        for word in words:
-            if word in self._specials:
-                ids.append(self._specials[word])
-            else:
-                ids.extend(self._bpe.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
-        return ids
-
-
-def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
-    for start, end in (("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>")):
-        if start in vocab and end in vocab:
-            return vocab[start], vocab[end]
-    raise ValueError("the vocabulary lacks the start and end tokens of CLIP")
-
-
-def clean_text(text: str) -> str:
-    """OpenCLIP's `clean="lower"`: ftfy, HTML entities twice, single spaces, lower case."""
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-
-
-def _true_length(tokens: Tokens) -> int:
-    """Length of the longest text with its end token, which has the highest id and is the first of its kind.
-
-    A causal tower never looks to the right, so what follows the end token may be cut off exactly.
-    """
-    return int(tokens.argmax(axis=1).max()) + 1
 
 
 # --- models -----------------------------------------------------------------------------------------------------
@@ -408,7 +136,7 @@ def create_backend(options: ModelOptions) -> Backend:
     classes: dict[str, Callable[[ModelOptions], Backend]] = {
         "torch": TorchBackend,
         "onnxrt": ONNXRTBackend,
-        "rknn": RKNNBackend,
+        "rknn": _rknn_backend,
     }
     backend = classes[options.backend](options)
     try:
@@ -429,6 +157,12 @@ def create_backend(options: ModelOptions) -> Backend:
         backend.self_test_cosine = cosine
         log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend
+
+
+def _rknn_backend(options: ModelOptions) -> Backend:
+    from npu import RKNNBackend  # which is built on this module
+
+    return RKNNBackend(options)
 
 
 def self_test(backend: Backend) -> float:
@@ -852,7 +586,7 @@ class TorchBackend:
         self._take_all_cores()
         with self._torch.inference_mode():
             if self.causal:
-                tokens = tokens[:, : _true_length(tokens)]
+                tokens = tokens[:, : true_length(tokens)]
             x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
             return unit_rows(x.float().cpu().numpy())
 
@@ -1097,7 +831,7 @@ class ONNXRTBackend:
         for start in range(0, len(batch), size):
             piece = batch[start : start + size]
             if cut:
-                piece = piece[:, : _true_length(piece)]
+                piece = piece[:, : true_length(piece)]
             padding = [(0, size - len(piece))] + [(0, 0)] * (batch.ndim - 1)
             whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
             rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
@@ -1134,283 +868,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BackendError(f"{path}: not a JSON object")
     return content
-
-
-# --- the NPU ----------------------------------------------------------------------------------------------------
-
-
-class NPURefused(Exception):
-    """The NPU of this board cannot be used, or not be trusted; the text is a part of one line.
-
-    `detail` is what its library said, for the operator alone.
-    """
-
-    def __init__(self, text: str, detail: str = "") -> None:
-        super().__init__(text)
-        self.detail = f" ({detail[:300]})" if detail else ""
-
-
-def board_target() -> str:
-    """The target in `NPU_CORES` whose programs this board runs, or "" if it is no Rockchip board that we know."""
-    try:
-        return npu_target(DEVICE_TREE.read_bytes().decode("ascii", "replace"))
-    except OSError:  # no device tree, or a container that hides it
-        return ""
-
-
-def npu_target(names: str) -> str:
-    """Of the names that a device tree lists, such as `rockchip,rk3588s`; see `board_target`."""
-    if "rk3582" in names:  # sold with a part of an RK3588's cores
-        return "rk3588"
-    return next((target for target in NPU_CORES if target in names), "")
-
-
-def available_memory() -> int:
-    """Bytes that the system could give to a program now, or 0 if it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 0
-
-
-class NPUContext:
-    """One program on one core of the NPU, with a thread of its own.
-
-    Nobody promises that two threads may share a context, and cores that work on one picture together hardly gain
-    (RKNN.md 3.2): each core gets a context, and each context its thread, on which alone it is made and used.
-    """
-
-    def __init__(self, path: Path, core: int, choose_core: bool) -> None:
-        """`choose_core` only where a core may be named: elsewhere that is an error. Raises NPURefused."""
-        self.runtime_version = ""
-        self._thread = ThreadPoolExecutor(1, f"npu-{core}")
-        try:
-            self._thread.submit(self._load, path, core, choose_core).result()
-        except BaseException:
-            self.close()
-            raise
-
-    def _load(self, path: Path, core: int, choose_core: bool) -> None:
-        from rknnlite.api import RKNNLite
-
-        self._npu = RKNNLite()
-        for level in (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
-            logging.addLevelName(level, _LEVEL_NAMES[level])  # it renames everybody's to one letter
-        with _overheard(self._npu.rknn_log.logger) as reason:
-            if self._npu.load_rknn(str(path)) != 0:
-                raise NPURefused("the NPU's library cannot read the program", reason())
-            mask = {"core_mask": (RKNNLite.NPU_CORE_0, RKNNLite.NPU_CORE_1, RKNNLite.NPU_CORE_2)[core]}
-            if self._npu.init_runtime(**(mask if choose_core else {})) != 0:
-                raise NPURefused(f"the NPU's core {core} does not start", reason())
-            self.runtime_version = " ".join(str(self._npu.get_sdk_version()).split())
-        self._npu.rknn_data = None  # the file's bytes, which the runtime has copied by now
-
-    def run(self, pictures: NDArray[Any], layout: str) -> Future[list[NDArray[np.float32]]]:
-        """`[n, ...]`, which go through the fixed batch of one -> n rows, float32. Raises RuntimeError."""
-        return self._thread.submit(self._run, pictures, layout)
-
-    def _run(self, pictures: NDArray[Any], layout: str) -> list[NDArray[np.float32]]:
-        rows = []
-        for index in range(len(pictures)):
-            picture = np.ascontiguousarray(pictures[index : index + 1])
-            outputs = self._npu.inference(inputs=[picture], data_format=layout)
-            if outputs is None:  # it logs its failures and raises nothing
-                raise RuntimeError("the NPU failed on an image; its library's messages in the log say more")
-            rows.append(np.array(outputs[0], np.float32).ravel())  # a copy: the library may use its buffer again
-        return rows
-
-    def close(self) -> None:
-        if npu := getattr(self, "_npu", None):
-            self._thread.submit(npu.release)
-        self._thread.shutdown()
-
-
-_LEVEL_NAMES = {level: logging.getLevelName(level) for level in (10, 20, 30, 40)}
-
-
-@contextmanager
-def _overheard(library: logging.Logger) -> Iterator[Callable[[], str]]:
-    """Keeps a library's tracebacks off the screen; gives a function that names the last error among them."""
-    heard: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            log.debug("the NPU's library: %s", record.getMessage())
-            if record.levelno >= logging.ERROR:
-                heard.append(record.getMessage())
-
-    def reason() -> str:
-        lines = heard[-1].strip().splitlines() if heard else []
-        start = max(
-            (i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): |Exception: ", line)), default=0
-        )
-        return " ".join(" ".join(lines[start:]).split())
-
-    handlers, library.handlers = library.handlers, [Listener()]
-    try:
-        yield reason
-    finally:
-        library.handlers = handlers
-
-
-class RKNNBackend(ONNXRTBackend):
-    """The image tower on a Rockchip NPU, the text tower on the CPU by ONNX Runtime.
-
-    An NPU that does not start, or whose vectors are not those of its program's golden picture, is refused: `refusal`
-    says why, and the folder's ONNX tower runs instead. Nothing short of running it proves a program right on a board.
-    """
-
-    def __init__(self, options: ModelOptions) -> None:
-        if importlib.util.find_spec("rknnlite") is None:
-            text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
-            raise options.error("BACKEND", options.backend, text)
-        self.target = options.rknn_target or board_target()
-        self._form = f"rknn-{self.target}" if self.target else "rknn"  # another board wants another program
-        self._contexts: list[NPUContext] = []
-        super().__init__(options)
-        if self._contexts:
-            self.precision = "fp16"
-
-    def _wanted_files(self, files: list[str]) -> list[str]:
-        npu = f"visual/rknpu/{self.target}/"
-        return super()._wanted_files(files) + [name for name in files if self.target and name.startswith(npu)]
-
-    def _image_file(self) -> str:
-        return self._options.rknn_model
-
-    def arrangements(self) -> Sequence[str]:
-        return ("whole",) if self._contexts else super().arrangements()
-
-    def arrange(self, arrangement: str) -> None:
-        if not self._contexts:
-            super().arrange(arrangement)
-
-    def _load_image_tower(self) -> None:
-        if self._options.rknn_model and not Path(self._options.rknn_model).is_file():
-            raise self._options.error("RKNN_MODEL", self._options.rknn_model, "no such file")
-        try:
-            self._start_npu()
-        except NPURefused as refusal:
-            for context in self._contexts:
-                context.close()
-            self._contexts = []
-            self.refusal = " ".join(str(refusal).split())
-            self._take_the_cpu(refusal.detail)
-
-    def _take_the_cpu(self, detail: str) -> None:
-        text = f"the NPU is not used: {self.refusal}{detail}"
-        if self._onnx_tower() is None:
-            text += "; and there is no visual/model.onnx that could run on the CPU instead"
-            raise self._options.error("BACKEND", self._options.backend, text)
-        log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", self._options.name, text)
-        super()._load_image_tower()
-
-    def _onnx_tower(self) -> Path | None:
-        given = self._options.onnx_image
-        path = Path(given) if given else self._folder / "visual" / "model.onnx" if self._folder else None
-        return path if path and path.is_file() else None
-
-    def _start_npu(self) -> None:
-        """Raises NPURefused; contexts that were started by then are in `_contexts`."""
-        path = self._program()
-        contract = read_json(path.with_name("model.json"))
-        self._check_contract(contract)
-        # Without a model.json it is immich's, which takes what has been normalised. The file itself does not say.
-        self._takes_uint8 = bool(contract)
-        recipes = (folder / "preprocess_cfg.json" for folder in (path.parent, *path.parents[:3]))
-        recipe = contract.get("preprocess") or next(filter(None, map(read_json, recipes)), {})
-        self.preprocess = Preprocess.from_config(recipe)
-        for core in range(self._cores_to_use(path)):
-            try:
-                self._contexts.append(NPUContext(path, core, NPU_CORES[self.target] > 1))
-            except NPURefused as refusal:
-                if not self._contexts:
-                    raise
-                text = "%s: %s%s; the NPU goes on with %d cores"
-                log.warning(text, self._options.name, refusal, refusal.detail, core)
-                break
-        cosine = self._worst_cosine(contract)
-        if cosine is not None and not cosine >= NPU_FLOOR:
-            raise NPURefused(f"self-test: cosine {cosine:.6f} to the golden vector; allowed: {NPU_FLOOR} and more")
-        self.npu = f"{self.target}, {len(self._contexts)} of {NPU_CORES[self.target]} cores"
-        self.npu += f", self-test {cosine:.6f}" if cosine is not None else ", not verified"
-        runtime = self._contexts[0].runtime_version
-        toolkit = contract.get("toolkit", "an unknown version")
-        log.info("%s: NPU: %s; runtime %s, program of toolkit %s", self._options.name, self.npu, runtime, toolkit)
-        # Vectors of the NPU and of its ONNX tower may lie in one index, so they are of the same weights.
-        self._weights.append(tower.parent if (tower := self._onnx_tower()) else path)
-        self.runtime = "rknn"
-
-    def _program(self) -> Path:
-        if not self.target:
-            known = ", ".join(NPU_CORES)
-            text = f"{DEVICE_TREE} names no Rockchip NPU that we know ({known}); in a container it may be hidden"
-            raise NPURefused(f"{text}; {self._options.name}_RKNN_TARGET says it by hand")
-        if self._options.rknn_model:
-            return Path(self._options.rknn_model)
-        assert self._folder is not None  # without one both towers were given as files
-        path = self._folder / "visual" / "rknpu" / self.target / "model.rknn"
-        if not path.is_file():
-            raise NPURefused(
-                f"the folder has no {path.relative_to(self._folder).as_posix()}; export.py --rknn makes it"
-            )
-        return path
-
-    def _check_contract(self, contract: Mapping[str, Any]) -> None:
-        if contract.get("format", NPU_FORMAT) != NPU_FORMAT:
-            raise NPURefused(f"model.json is of format {contract['format']}; this version reads {NPU_FORMAT}")
-        soc = contract.get("soc", self.target)
-        if soc != self.target:
-            raise NPURefused(f"the program is for {soc}, the board is a {self.target}")
-        files = read_json(self._folder / "manifest.json").get("files", {}) if self._folder else {}
-        onnx = files.get("visual/model.onnx")
-        if onnx and contract.get("onnx_sha256", onnx) != onnx:
-            raise NPURefused("the program was made of another visual/model.onnx than the one beside it")
-
-    def _cores_to_use(self, path: Path) -> int:
-        """Each context holds the weights, and the file besides while it loads."""
-        wanted = self._options.rknn_cores or NPU_CORES[self.target]
-        have, each = available_memory(), 3 * path.stat().st_size
-        fit = max(1, have // each) if have else wanted
-        if fit < wanted:
-            log.warning("%s: memory for %d of %d NPU cores alone", self._options.name, fit, wanted)
-        return min(wanted, fit, NPU_CORES[self.target])
-
-    def _worst_cosine(self, contract: Mapping[str, Any]) -> float | None:
-        """Of the golden picture on each core, or of a picture to what the ONNX tower makes of it; None without both."""
-        golden = contract.get("golden") or self.golden
-        if golden:
-            file = base64.b64decode(golden["picture"])
-            picture = decode_image(file, [self.preprocess], 1 << 20, draft=False)[self.preprocess]
-            expected = np.array(golden["picture_vector"], np.float32)
-        elif tower := self._onnx_tower():
-            ramp = np.add.outer(np.arange(self.preprocess.size), np.arange(self.preprocess.size))
-            picture = np.stack([ramp % 251, ramp // 2 % 241, 255 - ramp % 239], axis=-1).astype(np.uint8)
-            session = self._session(tower, "ONNX_IMAGE", usable_cores())
-            takes_uint8 = session.get_inputs()[0].type == "tensor(uint8)"
-            given = picture[None] if takes_uint8 else normalize(picture[None], self.preprocess)
-            expected = self._run(session, given)[0]
-        else:
-            log.warning("%s: nothing to compare the NPU's vectors with; they are not verified", self._options.name)
-            return None
-        try:
-            runs = [context.run(*self._as_input(picture[None])) for context in self._contexts]
-            return float(min(unit_rows(np.stack(run.result()))[0] @ expected for run in runs))
-        except (RuntimeError, ValueError) as error:
-            raise NPURefused(f"self-test: {error}") from error
-
-    def _as_input(self, pixels: Pixels) -> tuple[NDArray[Any], str]:
-        return (pixels, "nhwc") if self._takes_uint8 else (normalize(pixels, self.preprocess), "nchw")
-
-    def encode_images(self, pixels: Pixels) -> Vectors:
-        if not self._contexts:
-            return super().encode_images(pixels)
-        batch, layout = self._as_input(pixels)
-        step = len(self._contexts)
-        shares = [context.run(batch[i::step], layout) for i, context in enumerate(self._contexts)]
-        rows: list[Any] = [None] * len(batch)
-        for i, share in enumerate(shares):
-            rows[i::step] = share.result()
-        # float16 inside: what it made a unit is one to three digits.
-        return unit_rows(np.stack(rows))

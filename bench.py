@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import backends
+import inputs
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 
@@ -176,7 +177,7 @@ class Limits:
             tokens = self.backend.tokenize([text_of(case, number).decode() for number in range(8)])
             return {"text model": core_seconds(partial(self.backend.encode_text, tokens), 8, self._seconds)}
         recipes = [self.backend.preprocess]
-        decode = partial(backends.decode_image, case.payload, recipes, 1 << 30, draft=True)
+        decode = partial(inputs.decode_image, case.payload, recipes, 1 << 30, draft=True)
         return {
             "decode": core_seconds(decode, 1, self._seconds),
             "image model": core_seconds(self._best, self._best_size, self._seconds),
@@ -439,22 +440,22 @@ def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
 
     def vectors(draft: bool) -> tuple[NDArray[np.float32], float]:
         started, recipe = time.process_time(), backend.preprocess
-        pixels = np.stack([backends.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
+        pixels = np.stack([inputs.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
         took = time.process_time() - started
         return np.concatenate([backend.encode_images(pixels[i : i + 4]) for i in range(0, len(pixels), 4)]), took
 
     full, took = vectors(False)
     lines = [f"full decode of {len(files)} JPEG files: {1000 * took / len(files):.0f} core ms each"]
-    default = backends.DRAFT_MARGIN
+    default = inputs.DRAFT_MARGIN
     for margin in (1, 2, 4):
-        backends.DRAFT_MARGIN = margin
+        inputs.DRAFT_MARGIN = margin
         scaled, took = vectors(True)
         cosine = np.sum(full * scaled, axis=1)
         lines.append(
             f"at least {margin} x the model's side{' (the default)' * (margin == default)}: cosine mean "
             f"{cosine.mean():.6f}, worst {cosine.min():.6f}; {1000 * took / len(files):.0f} core ms each"
         )
-    backends.DRAFT_MARGIN = default
+    inputs.DRAFT_MARGIN = default
     return "\n".join(lines)
 
 

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import backends
+import npu
 
 if TYPE_CHECKING:
-    from lumen_clip import Settings
+    from settings import Settings
 
 OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some cores
 # Of a model's files on disk, what is resident while it loads and runs: measured 1.4 (torch) to 2.1 (int8) at
@@ -84,7 +85,7 @@ class Visit:
             return []
         files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
         if model.backend == "rknn":
-            target = model.rknn_target or backends.npu_target(_text(self.places.proc / "device-tree" / "compatible"))
+            target = model.rknn_target or npu.npu_target(_text(self.places.proc / "device-tree" / "compatible"))
             files = [path for path in files if "textual" in path.parts or f"rknpu/{target}/" in path.as_posix()]
         else:
             files = [path for path in files if "rknpu" not in path.parts]
@@ -123,10 +124,10 @@ Finding = tuple[str, str]  # mark, text
 def board(visit: Visit) -> Iterator[Finding]:
     path = visit.places.proc / "device-tree" / "compatible"
     names = path.read_bytes().decode("ascii", "replace").strip("\0").split("\0") if path.exists() else []
-    target = backends.npu_target(" ".join(names))
+    target = npu.npu_target(" ".join(names))
     named = {model.rknn_target for model in visit.models() if model.backend == "rknn" and model.rknn_target}
     if target:
-        cores = backends.NPU_CORES[target]
+        cores = npu.NPU_CORES[target]
         yield FINE, f"{', '.join(names)}: runs programs for {target}, on {cores} NPU core{'s' * (cores > 1)}"
     elif named:
         yield FINE, f"{', '.join(sorted(named))}, as CLIP_RKNN_TARGET or BIOCLIP_RKNN_TARGET says"
@@ -183,7 +184,7 @@ def npu_programs(visit: Visit) -> Iterator[Finding]:
         yield NOTE, "not needed: no model uses the NPU"
     board_names = _text(visit.places.proc / "device-tree" / "compatible")
     for model in on_npu:
-        target = model.rknn_target or backends.npu_target(board_names)
+        target = model.rknn_target or npu.npu_target(board_names)
         folder = visit.folder(model)
         path = Path(model.rknn_model) if model.rknn_model else None
         if path is None and folder is not None and target:
@@ -346,7 +347,7 @@ def port(visit: Visit) -> Iterator[Finding]:
 
 
 def discovery(visit: Visit) -> Iterator[Finding]:
-    from lumen_clip import advertised_ip
+    from doors import advertised_ip
 
     if not visit.settings.clip_mdns_type:
         yield NOTE, "off"

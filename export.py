@@ -37,7 +37,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import backends
-from backends import BackendError, ModelOptions, ONNXRTBackend, Preprocess, TorchBackend
+import inputs
+import npu
+from backends import ModelOptions, ONNXRTBackend, TorchBackend
+from inputs import BackendError, Preprocess
 
 log = logging.getLogger("lumen.export")
 
@@ -358,7 +361,7 @@ def cosines(
         file = io.BytesIO()
         picture.save(file, "PNG")
         files.append(file.getvalue())
-    pixels = np.stack([backends.decode_image(file, [recipe], 10**7, draft=False)[recipe] for file in files])
+    pixels = np.stack([inputs.decode_image(file, [recipe], 10**7, draft=False)[recipe] for file in files])
     batches = pixels[:1], pixels[1:3], *(pixels[i : i + 17] for i in range(3, len(pixels), 17))
     images = np.concatenate([written.encode_images(batch) for batch in batches if len(batch)])
     parts = TEXTS[:1], TEXTS[1:3], TEXTS[3:]  # each batch runs at its own length
@@ -420,7 +423,7 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
             if not cosine >= SIMULATOR_FLOOR:
                 raise ExportError(f"{soc}: allowed: cosine {SIMULATOR_FLOOR} and more; nothing is left")
             contract = {
-                "format": backends.NPU_FORMAT,
+                "format": npu.NPU_FORMAT,
                 "soc": soc,
                 "toolkit": TOOLKIT,
                 "input": {"dtype": "uint8", "layout": "NHWC", "shape": [1, recipe.size, recipe.size, 3]},
@@ -434,7 +437,7 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
                 "compiler_cycles": sum(op.cycles for op in table),
                 "simulator_cosine": round(cosine, 7),
                 "golden": {
-                    "floor": backends.NPU_FLOOR,
+                    "floor": npu.NPU_FLOOR,
                     "picture": golden,
                     "picture_vector": expected[-1].round(7).tolist(),
                 },
@@ -447,16 +450,16 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
         print(f"{home}: {(home / 'model.rknn').stat().st_size / 1e6:.1f} MB")
 
 
-def _pixels(pictures: Sequence[Image.Image], recipe: Preprocess) -> backends.Pixels:
+def _pixels(pictures: Sequence[Image.Image], recipe: Preprocess) -> inputs.Pixels:
     rows = []
     for picture in pictures:
         file = io.BytesIO()
         picture.save(file, "PNG")
-        rows.append(backends.decode_image(file.getvalue(), [recipe], 10**8, draft=False)[recipe])
+        rows.append(inputs.decode_image(file.getvalue(), [recipe], 10**8, draft=False)[recipe])
     return np.stack(rows)
 
 
-def _run_onnx(path: Path, pixels: backends.Pixels) -> backends.Vectors:
+def _run_onnx(path: Path, pixels: inputs.Pixels) -> backends.Vectors:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -521,7 +524,7 @@ def npu_graph(path: Path) -> Any:
 
 
 def _compile(
-    path: Path, soc: str, recipe: Preprocess, fused: bool, to: Path, pixels: backends.Pixels
+    path: Path, soc: str, recipe: Preprocess, fused: bool, to: Path, pixels: inputs.Pixels
 ) -> tuple[NDArray[np.float32], str]:
     """Builds the program and runs it in the simulator; -> (its rows for `pixels`, all that the toolkit said)."""
     import onnx
@@ -679,7 +682,7 @@ def refuse_what_is_not_clip(source: TorchBackend, model: str) -> None:
     """SigLIP's and others' text towers look both ways: no true length, other tokenizers, other scores."""
     if getattr(source.model, "logit_bias", None) is not None:
         raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
-    if not isinstance(source.tokenizer, backends.ClipTokenizer):
+    if not isinstance(source.tokenizer, inputs.ClipTokenizer):
         raise ExportError(f"--model {model}: its tokenizer is not CLIP's; only CLIP models are supported")
     if not source.causal:
         raise ExportError(f"--model {model}: its text tower is not CLIP's causal one; only CLIP models are supported")
@@ -696,8 +699,8 @@ def check(found: tuple[NDArray[Any], NDArray[Any]], floor: float) -> None:
 
 def _socs(text: str) -> list[str]:
     socs = text.split(",")
-    if unknown := [soc for soc in socs if soc not in backends.NPU_CORES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(backends.NPU_CORES)}")
+    if unknown := [soc for soc in socs if soc not in npu.NPU_CORES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(npu.NPU_CORES)}")
     return socs
 
 

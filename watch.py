@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import backends
-from backends import BadInput
+from inputs import BadInput
 
 if sys.platform != "win32":
     import fcntl

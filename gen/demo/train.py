@@ -42,6 +42,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import backends  # noqa: E402
 import export  # noqa: E402
+import inputs  # noqa: E402
 import labels  # noqa: E402
 
 # npm packages of @iconify-json; README.md has their licences and versions.
@@ -49,7 +50,7 @@ TRAINED = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "
 HELD_OUT = ("twemoji", "openmoji")
 SIZE = 64  # of the model's input
 DRAWN = 96  # of the drawings that augmentation samples from
-RECIPE = backends.Preprocess(size=SIZE)
+RECIPE = inputs.Preprocess(size=SIZE)
 VOCABULARY = 2_560
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -502,7 +503,7 @@ def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     for one in shown:
         file = io.BytesIO()
         draw(drawings[one.code], 256).save(file, "PNG")
-        pixels = backends.decode_image(file.getvalue(), [backend.preprocess], 10**7, False)[backend.preprocess]
+        pixels = inputs.decode_image(file.getvalue(), [backend.preprocess], 10**7, False)[backend.preprocess]
         rows.append(backend.encode_images(pixels[None])[0])
     images = np.stack(rows)
 

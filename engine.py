@@ -1,0 +1,246 @@
+"""The inference thread and the decode threads: who waits for what, what runs as one batch, and in which order.
+
+A task is a generator that yields `(line, items)` and gets the items' results; it knows nothing of threads or batches.
+Nothing here knows gRPC, models or tasks. Only the inference thread advances a task.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent import futures
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import backends
+from inputs import BadInput
+from watch import Traffic
+
+log = logging.getLogger("lumen.engine")
+
+TENSOR_MIME = "application/octet-stream"
+
+
+class Line:
+    """The items that wait for one engine, which runs them in batches: `run(items) -> one result an item`."""
+
+    SCORING, TEXT, BULK = range(3)
+
+    def __init__(self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int) -> None:
+        self.name, self.run, self.batch_size, self.kind = name, run, batch_size, kind
+        self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
+
+
+Steps = Generator[tuple[Line, Sequence[Any]], list[Any], "Answer"]  # a task at work
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a task returns: an object for JSON under the schema's name, or bytes as they are; and meta."""
+
+    schema: str
+    content: dict[str, Any] | bytes
+    meta: dict[str, str]
+
+    def encoded(self) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content
+        return json.dumps(self.content, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def mime(self) -> str:
+        return TENSOR_MIME if isinstance(self.content, bytes) else f"application/json;schema={self.schema}"
+
+
+class Job:
+    """A request on its way; `answer` resolves to an Answer or to the exception that the client shall hear of."""
+
+    def __init__(self, correlation_id: str, due: float, task: str, size: int) -> None:
+        self.correlation_id, self.task, self.size = correlation_id, task, size  # as the client named them; bytes
+        self.due = due  # when its turn comes, by time.monotonic()
+        self.digest = ""  # sha-256 of the payload, once it is worked on
+        self.arrived = time.monotonic()
+        self.steps: Steps | None = None
+        self.answer: futures.Future[Answer] = futures.Future()
+
+    def finish(self, result: Answer | Exception) -> None:
+        if self.answer.set_running_or_notify_cancel():  # False: the client has left
+            if isinstance(result, BadInput):
+                forget_frames(result)
+            if isinstance(result, Exception):
+                self.answer.set_exception(result)
+            else:
+                self.answer.set_result(result)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Lets go of the frames that an exception came through.
+
+    They hold the job that holds the exception, so that payloads and decoded pictures would stay until Python's
+    collector comes by, which knows nothing of their size.
+    """
+    while error is not None:
+        error.__traceback__, following = None, error.__cause__ or error.__context__
+        error.__cause__ = error.__context__ = None
+        error = following
+
+
+class _Step:
+    """One `yield` of a task: the job goes on when the last of its items has its result."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        self.job = job
+        self.results: list[Any] = [None] * count
+        self.missing = count
+        self.error: Exception | None = None
+
+
+class Engine:
+    """The one inference thread. No timer: a batch is what has gathered while the last one ran."""
+
+    def __init__(
+        self,
+        holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
+        self._traffic = traffic or Traffic(())
+        self.busy_since: float | None = None  # when the batch that runs now began, by time.monotonic()
+        self.failed_in_a_row = 0  # batches of which not one item had a result
+        self._holding = holding or (lambda digests: nullcontext())
+        self._changed = threading.Condition()
+        self._lines: list[Line] = []
+        self._new: list[Job] = []
+        self._serial = itertools.count()  # keeps the order of items that are due together
+        self._text_ran_last = False
+        self._stopping = False
+        self.thread = threading.Thread(target=self._loop, name="inference", daemon=True)
+
+    def line(self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int) -> Line:
+        self._lines.append(Line(name, run, batch_size, kind))
+        return self._lines[-1]
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self._new.append(job)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._new or self._stopping or any(line.waiting for line in self._lines)):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                new, self._new = self._new, []
+            for job in new:
+                self._advance(job, None)
+            if line := self._choose():
+                self._run(line)
+
+    def _choose(self) -> Line | None:
+        """Scoring first, for it ends what has begun; text next, but never twice while others wait; then by due time."""
+        waiting = [line for line in self._lines if line.waiting]
+        if not waiting:
+            return None
+        kinds = {line.kind for line in waiting}
+        if Line.SCORING in kinds:
+            kind = Line.SCORING
+        elif kinds == {Line.TEXT, Line.BULK}:
+            kind = Line.BULK if self._text_ran_last else Line.TEXT
+        else:
+            kind = min(kinds)
+        if kind != Line.SCORING:
+            self._text_ran_last = kind == Line.TEXT
+        return min((line for line in waiting if line.kind == kind), key=lambda line: line.waiting[0])
+
+    def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
+        """Takes a task to its next step, or to its end."""
+        assert job.steps is not None  # set before submit()
+        try:
+            line, items = job.steps.throw(error) if error else job.steps.send(results)  # type: ignore[arg-type]
+        except StopIteration as end:
+            job.finish(end.value)
+        except Exception as failure:
+            job.finish(failure)
+        else:
+            step = _Step(job, len(items))
+            for position, item in enumerate(items):
+                step.results[position] = item
+                heapq.heappush(line.waiting, (job.due, next(self._serial), step, position))
+
+    def _run(self, line: Line) -> None:
+        batch: list[tuple[_Step, int]] = []
+        while line.waiting and len(batch) < line.batch_size:
+            _, _, step, position = heapq.heappop(line.waiting)
+            if not step.job.answer.cancelled():  # nobody waits for it any more
+                batch.append((step, position))
+        if not batch:
+            return
+        items = [step.results[position] for step, position in batch]
+        digests = list(dict.fromkeys(step.job.digest for step, _ in batch if step.job.digest))
+        self.busy_since = time.monotonic()
+        with self._holding(digests):
+            results = self._results(line, items)
+        self.busy_since = None
+        self._traffic.ran(line.name, len(items))
+        failed = all(isinstance(result, Exception) for result in results)
+        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
+        for (step, position), result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                step.error = result
+            step.results[position] = result
+            step.missing -= 1
+            if not step.missing:
+                self._advance(step.job, step.results, step.error)
+
+    @staticmethod
+    def _results(line: Line, items: list[Any]) -> Sequence[Any]:
+        """A batch that fails is run again item by item, so that one bad item fails alone."""
+        try:
+            log.debug("%s: batch of %d", line.name, len(items))
+            return line.run(items)
+        except Exception as error:
+            if len(items) == 1:
+                return [error]
+            log.warning("%s: a batch of %d failed, running its items alone (%s)", line.name, len(items), error)
+        return [Engine._results(line, [item])[0] for item in items]
+
+
+class DecodePool:
+    """Threads that turn payloads into pixels, in the order of due times. Pillow frees the GIL meanwhile."""
+
+    def __init__(self, threads: int) -> None:
+        self._work: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self._serial = itertools.count()
+        self._threads = [threading.Thread(target=self._loop, name=f"decode-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, due: float, work: Callable[[], None]) -> None:
+        """`work` must not raise."""
+        self._work.put((due, next(self._serial), work))
+
+    def stop(self) -> None:
+        for _ in self._threads:
+            self._work.put((float("inf"), next(self._serial), None))
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _loop(self) -> None:
+        backends.step_back(10)
+        while (work := self._work.get()[2]) is not None:
+            work()

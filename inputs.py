@@ -1,0 +1,296 @@
+"""What pictures and texts become before a model sees them: uint8 RGB pixels, token ids.
+
+Everything here may run on any thread, and is told apart from OpenCLIP's own by no bit (decoded in full) and no token.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
+
+log = logging.getLogger("lumen.inputs")
+
+Pixels = NDArray[np.uint8]  # [n, size, size, 3], RGB
+Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
+
+# OpenAI's CLIP statistics; open_clip/constants.py has the same.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
+
+
+class BackendError(Exception):
+    """A model cannot be had or run as configured; the text is one line for the operator."""
+
+
+class BadInput(ValueError):
+    """A picture or tensor that a client sent cannot be used; the text is for that client."""
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes a model's input; fields and defaults are OpenCLIP's `PreprocessCfg`."""
+
+    size: int = 224
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], size: int | None = None) -> Preprocess:
+        """Reads a `preprocess_cfg`; `size` is the model's own side in pixels and wins over the config's.
+
+        Raises BackendError for a recipe that is not supported.
+        """
+        side = size if size is not None else config.get("size", cls.size)
+        if isinstance(side, Sequence):
+            if len(set(side)) != 1:
+                raise BackendError(f"preprocess size {list(side)}: only square inputs are supported")
+            side = side[0]
+        mode = config.get("resize_mode") or cls.resize_mode
+        filter_name = config.get("interpolation") or cls.interpolation
+        if mode not in ("shortest", "squash"):
+            raise BackendError(f"preprocess resize_mode {mode!r}: only 'shortest' and 'squash' are supported")
+        if filter_name not in ("bicubic", "bilinear"):
+            raise BackendError(f"preprocess interpolation {filter_name!r}: only 'bicubic' and 'bilinear'")
+        return cls(
+            size=int(side),
+            mean=tuple(float(x) for x in config.get("mean") or cls.mean),
+            std=tuple(float(x) for x in config.get("std") or cls.std),
+            interpolation=filter_name,
+            resize_mode=mode,
+        )
+
+    @property
+    def tensor_id(self) -> str:
+        """The name under which clients know this recipe, or "" (PROTOCOL: ids that the Lumen SDK can produce)."""
+        return "bioclip2_224_image_v1" if self == Preprocess() else ""
+
+
+def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool) -> dict[Preprocess, Pixels]:
+    """Decodes one picture by its content and prepares it for each recipe: uint8 RGB `[size, size, 3]`.
+
+    Plain RGB files decoded in full equal OpenCLIP's own transform to the last bit. `draft` lets a JPEG be decoded at
+    a fraction of its size, at least `DRAFT_MARGIN` times the largest recipe's side. Raises BadInput.
+    """
+    recipes = list(recipes)
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
+        log.debug("not an image: %r", error)
+        raise BadInput(
+            f"payload: not an image that can be read; allowed: whole files of {', '.join(IMAGE_FORMATS)}"
+        ) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
+    try:
+        if draft and image.format in ("JPEG", "MPO"):
+            side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
+            image.draft(None, (side, side))
+        image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+        return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
+    except BadInput:
+        raise
+    except Exception as error:
+        log.debug("undecodable %s: %r", image.format, error)
+        raise BadInput(f"payload: the {image.format} image is damaged or cut off") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. Cameras and editors write broken EXIF; the picture is no worse for it."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception as error:
+        log.debug("unreadable EXIF: %r", error)
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB as a viewer would show it: alpha over white, 16 bits scaled, not clipped."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit greyscale; Pillow's own conversion clips at 255.
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+# EXIF orientation -> the operation that shows the picture upright (as Pillow's ImageOps.exif_transpose has it).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def _resize(image: Image.Image, recipe: Preprocess, orientation: int, max_pixels: int) -> Pixels:
+    """torchvision's Resize and CenterCrop on a PIL image, with its truncation and its banker's rounding."""
+    side = recipe.size
+    width, height = image.size
+    if recipe.resize_mode == "squash":
+        target = (side, side)
+    elif width <= height:
+        target = (side, int(side * height / width))
+    else:
+        target = (int(side * width / height), side)
+    if target[0] * target[1] > max_pixels:
+        raise BadInput(f"payload: the image is too narrow ({width} x {height} pixels)")
+    if target != image.size:
+        image = image.resize(target, _FILTERS[recipe.interpolation])
+    # Turned after the resize: the picture is small by now.
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    left, top = (round((length - side) / 2.0) for length in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+TENSOR_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+
+
+def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preprocess) -> Pixels:
+    """A client's ready-made input `[1, 3, size, size]` back into the pixels it came from: uint8 `[size, size, 3]`.
+
+    Exact for any tensor that was `(pixel / 255 - mean) / std`. Raises BadInput, naming the meta key.
+    """
+    shape = [1, 3, recipe.size, recipe.size]
+    expected = {
+        "lumen.tensor.layout": "NCHW",
+        "lumen.tensor.format": "contiguous",
+        "lumen.tensor.byte_order": "little",
+        "lumen.preprocess.id": recipe.tensor_id,
+        "lumen.preprocess.skip": "true",
+    }
+    for key, value in expected.items():
+        if meta.get(key) != value:
+            raise BadInput(f"meta {key}: {meta.get(key, '')!r}; allowed: {value!r}")
+    dtype = TENSOR_DTYPES.get(meta.get("lumen.tensor.dtype", ""))
+    if dtype is None:
+        raise BadInput(f"meta lumen.tensor.dtype: {meta.get('lumen.tensor.dtype', '')!r}; allowed: fp32, fp16")
+    try:
+        sent: object = json.loads(meta.get("lumen.tensor.shape", ""))
+    except (ValueError, RecursionError):
+        sent = None
+    if sent != shape:
+        raise BadInput(f"meta lumen.tensor.shape: {meta.get('lumen.tensor.shape', '')[:80]!r}; allowed: {shape}")
+    if len(payload) != 3 * recipe.size**2 * dtype.itemsize:
+        raise BadInput(f"payload: {len(payload)} bytes; a tensor {shape} has {3 * recipe.size**2 * dtype.itemsize}")
+    values = np.frombuffer(payload, dtype).reshape(3, recipe.size, recipe.size).astype(np.float32)
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
+    with np.errstate(all="ignore"):  # the next line judges what overflowed
+        levels = np.rint((values * std + mean) * 255)
+        valid = bool(np.all((levels >= -1) & (levels <= 256)))  # false for NaN as well
+    if not valid:
+        raise BadInput("payload: tensor values outside (pixel/255 - mean)/std of an image")
+    return np.ascontiguousarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair tokenizer, equal to OpenCLIP's SimpleTokenizer on any text, at the speed of `tokenizers`.
+
+    A CLIP `tokenizer.json` used as it is shipped differs from OpenCLIP on curly quotes, HTML entities, ligatures,
+    control characters and more, because its normalizer lacks ftfy. So only its vocabulary and merges are taken;
+    cleaning and splitting are done here, as OpenCLIP does them.
+    """
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
+        import regex
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        self.context_length = context_length
+        self._split = regex.compile(
+            r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE,
+        )
+        self.start, self.end = _special_ids(vocab)
+        self._specials = {"<start_of_text>": self.start, "<end_of_text>": self.end}
+        bpe = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>")
+        self._bpe = Tokenizer(bpe)
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    @classmethod
+    def from_file(cls, path: Path, context_length: int) -> ClipTokenizer:
+        """From a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
+        try:
+            model = json.loads(path.read_text("utf-8"))["model"]
+            vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+            if model.get("end_of_word_suffix") != "</w>":
+                raise BackendError(f"{path}: not a CLIP byte-pair tokenizer, which alone is supported")
+            return cls(vocab, merges, context_length)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`, from which `from_file` makes the same tokenizer."""
+        return str(self._bpe.to_str())
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
+        tokens = np.zeros((len(texts), self.context_length), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [self.start, *self._encode(clean_text(text)), self.end][: self.context_length]
+            ids[-1] = self.end
+            row[: len(ids)] = ids
+        return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        # A word has one token at least, so more words than the context holds are never read.
+        words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
+        ids: list[int] = []
+        for word in words:
+            if word in self._specials:
+                ids.append(self._specials[word])
+            else:
+                ids.extend(self._bpe.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
+        return ids
+
+
+def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
+    for start, end in (("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>")):
+        if start in vocab and end in vocab:
+            return vocab[start], vocab[end]
+    raise ValueError("the vocabulary lacks the start and end tokens of CLIP")
+
+
+def clean_text(text: str) -> str:
+    """OpenCLIP's `clean="lower"`: ftfy, HTML entities twice, single spaces, lower case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def true_length(tokens: Tokens) -> int:
+    """Length of the longest text with its end token, which has the highest id and is the first of its kind.
+
+    A causal tower never looks to the right, so what follows the end token may be cut off exactly.
+    """
+    return int(tokens.argmax(axis=1).max()) + 1

@@ -1,0 +1,578 @@
+"""The four RPCs of `home_native.v1.Inference`: chunks to requests, requests to jobs, answers in their order.
+
+Each Infer call has two threads: a reader, which makes jobs of messages, and gRPC's own, which answers them. Memory is
+bounded in bytes and in count, and never by a number that a client sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf import empty_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import backends
+from doors import Doorkeeper, read_token, tls_credentials
+from engine import TENSOR_MIME, DecodePool, Engine, Job, forget_frames
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+from inputs import BadInput
+from settings import VERSION, Settings
+from tasks import (
+    IMAGE_MIMES,
+    OWN_LABELS_MAX,
+    TASKS,
+    TEXT_BYTES_MAX,
+    TEXT_MIMES,
+    TOPK_MAX,
+    Models,
+    Request,
+    Task,
+    prepare,
+    read_meta,
+)
+from watch import Journal, Traffic
+
+log = logging.getLogger("lumen.service")
+
+PROTOCOL_VERSION = "1.0"
+SERVICE = "home_native.v1.Inference"
+CHUNKS_MAX = 65_536  # of one request
+OPEN_IDS_MAX = 64  # unfinished requests on one stream
+WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
+TURN_SECONDS = 0.05  # each request that a stream has in work puts its next one so much further back in line
+CHUNK_IDLE_S = 30  # between two chunks of one request
+STREAM_IDLE_S = 300  # of a stream that has nothing in work
+READER_IDLE_S = 60  # of a client that does not read its answer
+FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
+
+
+class Overload(Exception):
+    """The memory set aside for payloads is taken."""
+
+
+class Budget:
+    """Bytes of payloads that are held and not yet decoded, over all streams."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._changed = threading.Condition()
+
+    def take(self, size: int, gone: Callable[[], bool]) -> None:
+        """Waits for room, for the decoder makes some. Raises Overload if none comes or the client is gone."""
+        deadline = time.monotonic() + CHUNK_IDLE_S
+        with self._changed:
+            while self._free < size:
+                if gone() or time.monotonic() > deadline:
+                    raise Overload
+                self._changed.wait(1)
+            self._free -= size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._free += size
+            self._changed.notify_all()
+
+
+class ChunkError(ValueError):
+    """Chunks that do not make a request; the text is for the client."""
+
+
+class Assembler:
+    """Chunks of one stream -> whole requests, keyed by the literal correlation id, which may be empty.
+
+    Bounded in bytes and in count, never by a number that the client sent. An id that failed is answered once; the
+    rest of its chunks is ignored until a chunk with seq 0 begins it anew.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._open: dict[str, dict[int, pb.InferRequest]] = {}
+        self._sizes: dict[str, int] = {}
+        self._failed: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
+        """The request that this message, whose payload is handed in, completes, or None. Raises ChunkError."""
+        key = message.correlation_id
+        if key in self._failed:
+            if message.seq > 0:
+                return None
+            del self._failed[key]
+        try:
+            return self._add(key, message, payload)
+        except ChunkError:
+            self.drop(key)
+            self._failed[key] = None
+            if len(self._failed) > OPEN_IDS_MAX:
+                self._failed.popitem(last=False)
+            raise
+
+    def unfinished(self) -> list[str]:
+        return list(self._open)
+
+    def held(self) -> int:
+        """Bytes of chunks that wait for the rest of their requests."""
+        return sum(self._sizes.values())
+
+    def drop(self, key: str) -> None:
+        self._open.pop(key, None)
+        self._sizes.pop(key, None)
+
+    def _add(self, key: str, message: pb.InferRequest, payload: bytes) -> Request | None:
+        if key not in self._open and message.total <= 1:
+            if message.seq or message.offset:
+                raise ChunkError(
+                    f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
+                    "allowed: the number of chunks on each of them"
+                )
+            self._check_size(len(payload))
+            return self._request(message, payload)
+        chunks = self._open.setdefault(key, {})
+        if len(self._open) > OPEN_IDS_MAX:
+            raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
+        self._check_chunk(chunks, message)
+        chunks[message.seq] = message
+        self._sizes[key] = self._sizes.get(key, 0) + len(payload)
+        self._check_size(self._sizes[key])
+        if len(chunks) < message.total:
+            return None
+        parts = [chunks[seq] for seq in range(message.total)]
+        self._check_offsets(parts)
+        self.drop(key)
+        return self._request(parts[0], b"".join(part.payload for part in parts))
+
+    @staticmethod
+    def _request(first: pb.InferRequest, payload: bytes) -> Request:
+        return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise ChunkError(f"payload: over {self._max_bytes} bytes, the most that a request may have")
+
+    @staticmethod
+    def _check_chunk(chunks: Mapping[int, pb.InferRequest], message: pb.InferRequest) -> None:
+        if message.total > CHUNKS_MAX:
+            raise ChunkError(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
+        if message.seq >= message.total:
+            raise ChunkError(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
+        if message.seq in chunks:
+            raise ChunkError(f"seq: {message.seq} was sent twice")
+        for first in itertools.islice(chunks.values(), 1):
+            for name in ("total", "task", "payload_mime", "meta"):
+                if getattr(first, name) != getattr(message, name):
+                    raise ChunkError(f"{name}: it differs between the chunks of one request")
+
+    @staticmethod
+    def _check_offsets(parts: Sequence[pb.InferRequest]) -> None:
+        if not any(part.offset for part in parts):  # some clients leave it at 0
+            return
+        length = 0
+        for part in parts:
+            if part.offset != length:
+                raise ChunkError(f"offset: {part.offset} on chunk {part.seq}; the chunks before it have {length} bytes")
+            length += len(part.payload)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The last thing in a stream's line of jobs: how it ends."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    details: str = ""
+
+
+class Stream:
+    """One Infer call: a reader thread makes jobs of its messages, its own thread answers them in their order."""
+
+    def __init__(self, daemon: Daemon, models: Models, messages: Iterator[pb.InferRequest], context: Any) -> None:
+        self._daemon, self._models, self._messages, self._context = daemon, models, messages, context
+        self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
+        self._in_work: set[Job] = set()
+        self._window = threading.Semaphore(WINDOW)
+        self._assembler = Assembler(daemon.settings.lumen_max_request_mb << 20)
+        self._gone = False  # the client has left or the call is over
+        self._idle_since = time.monotonic()
+        self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
+
+    def answers(self) -> Iterator[pb.InferResponse]:
+        if not self._context.add_callback(self._leave):
+            return
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        try:
+            while isinstance(job := self._jobs.get(), Job):
+                try:
+                    response = self._response(job)
+                except futures.CancelledError:
+                    return
+                self._daemon.traffic.ended(job, OUTCOMES[response.error.code])
+                self._in_work.discard(job)
+                self._yielding_since = time.monotonic()
+                yield response
+                self._yielding_since, self._idle_since = None, time.monotonic()
+                self._window.release()
+            if job.code is not grpc.StatusCode.OK and not self._gone:
+                log.info("a stream ended: %s, %s", job.code.name, job.details)
+                self._context.abort(job.code, job.details)
+        finally:
+            self._leave()
+            for job in list(self._in_work):
+                self._daemon.traffic.ended(job, "cancelled")
+
+    def check(self, now: float) -> None:
+        """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
+        silent = now - self._idle_since
+        if self._yielding_since is not None:
+            if now - self._yielding_since > READER_IDLE_S:
+                log.info("a stream ended: its client does not read")
+                self._context.cancel()
+        elif self._in_work:
+            return
+        elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
+            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
+        elif silent > STREAM_IDLE_S:
+            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
+
+    def close(self, closing: Closing) -> None:
+        """Answers what is in work, then ends the stream."""
+        self._jobs.put(closing)
+
+    def _leave(self) -> None:
+        self._gone = True
+        for job in list(self._in_work):
+            job.answer.cancel()
+        self._window.release()
+        self._jobs.put(Closing())
+
+    def _read(self) -> None:
+        closing = Closing()
+        held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
+        empty = True
+        try:
+            for message in self._messages:
+                empty = False
+                self._idle_since = time.monotonic()
+                payload = message.payload  # each access makes a copy
+                size = len(payload)
+                self._daemon.budget.take(size, lambda: self._gone)
+                held += size
+                try:
+                    request = self._assembler.add(message, payload)
+                except ChunkError as error:
+                    self._start(message.correlation_id, None, BadInput(str(error)))
+                else:
+                    if request:
+                        held -= len(request.payload)
+                        self._start(request.correlation_id, request)
+                self._daemon.budget.give(held - self._assembler.held())
+                held = self._assembler.held()
+                if self._gone:
+                    break
+            for key in self._assembler.unfinished():
+                self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
+            if empty:
+                closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
+        except Overload:
+            closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
+        except grpc.RpcError:
+            log.debug("a client left its stream")
+        except Exception:
+            log.exception("a stream's reader failed")
+            closing = Closing(grpc.StatusCode.INTERNAL, "internal error")
+        finally:
+            self._daemon.budget.give(held)
+            self._jobs.put(closing)
+
+    def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
+        """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
+        self._window.acquire()
+        size = len(request.payload) if request else 0
+        due = time.monotonic() + len(self._in_work) * TURN_SECONDS
+        job = Job(correlation_id, due, request.task if request else "", size)
+        self._daemon.traffic.queued(1)
+        job.answer.add_done_callback(lambda _: self._daemon.traffic.queued(-1))
+        self._in_work.add(job)
+        self._jobs.put(job)
+        try:
+            if request is None or self._gone:
+                raise error or BadInput("the client has left")
+            task = self._task(request.task)
+            read_meta(task, request)
+        except BadInput as bad:
+            self._daemon.budget.give(size)
+            job.finish(bad)
+            return
+        if task.takes == "text":  # quick: no reason to wait among pictures
+            self._prepare(job, task, request, size)
+        else:
+            self._daemon.decoders.submit(job.due, lambda: self._prepare(job, task, request, size))
+
+    def _task(self, name: str) -> Task:
+        offered = self._models.offered()
+        for task in offered:
+            if task.name == name:
+                return task
+        allowed = ", ".join(task.name for task in offered)
+        reason = "its model is switched off here" if name in TASKS else "unknown"
+        raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {allowed}")
+
+    def _prepare(self, job: Job, task: Task, request: Request, size: int) -> None:
+        try:
+            if job.answer.cancelled():
+                return
+            job.digest = hashlib.sha256(request.payload).hexdigest()
+            journal = self._daemon.journal
+            journal.check(job.digest)
+            with journal.holding([job.digest], "prepare"):
+                prepare(task, request, self._models, self._daemon.settings)
+            job.steps = task.run(self._models, request)
+            self._daemon.engine.submit(job)
+        except Exception as error:
+            job.finish(error)
+        finally:
+            request.payload = b""
+            self._daemon.budget.give(size)
+
+    def _response(self, job: Job) -> pb.InferResponse:
+        """Waits for a job's answer. Raises CancelledError when the client has left."""
+        if error := job.answer.exception():
+            return _error_response(job, error)
+        answer = job.answer.result()
+        try:
+            result = answer.encoded()
+        except Exception as error:
+            return _error_response(job, error)
+        self._daemon.journal.answered(job.digest)
+        milliseconds = round((time.monotonic() - job.arrived) * 1000)
+        return pb.InferResponse(
+            correlation_id=job.correlation_id,
+            is_final=True,
+            result=result,
+            meta={**answer.meta, "lat_ms": str(milliseconds)},
+            total=1,
+            result_mime=answer.mime(),
+            result_schema=answer.schema,
+        )
+
+
+OUTCOMES = {0: "ok", pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument", pb.ERROR_CODE_INTERNAL: "internal"}
+
+
+def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
+    """An error has an empty result and result_mime, so that no client takes it for an answer."""
+    if isinstance(error, BadInput):
+        code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
+    else:
+        # The client gets a number, the log gets the story.
+        code, text = pb.ERROR_CODE_INTERNAL, f"internal error {uuid.uuid4().hex[:8]}; the daemon's log says more"
+        log.error("%s", text.partition(";")[0], exc_info=error)
+        forget_frames(error)
+    problem = pb.Error(code=code, message=text)
+    return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
+
+
+# --- the service ------------------------------------------------------------------------------------------------
+
+
+class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
+    """The four RPCs, and what they share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.journal = Journal()
+        self.traffic = Traffic(TASKS)
+        self.engine = Engine(self.journal.holding, self.traffic)
+        self.decoders = DecodePool(min(backends.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
+        self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
+        self.health = health.HealthServicer()
+        self.loading = "starting"  # said to clients until the models are there
+        self._models: Models | None = None
+        self._admission = threading.BoundedSemaphore(settings.lumen_max_streams)
+        self._streams: set[Stream] = set()
+        self._draining = False
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def serve(self, models: Models) -> None:
+        """From now on requests are answered."""
+        self._models = models
+        self.engine.thread.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self) -> None:
+        """Answers what is in work and ends every stream; the port is closed by the caller."""
+        self._draining = True
+        self.health.enter_graceful_shutdown()
+        for stream in list(self._streams):
+            stream.close(Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down"))
+
+    def check_streams(self) -> None:
+        for stream in list(self._streams):
+            stream.check(time.monotonic())
+
+    def stop_serving(self) -> None:
+        self._draining = True
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def trouble(self) -> str:
+        """What is wrong with the inference thread, or ""."""
+        engine, limit = self.engine, self.settings.lumen_hang_s
+        busy_since = engine.busy_since
+        if not engine.thread.is_alive():
+            return "the inference thread has died"
+        if busy_since is not None and time.monotonic() - busy_since > limit:
+            return f"a batch has been running for over {limit} s (LUMEN_HANG_S)"
+        if engine.failed_in_a_row >= FAILURES_MAX:
+            return f"{engine.failed_in_a_row} batches failed in a row"
+        return ""
+
+    def _set_health(self, status: Any) -> None:
+        for name in ("", SERVICE):
+            self.health.set(name, status)
+
+    def _ready(self, context: Any) -> Models:
+        if self._draining:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
+        if self._models is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"not ready: {self.loading}")
+        assert self._models is not None
+        return self._models
+
+    def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
+        models = self._ready(context)
+        if not self._admission.acquire(blocking=False):
+            text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
+            self.traffic.turned_away("too many streams", context.peer())
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        stream = Stream(self, models, request_iterator, context)
+        self._streams.add(stream)
+        self.traffic.stream(1)
+        try:
+            yield from stream.answers()
+        finally:
+            self.traffic.stream(-1)
+            self._streams.discard(stream)
+            self._admission.release()
+
+    def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
+        models = self._ready(context)
+        return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"))
+
+    def StreamCapabilities(self, request: empty_pb2.Empty, context: Any) -> Iterator[pb.Capability]:
+        models = self._ready(context)
+        for name in ("clip", "bioclip"):
+            if models.get(name):
+                yield self._capability(name, models, (name,))
+
+    def Health(self, request: empty_pb2.Empty, context: Any) -> empty_pb2.Empty:
+        """Its answer has no fields: what runs otherwise than the operator asked stands in the trailing metadata."""
+        loaded = [model.backend for name in ("clip", "bioclip") if self._models and (model := self._models.get(name))]
+        refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # ASCII: no client's, no path's text
+        context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
+        return empty_pb2.Empty()
+
+    def _capability(self, service: str, models: Models, names: Sequence[str]) -> pb.Capability:
+        loaded = {name: model for name in names if (model := models.get(name))}
+        backs = {name: model.backend for name, model in loaded.items()}
+        runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
+        extra = {"version": VERSION}
+        for name, back in backs.items():
+            extra[f"{name}_model"] = back.model_id
+            extra[f"{name}_embedding_dim"] = str(back.dim)
+            extra[f"{name}_runtime"] = back.runtime
+            extra[f"{name}_space"] = back.space
+            if back.npu or back.refusal:
+                extra[f"{name}_npu"] = back.npu or f"refused: {back.refusal}"
+            if back.self_test_cosine is not None:
+                extra[f"{name}_self_test"] = f"{back.self_test_cosine:.7f}"
+            extra[f"{name}_batch_size"] = str(loaded[name].image.batch_size)
+            if tuning := loaded[name].tuning:
+                extra[f"{name}_images_per_s"] = f"{tuning.images_per_s:.1f}"
+        return pb.Capability(
+            service_name=service,
+            model_ids=[back.model_id for back in backs.values()],
+            runtime=runtimes[0] if len(runtimes) == 1 else "mixed",
+            max_concurrency=self.settings.lumen_max_streams,
+            precisions=sorted({back.precision for back in backs.values()}),
+            extra=extra,
+            tasks=[self._io_task(task, models) for task in models.offered() if task.models[0] in names],
+            protocol_version=PROTOCOL_VERSION,
+        )
+
+    def _io_task(self, task: Task, models: Models) -> pb.IOTask:
+        backend = models.ask(task.models[0]).backend
+        limits = {"max_payload_size": str(self.settings.lumen_max_request_mb << 20)}
+        if task.takes == "image":
+            limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)
+        else:
+            limits["max_payload_size"] = str(TEXT_BYTES_MAX)
+        if task.topk:
+            limits |= {"topk_default": str(task.topk), "topk_max": str(TOPK_MAX)}
+        else:
+            limits["dim"] = str(backend.dim)
+        if task.own_labels:
+            limits["labels_max"] = str(OWN_LABELS_MAX)
+        tensor_id = backend.preprocess.tensor_id if task.tensor else ""
+        mimes = TEXT_MIMES if task.takes == "text" else IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
+        return pb.IOTask(
+            name=task.name,
+            input_mimes=mimes,
+            output_mimes=[f"application/json;schema={task.schema}"] + [TENSOR_MIME] * (not task.topk),
+            limits=limits,
+            tensor_preprocess_id=tensor_id,
+            tensor_batching_supported=bool(tensor_id),
+        )
+
+
+def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int]:
+    """Binds the port and serves; -> (server, the port). Raises OSError in one line if the port cannot be had, and
+    SettingError if the doors cannot be closed as the settings say."""
+    credentials, token = tls_credentials(daemon.settings), read_token(daemon.settings, host)
+    family, address = (socket.AF_INET6, f"[{host}]:{port}") if ":" in host else (socket.AF_INET, f"{host}:{port}")
+    with socket.socket(family) as probe:  # says why a port cannot be had; gRPC does not
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
+    threads = daemon.settings.lumen_max_streams + 8  # eight more, so that Health never waits for a stream
+    message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
+    server = grpc.server(
+        futures.ThreadPoolExecutor(threads, "grpc"),
+        maximum_concurrent_rpcs=threads,
+        interceptors=[Doorkeeper(token)] if token else [],
+        options=[
+            ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
+            ("grpc.max_receive_message_length", message_bytes),
+            ("grpc.max_send_message_length", message_bytes),
+            # The Lumen SDK pings every 10 s; the defaults would end its connection with too_many_pings.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A peer that is gone is noticed within 40 s; without ping_timeout_ms it takes 90.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),
+        ],
+    )
+    pb_grpc.add_InferenceServicer_to_server(daemon, server)
+    health_pb2_grpc.add_HealthServicer_to_server(daemon.health, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+    server.start()
+    return server, bound

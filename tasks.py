@@ -1,0 +1,330 @@
+"""What the daemon can be asked: the task table, the options of a request, and how each task is done.
+
+A task is a generator: it yields the steps it needs and returns its answer (see `engine`). TASKS is the one table that
+routing, validation and capabilities read, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import backends
+import inputs
+import labels
+from backends import Backend
+from engine import TENSOR_MIME, Answer, Engine, Line, Steps
+from inputs import BadInput, Preprocess
+from labels import LabelSet
+from settings import Settings
+
+TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
+OWN_LABELS_MAX = 256  # labels a caller may bring
+TEXTS_KEPT = 4096  # text vectors that a model remembers (2 to 3 KB each): searches and labels come again and again
+TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
+
+
+class Model:
+    """A backend with its lines. Prompts are texts nobody types a query with: they wait among the images."""
+
+    def __init__(
+        self, backend: Backend, name: str, engine: Engine, batch_size: int, tuning: backends.Tuning | None = None
+    ) -> None:
+        self.backend, self.tuning = backend, tuning
+
+        def images(items: list[Any]) -> Sequence[Any]:
+            return rows_of(backend.encode_images(np.stack(items)), len(items))
+
+        def texts(items: list[Any]) -> Sequence[Any]:
+            return rows_of(backend.encode_text(np.stack(items)), len(items))
+
+        def rows_of(vectors: labels.Vectors, count: int) -> Sequence[Any]:
+            if vectors.shape != (count, backend.dim):  # a fault of a runtime's, which would mix up answers
+                raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
+            return list(vectors)
+
+        images_at_once = tuning.batch_size if tuning else batch_size
+        self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK)
+        self.text = engine.line(f"{name} text", texts, batch_size, Line.TEXT)
+        self.prompts = engine.line(f"{name} prompts", texts, batch_size, Line.BULK)
+        self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the inference thread's alone
+
+    def facts(self) -> dict[str, str]:
+        """Meta of every answer."""
+        return {"model_id": self.backend.model_id, "space": self.backend.space}
+
+    def embed(self, tokens: Any, line: Line) -> Generator[Any, Any, list[Any]]:
+        """Step: the vectors of token rows, int64 `[n, context_length]`; those at hand are not computed again."""
+        keys = [np.trim_zeros(row, "b").tobytes() for row in tokens]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
+        if missing:
+            found.update(zip(missing, (yield line, list(missing.values())), strict=True))
+        for key in keys:
+            self._known[key] = found[key]
+            self._known.move_to_end(key)
+        while len(self._known) > TEXTS_KEPT:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
+
+
+class Models:
+    """All that the tasks work with; `clip` or `bioclip` is None when its backend is "none"."""
+
+    def __init__(
+        self, engine: Engine, clip: Model | None, bioclip: Model | None, sets: Mapping[str, LabelSet], batch_size: int
+    ) -> None:
+        self.clip, self.bioclip = clip, bioclip
+        self.sets = sets  # "classes", "scenes", "species"
+        self._lines = {
+            name: engine.line(f"{name} scoring", self._scorer(labelset), batch_size, Line.SCORING)
+            for name, labelset in sets.items()
+        }
+
+    @staticmethod
+    def _scorer(labelset: LabelSet) -> Callable[[list[Any]], Sequence[Any]]:
+        def run(items: list[Any]) -> Sequence[Any]:
+            rows = labelset.probabilities(np.stack([vector for vector, _, _ in items]))
+            return [
+                labelset.top(row, min(k, len(labelset)), render)
+                for row, (_, k, render) in zip(rows, items, strict=True)
+            ]
+
+        return run
+
+    def get(self, name: str) -> Model | None:
+        return self.clip if name == "clip" else self.bioclip
+
+    def ask(self, name: str) -> Model:
+        """The model of a task that is offered; see `offered`."""
+        model = self.get(name)
+        assert model is not None
+        return model
+
+    def offered(self) -> list[Task]:
+        return [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
+
+    def best(self, labelset: str, vector: Any, k: int, render: Callable[[str], str] = str) -> Generator[Any, Any, Any]:
+        """Step: the k best labels of a built-in set."""
+        return (yield self._lines[labelset], [(vector, k, render)])[0]
+
+    def best_of_own(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
+        """Step: the best of the labels that the caller brought."""
+        clip = self.ask("clip")
+        vectors = yield from clip.embed(request.tokens, clip.prompts)
+        own = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
+        return own.top(own.probabilities(vector[None])[0], min(request.topk, len(own)))
+
+
+@dataclass
+class Request:
+    """One whole request. The assembler fills the first part, `read_meta` the second, `prepare` the third."""
+
+    correlation_id: str
+    task: str
+    mime: str
+    meta: Mapping[str, str]
+    payload: bytes
+
+    topk: int = 0
+    labels: tuple[str, ...] = ()
+    template: str = ""
+    label_format: str = "lineage"
+    as_tensor: bool = False  # the answer, rather than JSON
+
+    pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
+    tokens: Any = None  # int64 [n, context_length]: the text, or the caller's labels
+
+
+def clip_classify(models: Models, request: Request) -> Steps:
+    clip = models.ask("clip")
+    vector = (yield clip.image, [request.pixels["clip"]])[0]
+    if request.labels:
+        best = yield from models.best_of_own(vector, request)
+    else:
+        best = yield from models.best("classes", vector, request.topk)
+    return _labels_answer(best, clip, "clip_classification")
+
+
+def bioclip_classify(models: Models, request: Request) -> Steps:
+    bioclip = models.ask("bioclip")
+    vector = (yield bioclip.image, [request.pixels["bioclip"]])[0]
+    best = yield from models.best(
+        "species", vector, request.topk, lambda lineage: labels.render_species(lineage, request.label_format)
+    )
+    return _labels_answer(best, bioclip, "bioclip_classification")
+
+
+def smart_classify(models: Models, request: Request) -> Steps:
+    clip = models.ask("clip")
+    vector = (yield clip.image, [request.pixels["clip"]])[0]
+    scene = yield from models.best("scenes", vector, 1)
+    if scene[0][0] in labels.ANIMAL_SCENES:
+        return (yield from bioclip_classify(models, request))
+    return _labels_answer(scene, clip, "scene_classification")
+
+
+def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
+    def embed(models: Models, request: Request) -> Steps:
+        model = models.ask(name)
+        return _embedding_answer((yield model.image, [request.pixels[name]])[0], model, request)
+
+    return embed
+
+
+def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
+    def embed(models: Models, request: Request) -> Steps:
+        model = models.ask(name)
+        return _embedding_answer((yield from model.embed(request.tokens, model.text))[0], model, request)
+
+    return embed
+
+
+def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> Answer:
+    rows = [{"label": label, "score": score} for label, score in best]
+    content = {"labels": rows, "model_id": model.backend.model_id}
+    return Answer("labels_v1", content, {**model.facts(), "labels_count": str(len(rows)), "source": source})
+
+
+def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
+    meta = {**model.facts(), "dim": str(len(vector))}
+    if request.as_tensor:
+        # The Lumen SDK knows no layout for a vector; its own tests call one [1, dim] in NCHW.
+        form = {"dtype": "fp32", "shape": f"[1,{len(vector)}]", "layout": "NCHW", "format": "contiguous"}
+        form |= {"byte_order": "little"}
+        meta |= {"lumen.output.kind": "tensor"} | {f"lumen.output.tensor.{key}": value for key, value in form.items()}
+        return Answer("", vector.astype("<f4").tobytes(), meta)
+    content = {"vector": vector.tolist(), "dim": len(vector), "model_id": model.backend.model_id}
+    return Answer("embedding_v1", content, meta)
+
+
+IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (("image/avif",) if "AVIF" in inputs.IMAGE_FORMATS else ())
+TEXT_MIMES = ("text/plain", "text/markdown", "text/html")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table: what a task takes, what it gives, and its defaults and limits."""
+
+    name: str
+    run: Callable[[Models, Request], Steps]
+    models: tuple[str, ...]  # all must be loaded; capabilities list the task under the first
+    takes: str  # "image" or "text"
+    topk: int = 0  # default; 0: the task has none
+    own_labels: bool = False
+    label_formats: bool = False
+    tensor: bool = False  # takes ready-made tensors, where the model's recipe has an id
+
+    @property
+    def schema(self) -> str:
+        return "labels_v1" if self.topk else "embedding_v1"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("clip_classify", clip_classify, ("clip",), "image", topk=5, own_labels=True),
+        Task("clip_embed", _embed_text("clip"), ("clip",), "text"),
+        Task("clip_image_embed", _embed_image("clip"), ("clip",), "image"),
+        Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, label_formats=True),
+        Task("bioclip_classify", bioclip_classify, ("bioclip",), "image", topk=3, label_formats=True, tensor=True),
+        Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
+        Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
+    )
+}
+TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
+
+
+def read_meta(task: Task, request: Request) -> None:
+    """Checks the request against its task's row and fills its options. Raises BadInput, naming the field."""
+    base = request.mime.partition(";")[0].strip().lower()
+    fits = base.startswith("text/") if task.takes == "text" else base.startswith("image/") or base == TENSOR_MIME
+    if base and not fits:
+        allowed = TEXT_MIMES if task.takes == "text" else (*IMAGE_MIMES, TENSOR_MIME)
+        raise BadInput(f"payload_mime: {request.mime[:80]!r}; {task.name} takes {', '.join(allowed)}")
+    if not request.payload:
+        raise BadInput("payload: it is empty")
+    meta = request.meta
+    if task.topk:
+        request.topk = next((_topk(key, meta[key]) for key in TOPK_KEYS if key in meta), task.topk)
+    if task.own_labels and "labels" in meta:
+        request.labels = _own_labels(meta["labels"])
+    if task.takes == "text" or request.labels:
+        default = "a photo of a {}." if request.labels else "{}"
+        request.template = meta.get("prompt_template", default)
+        if request.template.count("{}") != 1 or len(request.template) > 1000:
+            raise BadInput("meta prompt_template: allowed: a text with one {} in it, of at most 1000 characters")
+    if not task.topk:
+        kind = meta.get("lumen.output.kind", "") or "json"
+        if kind not in ("json", "tensor"):
+            raise BadInput(f"meta lumen.output.kind: {kind[:80]!r}; allowed: json, tensor")
+        request.as_tensor = kind == "tensor"
+    if task.label_formats and "label_format" in meta:
+        request.label_format = meta["label_format"]
+        if request.label_format not in labels.LABEL_FORMATS:
+            raise BadInput(
+                f"meta label_format: {meta['label_format'][:80]!r}; allowed: {', '.join(labels.LABEL_FORMATS)}"
+            )
+
+
+def _topk(key: str, text: str) -> int:
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit()) or not digits.strip("0"):
+        raise BadInput(f"meta {key}: {text[:80]!r}; allowed: a whole number from 1 (at most {TOPK_MAX} are returned)")
+    return TOPK_MAX if len(digits.lstrip("0")) > 9 else min(int(digits), TOPK_MAX)
+
+
+def _own_labels(text: str) -> tuple[str, ...]:
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
+    except (ValueError, RecursionError):
+        content = None
+    if (
+        not isinstance(content, list)
+        or not 1 <= len(content) <= OWN_LABELS_MAX
+        or not all(isinstance(label, str) and label.strip() and len(label) <= 1000 for label in content)
+    ):
+        raise BadInput(
+            f"meta labels: allowed: a JSON list of 1 to {OWN_LABELS_MAX} texts, none blank or over 1000 characters"
+        )
+    return tuple(dict.fromkeys(content))
+
+
+def prepare(task: Task, request: Request, models: Models, settings: Settings) -> None:
+    """Turns the payload into what the models take: pixels for each, or token ids. Raises BadInput."""
+    if task.takes == "text":
+        if len(request.payload) > TEXT_BYTES_MAX:
+            raise BadInput(f"payload: a text of {len(request.payload)} bytes; allowed: {TEXT_BYTES_MAX}")
+        try:
+            text = request.payload.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadInput("payload: the text is not UTF-8") from None
+        if not text.strip():
+            raise BadInput("payload: the text is blank")
+        prompt = request.template.replace("{}", text)
+        request.tokens = models.ask(task.models[0]).backend.tokenize([prompt])
+        return
+    recipes = {name: models.ask(name).backend.preprocess for name in task.models}
+    request.pixels = _pixels(task, request, recipes, settings)
+    if request.labels:
+        prompts = [request.template.replace("{}", label) for label in request.labels]
+        request.tokens = models.ask("clip").backend.tokenize(prompts)
+
+
+def _pixels(task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings) -> dict[str, Any]:
+    kind = request.meta.get("lumen.input.kind", "") or "raw"
+    if kind == "raw":
+        limit = settings.lumen_max_megapixels * 1_000_000
+        pictures = inputs.decode_image(request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft)
+        return {name: pictures[recipe] for name, recipe in recipes.items()}
+    recipe = recipes[task.models[0]]
+    if kind != "tensor" or not task.tensor or not recipe.tensor_id:
+        allowed = "raw, tensor" if task.tensor and recipe.tensor_id else "raw"
+        raise BadInput(f"meta lumen.input.kind: {kind[:80]!r}; {task.name} takes {allowed}")
+    return {task.models[0]: inputs.pixels_from_tensor(request.payload, request.meta, recipe)}
