@@ -18,8 +18,6 @@ import logging
 import os
 import platform
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +37,7 @@ from inputs import (
     decode_image,
     true_length,
 )
+from machine import replace_file, step_back, usable_cores
 
 log = logging.getLogger("lumen.backends")
 
@@ -48,7 +47,6 @@ Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
-SCORING_GRAPH = Path(__file__).resolve().parent / "gen" / "scoring.onnx"  # made by `scoring.py` beside it
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
 # What the default models were read at; another repository is taken at its main branch.
 REVISIONS = {
@@ -123,9 +121,6 @@ class Backend(Protocol):
 
     def rest_text(self) -> None:
         """Gives the text tower's memory back until a text comes, where the tower can be had back in a second or two."""
-
-    def similarities(self, vectors: NDArray[Any], queries: Vectors) -> NDArray[np.float32]:
-        """Cosines of unit rows, float16 or float32 `[n, dim]`, with unit queries `[b, dim]`: float32 `[b, n]`."""
 
 
 def create_backend(options: ModelOptions) -> Backend:
@@ -371,49 +366,6 @@ def _is_whole(folder: Path, marker: Path) -> bool:
         return False
 
 
-def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores that this process may use: those of its affinity, or fewer by the quota of its control groups (v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::")).strip("/")
-    except (OSError, StopIteration):  # no Linux, or control groups of version 1
-        return cores
-    folder = cgroups / group
-    for path in (folder, *folder.parents):
-        if cgroups not in (path, *path.parents):
-            break
-        try:
-            quota, period = (path / "cpu.max").read_text().split()
-        except (OSError, ValueError):  # the root has none
-            continue
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
-
-
-def step_back(steps: int) -> None:
-    """Lowers the calling thread's priority by so many steps of `nice`, where a thread has one of its own.
-
-    Whoever waits for a short answer (Health, a text) then need not wait for a core as well; pictures that are decoded
-    ahead come last.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + steps)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a small file so that a kill at any moment leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Pieces:
     """The arrangement `split`: a batch of images in equal pieces, each on a core of its own.
 
@@ -435,37 +387,6 @@ class Pieces:
         size = -(-len(pixels) // self._cores)
         pieces = [pixels[start : start + size] for start in range(0, len(pixels), size)]
         return np.concatenate(list(self._threads.map(encode, pieces)))
-
-
-class Scorer:
-    """Compares rows with queries in float32; half-precision ones at about the speed of a plain copy of them.
-
-    Each core goes through a span of its own, in blocks small enough that their float32 form stays in its cache.
-    """
-
-    BLOCK = 1024  # rows; of 128 to 2048, those of 512 to 2048 are about equal
-
-    def __init__(self, dot: Callable[[NDArray[Any], Vectors], Any]) -> None:
-        """`dot`: float16 `[m, dim]`, float32 `[dim, b]` -> float32 `[m, b]`, on the thread that calls it."""
-        self._dot = dot
-        self._cores = usable_cores()
-        self._threads = ThreadPoolExecutor(self._cores, "score", lambda: step_back(5))
-
-    def __call__(self, vectors: NDArray[Any], queries: Vectors) -> NDArray[np.float32]:
-        if vectors.dtype != np.float16:
-            return np.asarray(queries @ vectors.T, np.float32)
-        columns = np.ascontiguousarray(queries.T)
-        found = np.empty((len(queries), len(vectors)), np.float32)
-
-        def score(span: range) -> None:
-            for start in span:
-                block = slice(start, min(start + self.BLOCK, len(vectors)))
-                found[:, block] = self._dot(vectors[block], columns).T
-
-        starts = range(0, len(vectors), self.BLOCK)
-        share = -(-len(starts) // self._cores)
-        list(self._threads.map(score, [starts[i : i + share] for i in range(0, len(starts), share)]))
-        return found
 
 
 class TorchBackend:
@@ -493,7 +414,6 @@ class TorchBackend:
             raise options.error("MODEL", options.model, text) from error
         self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
         self._cores = usable_cores()
-        self._scorer = Scorer(self._dot_half)
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
         self.precision, self.notice = options.precision, ""
         self.golden: Mapping[str, Any] = {}
@@ -600,16 +520,6 @@ class TorchBackend:
     def rest_text(self) -> None:
         """Keeps it: both towers are one model here, and OpenCLIP takes long to build it again."""
 
-    def similarities(self, vectors: NDArray[Any], queries: Vectors) -> NDArray[np.float32]:
-        return self._scorer(vectors, queries)
-
-    def _dot_half(self, rows: NDArray[Any], columns: Vectors) -> NDArray[np.float32]:
-        torch = self._torch
-        if torch.get_num_threads() != 1:  # counted for each thread; here each core has a span of its own
-            torch.set_num_threads(1)
-        with torch.inference_mode():
-            return np.asarray((torch.from_numpy(rows).float() @ torch.from_numpy(columns)).numpy())
-
     def _take_all_cores(self) -> None:
         """torch counts threads for each thread that calls it; a new one begins with what another set last."""
         if self._torch.get_num_threads() != self._cores:
@@ -680,7 +590,6 @@ class ONNXRTBackend:
         self.notice = str(manifest.get("notice", ""))
         self.golden = manifest.get("golden", {})
         self.self_test_cosine: float | None = None
-        self._scorer = Scorer(_half_dot())
         self._weights: list[Path] = []
         self._load_image_tower()
         self._load_text_tower(config)
@@ -813,9 +722,6 @@ class ONNXRTBackend:
     def rest_text(self) -> None:
         self._text = None
 
-    def similarities(self, vectors: NDArray[Any], queries: Vectors) -> NDArray[np.float32]:
-        return self._scorer(vectors, queries)
-
     def encode_text(self, tokens: Tokens) -> Vectors:
         if self._text is None:
             self._text = self._session(self._text_path, "ONNX_TEXT", usable_cores())
@@ -836,16 +742,6 @@ class ONNXRTBackend:
             whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
             rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
         return unit_rows(np.concatenate(rows))
-
-
-def _half_dot() -> Callable[[NDArray[Any], Vectors], Any]:
-    """float16 `[m, dim]`, float32 `[dim, b]` -> float32 `[m, b]`."""
-    import onnxruntime
-
-    alone = onnxruntime.SessionOptions()
-    alone.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(SCORING_GRAPH), alone, providers=["CPUExecutionProvider"])
-    return lambda rows, queries: session.run(None, {"rows": rows, "queries": queries})[0]
 
 
 def normalize(pixels: Pixels, recipe: Preprocess) -> NDArray[np.float32]:

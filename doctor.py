@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import backends
+import machine
 import npu
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def processor(visit: Visit) -> Iterator[Finding]:
 
 
 def cores(visit: Visit) -> Iterator[Finding]:
-    there, usable = os.cpu_count() or 1, backends.usable_cores()
+    there, usable = os.cpu_count() or 1, machine.usable_cores()
     text = f"{usable} of {there} usable, by affinity and quota"
     yield (FINE, text) if usable > 1 else (WARNING, f"{text}; pictures will be decoded and embedded in turn")
 

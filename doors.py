@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health
 
-import backends
+import machine
 from settings import SettingError, Settings
 
 log = logging.getLogger("lumen.doors")
@@ -216,7 +216,7 @@ def kept_uuid(data_dir: Path) -> str:
         fresh = str(uuid.uuid4())
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        backends.replace_file(path, f"{fresh}\n".encode())
+        machine.replace_file(path, f"{fresh}\n".encode())
     except OSError as error:
         log.warning("cannot keep the node's uuid in %s (%s)", path, error)
     return fresh

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import backends
+import machine
 from inputs import BadInput
 from watch import Traffic
 
@@ -241,6 +241,6 @@ class DecodePool:
             thread.join(timeout=5)
 
     def _loop(self) -> None:
-        backends.step_back(10)
+        machine.step_back(10)
         while (work := self._work.get()[2]) is not None:
             work()

@@ -13,7 +13,6 @@ This file starts and stops it all. `main()` binds the port first, then loads the
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import queue
@@ -24,20 +23,26 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import empty_pb2
 
 import backends
 import labels
+import taxa
+import vectorfile
 import watch
 from backends import Backend
 from doors import Beacon
 from engine import Engine
 from inputs import BackendError
 from labels import LabelError, LabelSet
+from machine import trim_memory
 from service import Daemon, start_server
 from settings import VERSION, SettingError, Settings, demo_environment
 from tasks import Model, Models
+from taxa import Species
+from vectorfile import TextVectors
 
 log = logging.getLogger("lumen")
 
@@ -48,7 +53,7 @@ TRAFFIC_LOG_S = 60  # between two lines that say what went through
 def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) -> Models:
     """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError."""
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
-    sets: dict[str, LabelSet] = {}
+    sets: dict[str, LabelSet | Species] = {}
     notices: list[str] = []
     for name in loaded:
         if settings.backend_of(name) == "none":
@@ -80,36 +85,33 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
 
 def _label_sets(
     name: str, backend: Backend, folder: Path, settings: Settings, say: Callable[[str], None]
-) -> dict[str, LabelSet]:
+) -> dict[str, LabelSet | Species]:
     """`folder` keeps what belongs to this model on this runtime."""
 
     def encode(texts: list[str]) -> labels.Vectors:
         return backend.encode_text(backend.tokenize(texts))
 
-    if name == "clip":
-        names = labels.class_names(settings.lumen_data_dir, settings.clip_labels)
-        own = settings.clip_labels
-        recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
-        older = sorted((settings.lumen_data_dir / name).glob("*_imagenet_vectors.npz"))
-    else:
-        names = labels.species_names(settings.lumen_data_dir, settings.bioclip_labels)
-        recipe = labels.SPECIES_RECIPE
-        older = [settings.lumen_data_dir / name / "text_vectors.npz"]
-    say(f"text vectors of {len(names)} labels for {backend.model_id}")
-    vectors = labels.cached_vectors(
-        folder,
-        names,
-        recipe,
-        encode,
-        labels.CacheKey.of(names, recipe, backend.model_id, backend.dim),
-        older,
-        lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
-    )
+    def vectors_of(names: list[str], recipe: labels.Recipe, older: Sequence[Path], depth: Any = None) -> TextVectors:
+        say(f"text vectors of {len(names)} labels for {backend.model_id}")
+        key = vectorfile.CacheKey.of(names, recipe, backend.model_id, backend.dim)
+        doing = f"computing text vectors for {backend.model_id}"
+        return vectorfile.cached_vectors(
+            *(folder, names, recipe, encode, key, older),
+            lambda done, total: say(f"{doing}: {done} of {total} labels"),
+            depth,
+        )
+
     if name == "bioclip":
-        return {"species": LabelSet(names, vectors, backend.logit_scale, backend.similarities)}
+        names = taxa.species_names(settings.lumen_data_dir, settings.bioclip_labels)
+        found = vectors_of(names, taxa.RECIPE, (), taxa.depths(names))
+        return {"species": Species(found.names or names, found, backend.logit_scale)}
+    own = settings.clip_labels
+    names = labels.class_names(settings.lumen_data_dir, own)
+    recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
+    found = vectors_of(names, recipe, sorted((settings.lumen_data_dir / name).glob("*_imagenet_vectors.npz")))
     scenes = labels.label_vectors(labels.SCENES, labels.SCENE_RECIPE, encode)
     return {
-        "classes": LabelSet(names, vectors, backend.logit_scale, backend.similarities),
+        "classes": LabelSet(names, found.vecs, backend.logit_scale),
         "scenes": LabelSet(labels.SCENES, scenes, backend.logit_scale),
     }
 
@@ -137,17 +139,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--port {parsed.port}: allowed: 0 to 65535")
     parsed.host = parsed.host.strip("[]")
     return parsed
-
-
-def trim_memory() -> None:
-    """Has glibc give freed memory back to the system; left alone it keeps that of pictures for each thread.
-
-    Done now and then, for it costs milliseconds; a limit on what malloc keeps (M_MMAP_THRESHOLD) costs as much for
-    each photograph that arrives.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:  # musl has none
-        trim(0)
 
 
 def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], None]) -> None:

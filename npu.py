@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends import ModelOptions, ONNXRTBackend, Vectors, normalize, read_json, unit_rows, usable_cores
+from backends import ModelOptions, ONNXRTBackend, Vectors, normalize, read_json, unit_rows
 from inputs import Pixels, Preprocess, decode_image
+from machine import usable_cores
 
 log = logging.getLogger("lumen.npu")
 

@@ -25,7 +25,7 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-import backends
+import machine
 from doors import Doorkeeper, read_token, tls_credentials
 from engine import TENSOR_MIME, DecodePool, Engine, Job, forget_frames
 from gen import ml_service_pb2 as pb
@@ -395,7 +395,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.journal = Journal()
         self.traffic = Traffic(TASKS)
         self.engine = Engine(self.journal.holding, self.traffic)
-        self.decoders = DecodePool(min(backends.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
+        self.decoders = DecodePool(min(machine.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
         self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
         self.health = health.HealthServicer()
         self.loading = "starting"  # said to clients until the models are there

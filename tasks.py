@@ -7,6 +7,7 @@ routing, validation and capabilities read, so they cannot drift apart.
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,13 @@ from engine import TENSOR_MIME, Answer, Engine, Line, Steps
 from inputs import BadInput, Preprocess
 from labels import LabelSet
 from settings import Settings
+from taxa import LABEL_FORMATS, RANKS, Ask, Species
 
 TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
 OWN_LABELS_MAX = 256  # labels a caller may bring
 TEXTS_KEPT = 4096  # text vectors that a model remembers (2 to 3 KB each): searches and labels come again and again
+MIN_SCORE = 0.35  # of a rank that `rank=auto` settles for; LrGeniusAI's rule
+TAXA_MAX = 10_000  # of `within`
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 
 
@@ -77,23 +81,27 @@ class Models:
     """All that the tasks work with; `clip` or `bioclip` is None when its backend is "none"."""
 
     def __init__(
-        self, engine: Engine, clip: Model | None, bioclip: Model | None, sets: Mapping[str, LabelSet], batch_size: int
+        self,
+        engine: Engine,
+        clip: Model | None,
+        bioclip: Model | None,
+        sets: Mapping[str, LabelSet | Species],  # "classes", "scenes", "species"
+        batch_size: int,
     ) -> None:
-        self.clip, self.bioclip = clip, bioclip
-        self.sets = sets  # "classes", "scenes", "species"
+        self.clip, self.bioclip, self._sets = clip, bioclip, sets
         self._lines = {
             name: engine.line(f"{name} scoring", self._scorer(labelset), batch_size, Line.SCORING)
             for name, labelset in sets.items()
         }
 
     @staticmethod
-    def _scorer(labelset: LabelSet) -> Callable[[list[Any]], Sequence[Any]]:
+    def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
         def run(items: list[Any]) -> Sequence[Any]:
-            rows = labelset.probabilities(np.stack([vector for vector, _, _ in items]))
-            return [
-                labelset.top(row, min(k, len(labelset)), render)
-                for row, (_, k, render) in zip(rows, items, strict=True)
-            ]
+            queries, asks = np.stack([vector for vector, _ in items]), [ask for _, ask in items]
+            if isinstance(labelset, Species):
+                return labelset.answers(queries, asks)
+            rows = labelset.probabilities(queries)
+            return [labelset.top(row, min(k, len(labelset))) for row, k in zip(rows, asks, strict=True)]
 
         return run
 
@@ -109,9 +117,16 @@ class Models:
     def offered(self) -> list[Task]:
         return [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
 
-    def best(self, labelset: str, vector: Any, k: int, render: Callable[[str], str] = str) -> Generator[Any, Any, Any]:
-        """Step: the k best labels of a built-in set."""
-        return (yield self._lines[labelset], [(vector, k, render)])[0]
+    @property
+    def species(self) -> Species:
+        """The set of a task that is offered."""
+        species = self._sets["species"]
+        assert isinstance(species, Species)
+        return species
+
+    def best(self, labelset: str, vector: Any, ask: int | Ask) -> Generator[Any, Any, Any]:
+        """Step: the k best labels of a built-in set, or what is asked of the species."""
+        return (yield self._lines[labelset], [(vector, ask)])[0]
 
     def best_of_own(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best of the labels that the caller brought."""
@@ -135,8 +150,13 @@ class Request:
     labels: tuple[str, ...] = ()
     template: str = ""
     label_format: str = "lineage"
+    rank: str = "species"
+    min_score: float = 0.0
+    within: tuple[str, ...] = ()  # taxa
     as_tensor: bool = False  # the answer, rather than JSON
 
+    rows: Any = None  # of the species within those taxa, int64 in order; None: all
+    unknown_taxa: int = 0
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
     tokens: Any = None  # int64 [n, context_length]: the text, or the caller's labels
 
@@ -154,10 +174,13 @@ def clip_classify(models: Models, request: Request) -> Steps:
 def bioclip_classify(models: Models, request: Request) -> Steps:
     bioclip = models.ask("bioclip")
     vector = (yield bioclip.image, [request.pixels["bioclip"]])[0]
-    best = yield from models.best(
-        "species", vector, request.topk, lambda lineage: labels.render_species(lineage, request.label_format)
-    )
-    return _labels_answer(best, bioclip, "bioclip_classification")
+    ask = Ask(request.topk, request.label_format, request.rank, request.min_score, request.rows)
+    found = yield from models.best("species", vector, ask)
+    answer = _labels_answer(found.labels, bioclip, "bioclip_classification")
+    answer.meta["rank"] = found.rank
+    if request.unknown_taxa:
+        answer.meta["within_unknown"] = str(request.unknown_taxa)
+    return answer
 
 
 def smart_classify(models: Models, request: Request) -> Steps:
@@ -217,7 +240,7 @@ class Task:
     takes: str  # "image" or "text"
     topk: int = 0  # default; 0: the task has none
     own_labels: bool = False
-    label_formats: bool = False
+    species: bool = False  # takes `label_format`, `rank`, `min_score` and `within`
     tensor: bool = False  # takes ready-made tensors, where the model's recipe has an id
 
     @property
@@ -231,8 +254,8 @@ TASKS = {
         Task("clip_classify", clip_classify, ("clip",), "image", topk=5, own_labels=True),
         Task("clip_embed", _embed_text("clip"), ("clip",), "text"),
         Task("clip_image_embed", _embed_image("clip"), ("clip",), "image"),
-        Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, label_formats=True),
-        Task("bioclip_classify", bioclip_classify, ("bioclip",), "image", topk=3, label_formats=True, tensor=True),
+        Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, species=True),
+        Task("bioclip_classify", bioclip_classify, ("bioclip",), "image", topk=3, species=True, tensor=True),
         Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
         Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
     )
@@ -264,12 +287,55 @@ def read_meta(task: Task, request: Request) -> None:
         if kind not in ("json", "tensor"):
             raise BadInput(f"meta lumen.output.kind: {kind[:80]!r}; allowed: json, tensor")
         request.as_tensor = kind == "tensor"
-    if task.label_formats and "label_format" in meta:
-        request.label_format = meta["label_format"]
-        if request.label_format not in labels.LABEL_FORMATS:
-            raise BadInput(
-                f"meta label_format: {meta['label_format'][:80]!r}; allowed: {', '.join(labels.LABEL_FORMATS)}"
-            )
+    if task.species:
+        _read_species_meta(request)
+
+
+def _read_species_meta(request: Request) -> None:
+    meta = request.meta
+    request.label_format = _one_of(meta, "label_format", LABEL_FORMATS, request.label_format)
+    request.rank = _one_of(meta, "rank", (*RANKS, "auto"), request.rank)
+    request.min_score = _min_score(meta, MIN_SCORE if request.rank == "auto" else 0.0)
+    if "within" in meta:
+        request.within = _taxa(meta["within"])
+
+
+def _one_of(meta: Mapping[str, str], key: str, allowed: Sequence[str], default: str) -> str:
+    value = meta.get(key, default)
+    if value not in allowed:
+        raise BadInput(f"meta {key}: {value[:80]!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _min_score(meta: Mapping[str, str], default: float) -> float:
+    text = meta.get("min_score")
+    if text is None:
+        return default
+    try:
+        value = float(text) if len(text) < 40 else math.nan
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise BadInput(f"meta min_score: {text[:80]!r}; allowed: a number from 0 to 1")
+    return value
+
+
+def _taxa(text: str) -> tuple[str, ...]:
+    """A JSON list of names, or names with commas between them."""
+    try:
+        content = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+    except (ValueError, RecursionError):
+        content = None
+    if (
+        not isinstance(content, list)
+        or not 1 <= len(content) <= TAXA_MAX
+        or not all(isinstance(name, str) and 0 < len(name.strip()) <= 500 for name in content)
+    ):
+        raise BadInput(
+            f"meta within: allowed: 1 to {TAXA_MAX} taxa, as a JSON list or with commas between them, each a lineage "
+            'such as "Animalia/Chordata/Aves", a name such as "Aves", or a binomial'
+        )
+    return tuple(dict.fromkeys(name.strip() for name in content))
 
 
 def _topk(key: str, text: str) -> int:
@@ -310,6 +376,11 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings) ->
         prompt = request.template.replace("{}", text)
         request.tokens = models.ask(task.models[0]).backend.tokenize([prompt])
         return
+    if request.within:
+        request.rows, unknown = models.species.tree.within(request.within)
+        request.unknown_taxa = len(unknown)
+        if not len(request.rows):
+            raise BadInput(f"meta within: no taxon of this label set: {', '.join(unknown)[:200]}")
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings)
     if request.labels:

@@ -55,9 +55,12 @@ import doors
 import export
 import inputs
 import labels
+import machine
 import npu
 import service
 import tasks
+import taxa
+import vectorfile
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from settings import DEMO_DIR, Settings, demo_environment
@@ -1831,7 +1834,7 @@ def test_label_vectors_equal_openclips_classifier(reference: Any, tiny: Path, tm
 
 def test_species_prompts_are_bioclips_captions() -> None:
     """Lost otherwise: species accuracy; BioCLIP never saw an article or a Python list in training."""
-    fox, fish, rose = (labels.species_prompts(labels._lineage(0, row)) for row in SPECIES[:3])
+    fox, fish, rose = (taxa.species_prompts(taxa.lineage(0, row)) for row in SPECIES[:3])
     assert fox == ["a photo of Animalia Chordata Mammalia Carnivora Canidae Vulpes vulpes with common name red fox."]
     assert fish == [
         "a photo of Animalia Chordata Cypriniformes Cyprinidae Carassius auratus with common name Goldfish."
@@ -1857,26 +1860,12 @@ def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.Mo
     assert len(same.top(same.probabilities(vectors[:1])[0], 5)) == 1
 
 
-@pytest.mark.parametrize("backend", ["onnxrt", "torch"])
-def test_backends_score_half_precision_rows_as_float32_does(backend: str, tiny: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: the right species, for speed."""
-    model = tiny if backend == "torch" else tiny_onnx
-    scorer = backends.create_backend(backends.ModelOptions("CLIP", backend, str(model), Path()))
-    rng = np.random.default_rng(0)
-    for count, dtype in itertools.product((1, 1024, 5000), (np.float16, np.float32)):
-        rows = backends.unit_rows(rng.normal(size=(count, 768))).astype(dtype)
-        for queries in (rows[:1].astype(np.float32), backends.unit_rows(rng.normal(size=(8, 768)))):
-            found = scorer.similarities(rows, queries)
-            assert found.dtype == np.float32 and found.shape == (len(queries), count)
-            assert np.allclose(found, queries.astype(np.float64) @ rows.T.astype(np.float64), atol=2e-6)
-
-
-def test_the_scoring_graph_is_what_its_script_makes() -> None:
+def test_the_scan_graph_is_what_its_script_makes() -> None:
     """Lost otherwise: a binary file that nobody can read."""
-    from gen import scoring
+    from gen import scan
 
-    made = scoring.build().SerializeToString(deterministic=True)
-    assert (ROOT / "gen" / "scoring.onnx").read_bytes() == made
+    made = scan.build().SerializeToString(deterministic=True)
+    assert (ROOT / "gen" / "scan.onnx").read_bytes() == made
 
 
 class Texts:
@@ -1897,14 +1886,15 @@ def cached(
     folder: Path, texts: Texts, names: list[str] = NAMES, templates: int = 1, older: tuple[Path, ...] = ()
 ) -> Any:
     recipe = labels.imagenet_recipe(templates)
-    return labels.cached_vectors(folder, names, recipe, texts, labels.CacheKey.of(names, recipe, "model", 16), older)
+    key = vectorfile.CacheKey.of(names, recipe, "model", 16)
+    return vectorfile.cached_vectors(folder, names, recipe, texts, key, older).vecs
 
 
 def test_a_cache_is_used_while_it_fits_and_rebuilt_when_anything_changed(tmp_path: Path) -> None:
     """Lost otherwise: minutes at each start, or answers from another model's vectors."""
     first = cached(tmp_path, Texts())
     again = Texts()
-    assert np.array_equal(cached(tmp_path, again), first) and again.calls == labels.PROBE_LABELS
+    assert np.array_equal(cached(tmp_path, again), first) and again.calls == vectorfile.PROBE_LABELS
     meta = json.loads((tmp_path / "text_vectors.meta.json").read_text())
     assert (meta["model_id"], meta["count"], meta["dim"], meta["recipe"]) == ("model", 100, 16, "imagenet-1")
     other = [*NAMES[:-1], "other"]
@@ -1946,7 +1936,7 @@ def test_caches_of_older_layouts_are_taken_over_when_they_fit(tmp_path: Path) ->
     )
     texts = Texts()
     assert np.array_equal(cached(tmp_path / "x", texts, older=(tmp_path / "missing.npz", wrong, fitting)), good)
-    assert texts.calls == 2 * labels.PROBE_LABELS
+    assert texts.calls == 2 * vectorfile.PROBE_LABELS
     texts = Texts()
     assert np.array_equal(cached(tmp_path / "y", texts, older=(wrong,)), good)
     assert texts.calls > 100
@@ -1960,12 +1950,13 @@ from pathlib import Path
 import numpy as np
 import tqdm  # here, so that no child spends its short life on it
 import labels
+import vectorfile
 
-labels.SHARD_LABELS = 40
+vectorfile.SHARD_LABELS = 40
 folder, random_, made = Path(sys.argv[1]), random.Random(3), [0]
 names = [f"label {i}" for i in range(12_000)]
 recipe = labels.names_recipe(1)
-key = labels.CacheKey.of(names, recipe, "model", 8)
+key = vectorfile.CacheKey.of(names, recipe, "model", 8)
 
 def encode(texts):
     made[0] += len(texts)
@@ -1980,7 +1971,7 @@ seen = set()
 for number in range(200):
     if (child := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        labels.cached_vectors(folder, names, recipe, encode, key)
+        vectorfile.cached_vectors(folder, names, recipe, encode, key)
         os._exit(0)
     time.sleep(random_.uniform(0.01, 0.1))
     os.kill(child, signal.SIGKILL)
@@ -1992,7 +1983,7 @@ for number in range(200):
         path.write_bytes(path.read_bytes()[:-100] + bytes(100))
 whole = (folder / "text_vectors.npz").exists()
 made[0] = 0
-vectors = labels.cached_vectors(folder, names, recipe, encode, key)
+vectors = vectorfile.cached_vectors(folder, names, recipe, encode, key).vecs
 found = made[0]
 assert np.allclose(vectors, labels.label_vectors(names, recipe, encode), atol=1e-6)
 print(len(seen), found, int(whole), len(shards()))
@@ -2012,28 +2003,29 @@ import itertools, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 import labels
+import vectorfile
 
 folder, random_ = Path(sys.argv[1]), random.Random(7)
-key = labels.CacheKey("model", "recipe", "sha", 20000, 16)
+key = vectorfile.CacheKey("model", "recipe", "sha", 20000, 16)
 rows = np.zeros((16, 20000, 16), np.float32)
 for i in range(16):
     rows[i, :, i] = 1
-labels._save_cache(folder, key, rows[0])
+vectorfile.save(folder, key, [rows[0]])
 seen = set()
 for _ in range(200):
     if (child := os.fork()) == 0:
         for i in itertools.count():
-            labels._save_cache(folder, key, rows[i % 16])
+            vectorfile.save(folder, key, [rows[i % 16]])
     time.sleep(random_.uniform(0, 0.03))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    vectors = labels._load_cache(folder / "text_vectors.npz", key)
+    vectors = vectorfile.load(folder / "text_vectors.npz", key).vecs
     assert vectors is not None and (vectors.sum(axis=0) == 20000).sum() == 1, "a torn cache"
     seen.add(int(vectors[0].argmax()))
 left = len(list(folder.glob(".*.tmp")))
 for path in folder.glob(".*.tmp"):
     os.utime(path, (0, 0))
-labels._save_cache(folder, key, rows[0])
+vectorfile.save(folder, key, [rows[0]])
 print(len(seen), left, len(list(folder.glob(".*.tmp"))))
 """
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -2057,7 +2049,7 @@ def test_a_label_file_of_another_form_is_refused_by_name(tmp_path: Path, name: s
     """Lost otherwise: labels that stand one row beside their vectors."""
     path = label_files(tmp_path) / name
     path.write_text(json.dumps(content))
-    read = labels.class_names if "imagenet" in name else labels.species_names
+    read = labels.class_names if "imagenet" in name else taxa.species_names
     with pytest.raises(labels.LabelError, match=path.name):
         read(tmp_path)
 
@@ -3311,11 +3303,11 @@ def test_fuzz_tensors(meta: dict[str, str], payload: bytes, dtype: str) -> None:
 @hypothesis.given(st.data())
 def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
     """Lost otherwise: the start, or a wrong vector, by a disk that garbles what a checksum then blesses."""
-    key = labels.CacheKey("model", "recipe", "sha", 8, 4)
+    key = vectorfile.CacheKey("model", "recipe", "sha", 8, 4)
     rows = np.eye(4, dtype=np.float32)[np.arange(8) % 4]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text_vectors.npz"
-        labels._save_cache(path.parent, key, rows)
+        vectorfile.save(path.parent, key, [rows])
         with zipfile.ZipFile(path) as archive:
             members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
         for _ in range(data.draw(st.integers(1, 4))):
@@ -3343,8 +3335,8 @@ def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
         if data.draw(st.booleans()):
             raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
             path.write_bytes(raw)
-        vectors = labels._load_cache(path, key)
-        if vectors is not None:
+        if (found := vectorfile.load_or_none(path, key)) is not None:
+            vectors = found.vecs
             assert vectors.shape == (8, 4) and np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 0.02
 
 
@@ -3896,14 +3888,14 @@ def test_a_quota_on_cores_is_respected(tmp_path: Path) -> None:
     inner = groups / "system.slice" / "lumen-clip.service"
     inner.mkdir(parents=True)
     own.write_text("4:memory:/old\n0::/system.slice/lumen-clip.service\n")
-    assert backends.usable_cores(groups, own) == have
+    assert machine.usable_cores(groups, own) == have
     for quota, cores in (("max 100000", have), ("100000 100000", 1), ("20000 100000", 1), ("9900000 100000", have)):
         (inner / "cpu.max").write_text(quota)
-        assert backends.usable_cores(groups, own) == cores
+        assert machine.usable_cores(groups, own) == cores
     (inner / "cpu.max").write_text("max 100000")
     (inner.parent / "cpu.max").write_text("100000 100000")  # a parent's quota holds too
-    assert backends.usable_cores(groups, own) == 1
-    assert backends.usable_cores(groups, tmp_path / "absent") == have
+    assert machine.usable_cores(groups, own) == 1
+    assert machine.usable_cores(groups, tmp_path / "absent") == have
 
 
 # --- exports -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import backends
+import machine
 from inputs import BadInput
 
 if sys.platform != "win32":
@@ -113,7 +113,7 @@ class Journal:
         while len(self._suspects) > self.KEPT:
             del self._suspects[next(iter(self._suspects))]
         try:
-            backends.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
+            machine.replace_file(self._folder / "suspects.json", json.dumps(self._suspects).encode())
         except OSError as error:
             log.warning("cannot keep suspects.json in %s (%s)", self._folder, error)
 

@@ -44,6 +44,7 @@ import backends  # noqa: E402
 import export  # noqa: E402
 import inputs  # noqa: E402
 import labels  # noqa: E402
+import taxa  # noqa: E402
 
 # npm packages of @iconify-json; README.md has their licences and versions.
 TRAINED = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
@@ -204,7 +205,7 @@ def read_taxa() -> tuple[list[str], dict[str, str]]:
                 prefix = ranks
             case [names, ranks, common]:
                 lineage = "/".join([*f"{prefix} {ranks}".split(), common])
-                assert lineage.count("/") == labels.RANKS, line
+                assert lineage.count("/") == len(taxa.RANKS), line
                 lineages.append(lineage)
                 of_name.update({name.strip().lower(): lineage for name in names.split(",")})
     return lineages, of_name
@@ -241,7 +242,7 @@ class Captions:
             return content
         if kind == "species":
             slots = content.split("/")
-            forms = (*labels.species_prompts(content) * 3, " ".join(slots[5:7]), slots[7], f"a photo of a {slots[7]}.")
+            forms = (*taxa.species_prompts(content) * 3, " ".join(slots[5:7]), slots[7], f"a photo of a {slots[7]}.")
             return rng.choice(forms)
         if rng.random() < 0.3:
             return content
@@ -471,7 +472,7 @@ def write_demo(art: Path, emoji: list[Emoji], trained: Path, to: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     lineages, species = read_taxa()
-    rows = [[lineage.split("/")[: labels.RANKS], lineage.split("/")[labels.RANKS]] for lineage in lineages]
+    rows = [[lineage.split("/")[: len(taxa.RANKS)], lineage.split("/")[len(taxa.RANKS)]] for lineage in lineages]
     _write_rows(to / "species.json", rows)
     _write_rows(to / "names.json", [one.name for one in emoji])
     drawings = find_drawings(art, emoji, HELD_OUT[0])
@@ -516,9 +517,9 @@ def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     hits = best == np.array([names.index(one.name) for one in shown])[:, None]
     scenes = [labels.SCENES[i] for i in ranked(list(labels.SCENES), labels.SCENE_RECIPE)[:, 0]]
     lineages, of_name = read_taxa()
-    taxa = [lineages[i] for i in ranked(lineages, labels.SPECIES_RECIPE)[:, 0]]
+    nearest = [lineages[i] for i in ranked(lineages, taxa.RECIPE)[:, 0]]
     truths = [(found, truth) for found, one in zip(scenes, shown, strict=True) if (truth := scene_of(one))]
-    species = [(found, of_name[one.name]) for found, one in zip(taxa, shown, strict=True) if one.name in of_name]
+    species = [(found, of_name[one.name]) for found, one in zip(nearest, shown, strict=True) if one.name in of_name]
     return "\n".join(
         [
             f"{style}: top-1 {hits[:, 0].mean():.1%}, top-5 {hits.any(axis=1).mean():.1%} of {len(shown)} drawings, "

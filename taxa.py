@@ -1,0 +1,311 @@
+"""The tree of life: lineages, their ranks, and what lies within a taxon.
+
+A lineage is one text of eight slots, `kingdom/phylum/class/order/family/genus/epithet/common name`, `*` for a blank.
+In the order of their texts, all rows of a taxon of any rank stand together, so that a rank is a list of first rows.
+
+`Species` scores pictures against all rows. A large set is scanned in int8, which tells within known bounds what each
+comes to; the rows that could be among the best are then computed in float32, so that no answer depends on the bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labels import Recipe, Vectors, cosines, label_file, largest, read_names
+from vectorfile import TextVectors
+
+RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
+LABEL_FORMATS = ("lineage", "scientific", "common")
+SPECIES = len(RANKS) - 1
+AFTER_SLASH = "0"  # the character that follows "/" in order
+# Rows this near to the best (5 of the logits of a model whose scale is 100) are computed exactly, up to so many: they
+# are nearly all of what the softmax sums up.
+SUM_COSINE, SUM_ROWS = 0.05, 4096
+EXACT_ROWS = 8192  # at a time: 25 MB of float32 at 768 dimensions
+
+
+def species_names(data_dir: Path, own: str = "") -> list[str]:
+    """One lineage a row, in order.
+
+    From the file `own`, a JSON list of `[[kingdom, ..., species], common name]`, or else TreeOfLife-10M's, which has
+    that form. Raises LabelError.
+    """
+    if own:
+        complaint = f"BIOCLIP_LABELS={own}: allowed: a JSON list of [[kingdom, ..., species], common name]"
+        return read_names(Path(own), complaint, _parse_species)
+    path = data_dir / "bioclip" / "txt_emb_species.json"
+    return label_file(path, "imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json", _parse_species)
+
+
+def _parse_species(content: Any) -> list[str]:
+    if not isinstance(content, list) or not content:
+        raise ValueError("not a list of rows")
+    return sorted(lineage(index, row) for index, row in enumerate(content))
+
+
+def lineage(index: int, row: Any) -> str:
+    """The text of a row `[[kingdom, ..., epithet], common name]`. Raises ValueError."""
+    match row:
+        case [[*ranks], str(common)] if len(ranks) == len(RANKS) and all(isinstance(rank, str) for rank in ranks):
+            # A slash inside a name would shift the slots of those who split the label.
+            return "/".join(" ".join(slot.replace("/", "-").split()) or "*" for slot in (*ranks, common))
+    raise ValueError(f"row {index} is not [[kingdom, ..., species], common name]")
+
+
+def render(lineage: str, label_format: str, rank: int = SPECIES) -> str:
+    """A lineage down to a rank, as the client wants to read it; `label_format` is one of LABEL_FORMATS."""
+    slots = lineage.split("/")
+    if rank < SPECIES:
+        slots[rank + 1 :] = ["*"] * (len(RANKS) - rank)
+    if label_format == "lineage":
+        return "/".join(slots)
+    *ranks, common = slots
+    if label_format == "common" and common != "*":
+        return common
+    known = [slot for slot in ranks if slot != "*"]
+    binomial = [slot for slot in ranks[-2:] if slot != "*"] if rank == SPECIES else []
+    return " ".join(binomial or known[-1:]) or "unknown"
+
+
+def depths(lineages: Iterable[str]) -> NDArray[np.uint8]:
+    """Of lineages in order: the first rank in which each differs from the one before, or 7. Raises ValueError."""
+    found, last, before = [], "", [""] * len(RANKS)
+    for text in lineages:
+        if text < last:
+            raise ValueError("the lineages are not in order")
+        slots = text.split("/")[: len(RANKS)]
+        found.append(next((i for i, (a, b) in enumerate(zip(slots, before, strict=True)) if a != b), len(RANKS)))
+        last, before = text, slots
+    return np.array(found, np.uint8)
+
+
+def species_prompts(lineage: str) -> list[str]:
+    """BioCLIP's training caption of the `taxon_com` form: the ranks, then the common name; no article."""
+    *ranks, common = lineage.split("/")
+    taxon = " ".join(rank for rank in ranks if rank != "*")
+    return [f"a photo of {taxon}." if common == "*" else f"a photo of {taxon} with common name {common}."]
+
+
+RECIPE = Recipe("bioclip-taxon-com", species_prompts)
+
+
+class Tree:
+    """Rows of lineages in order, by rank and by name."""
+
+    def __init__(self, names: Sequence[str], depth: NDArray[np.uint8]) -> None:
+        """`depth`: see `depths`."""
+        self._names, self._depth = names, depth
+        self._starts: dict[int, NDArray[np.intp]] = {}
+        self._index: tuple[NDArray[np.int64], NDArray[np.int64]] | None = (
+            None  # hashes of names in order; rank, first row
+        )
+        self._lock = threading.Lock()
+
+    def starts(self, rank: int) -> NDArray[np.intp]:
+        """The first row of each taxon of a rank."""
+        if rank not in self._starts:
+            self._starts[rank] = np.flatnonzero(self._depth <= rank)
+        return self._starts[rank]
+
+    def within(self, taxa: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+        """The rows of any of the taxa, in order, and the names that are none.
+
+        A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), the name of a genus or of anything above
+        ("Aves"), or a binomial ("Vulpes vulpes"); upper and lower case are one but in a lineage.
+        """
+        spans, unknown = [], []
+        for name in taxa:
+            found = self._spans(name.strip())
+            spans += found
+            if not found:
+                unknown.append(name)
+        rows = np.concatenate([np.arange(start, stop) for start, stop in spans]) if spans else np.empty(0, np.int64)
+        return np.unique(rows), unknown
+
+    def _spans(self, name: str) -> list[tuple[int, int]]:
+        if "/" in name:
+            return self._under(name.rstrip("/*"))
+        if found := self._named(name):
+            return [(first, self._end(rank, first)) for rank, first in found]
+        genus, _, epithet = name.partition(" ")
+        spans = []
+        for rank, first in self._named(genus) if epithet else ():
+            if rank == RANKS.index("genus"):
+                parent = "/".join(self._names[first].split("/")[: rank + 1])
+                spans += self._under(f"{parent}/{epithet.strip()}")
+        return spans
+
+    def _under(self, prefix: str) -> list[tuple[int, int]]:
+        first, end = (bisect_left(self._names, prefix + after) for after in ("/", AFTER_SLASH))
+        return [(first, end)] if first < end else []
+
+    def _end(self, rank: int, first: int) -> int:
+        starts = self.starts(rank)
+        following = int(np.searchsorted(starts, first, "right"))
+        return int(starts[following]) if following < len(starts) else len(self._names)
+
+    def _named(self, name: str) -> list[tuple[int, int]]:
+        """(rank, first row) of the taxa of that name down to the genus; homonyms are several."""
+        with self._lock:
+            if self._index is None:
+                self._index = self._indexed()
+            hashes, places = self._index
+        folded = name.casefold()
+        at, end = (int(np.searchsorted(hashes, hash(folded), side)) for side in ("left", "right"))
+        found = [(int(rank), int(first)) for rank, first in places[at:end]]
+        return [(rank, first) for rank, first in found if self._names[first].split("/")[rank].casefold() == folded]
+
+    def _indexed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """16 bytes a taxon, where a dictionary of names would take a hundred."""
+        hashes: list[int] = []
+        places: list[tuple[int, int]] = []
+        for first in self.starts(RANKS.index("genus")):
+            slots = self._names[first].split("/")
+            for rank in range(int(self._depth[first]), SPECIES):
+                if slots[rank] != "*":
+                    hashes.append(hash(slots[rank].casefold()))
+                    places.append((rank, int(first)))
+        order = np.argsort(np.array(hashes, np.int64), kind="stable")
+        return np.array(hashes, np.int64)[order], np.array(places, np.int64).reshape(-1, 2)[order]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of one picture."""
+
+    k: int
+    label_format: str = "lineage"
+    rank: str = "species"  # of RANKS, or "auto": the deepest of which one taxon has `min_score`
+    min_score: float = 0.0
+    within: NDArray[np.int64] | None = None  # rows in order, the only ones that count; None: all
+
+
+@dataclass(frozen=True)
+class Found:
+    labels: list[tuple[str, float]]  # best first
+    rank: str
+
+
+class Species:
+    """Species with their text vectors, scored by softmax of logit scale times cosine over all that count."""
+
+    def __init__(self, names: Sequence[str], vectors: TextVectors, logit_scale: float) -> None:
+        """`names`: lineages in order."""
+        depth = vectors.depth if vectors.depth is not None else depths(names)
+        self.names, self.tree = names, Tree(names, depth)
+        self._vecs, self._scan, self._logit_scale = vectors.vecs, vectors.scan, np.float32(logit_scale)
+        self._twins = int((depth > SPECIES).sum())  # rows of a species that has one already
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def answers(self, queries: Vectors, asks: Sequence[Ask]) -> list[Found]:
+        """float32 `[b, dim]` unit rows -> what is asked of each."""
+        if self._scan is None:
+            rows, error = cosines(self._vecs, queries), 0.0
+            return [self._answer(*job, error) for job in zip(rows, queries, asks, strict=True)]
+        rows, error = self._scan(queries)
+        jobs = zip(rows, queries, asks, [error] * len(asks), strict=True)
+        return list(self._scan.threads.map(lambda job: self._answer(*job), jobs))
+
+    def _answer(self, row: NDArray[np.float32], query: NDArray[np.float32], ask: Ask, error: float) -> Found:
+        inside = ask.within
+        row = row if inside is None else row[inside]
+        scored = _Scored(self._vecs, row, inside, query, error, self._logit_scale)
+        if ask.rank == "species" and not self._twins:
+            found = scored.best(ask.k, lambda at: render(self.names[at], ask.label_format))
+            return Found([(label, score) for label, score in found if score >= ask.min_score], "species")
+        probabilities = scored.probabilities(ask.k)
+        for rank in range(SPECIES, -1, -1) if ask.rank == "auto" else [RANKS.index(ask.rank)]:
+            found = self._taxa(probabilities, inside, rank, ask)
+            if ask.rank != "auto":
+                return Found([(label, score) for label, score in found if score >= ask.min_score], ask.rank)
+            if found and found[0][1] >= ask.min_score:
+                return Found(found, RANKS[rank])
+        return Found([], "none")
+
+    def _taxa(
+        self, probabilities: NDArray[np.float32], inside: NDArray[np.int64] | None, rank: int, ask: Ask
+    ) -> list[tuple[str, float]]:
+        """The k best taxa of a rank: sums over all rows that share the whole path down to it, as pybioclip does."""
+        starts = self.tree.starts(rank)
+        if inside is not None:
+            taxon = np.searchsorted(starts, inside, "right")
+            starts = np.flatnonzero(np.diff(taxon, prepend=0))
+        sums = np.add.reduceat(probabilities, starts)
+        found: dict[str, float] = {}
+        count = 0
+        while len(found) < ask.k and count < len(sums):
+            count = min(2 * count + ask.k + 8, len(sums))
+            best = largest(sums, count)
+            for i in best[np.lexsort((best, -sums[best]))]:
+                members = slice(int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else len(probabilities))
+                at = int(members.start + probabilities[members].argmax())
+                name = self.names[at if inside is None else int(inside[at])]
+                if ask.rank != "auto" or name.split("/")[rank] != "*":  # a blank is no taxon that one could name
+                    found.setdefault(render(name, ask.label_format, rank), _score(sums[i]))
+        return list(found.items())[: ask.k]
+
+
+class _Scored:
+    """The cosines of one picture with the rows that count: bounded at first, exact where it matters."""
+
+    def __init__(
+        self,
+        vecs: NDArray[Any],
+        row: NDArray[np.float32],
+        inside: NDArray[np.int64] | None,
+        query: NDArray[np.float32],
+        error: float,
+        logit_scale: np.float32,
+    ) -> None:
+        self._vecs, self._row, self._inside, self._query = vecs, row, inside, query
+        self._error, self._logit_scale = error, logit_scale
+
+    def best(self, k: int, label_of: Callable[[int], str]) -> list[tuple[str, float]]:
+        """The k best as (label, probability), best first. A text stands once, with its best score."""
+        found: dict[str, np.float32] = {}
+        count = k
+        while True:
+            count = min(2 * count + 8, len(self._row))
+            for at in self._exact(count):
+                found.setdefault(label_of(int(at if self._inside is None else self._inside[at])), self._row[at])
+            if len(found) >= k or count == len(self._row):
+                break
+        top = self._row.max()
+        total = np.exp((self._row - top) * self._logit_scale).sum()
+        return [(text, _score(np.exp((x - top) * self._logit_scale) / total)) for text, x in list(found.items())[:k]]
+
+    def probabilities(self, k: int) -> NDArray[np.float32]:
+        """float32 `[rows]`, which sum to 1; of the k best and of all that weigh much, exact."""
+        self._exact(min(2 * k + 8, len(self._row)))
+        weights = np.exp((self._row - self._row.max()) * self._logit_scale)
+        return np.asarray(weights / weights.sum(), np.float32)
+
+    def _exact(self, count: int) -> NDArray[np.intp]:
+        """Makes what could be among the `count` best exact; -> where those are, best first."""
+        row = self._row
+        if self._error:
+            near = int(np.count_nonzero(row >= row.max() - SUM_COSINE))
+            wanted = min(max(count, min(near, SUM_ROWS)), len(row))
+            candidates = largest(row, wanted)
+            floor = np.partition(row[candidates], -wanted)[-wanted] - 2 * self._error
+            candidates = np.flatnonzero(row >= floor)
+            for start in range(0, len(candidates), EXACT_ROWS):
+                part = candidates[start : start + EXACT_ROWS]
+                at = part if self._inside is None else self._inside[part]
+                row[part] = np.asarray(self._vecs[at], np.float32) @ self._query
+        best = largest(row, count)
+        return best[np.lexsort((best, -row[best]))][:count]
+
+
+def _score(probability: np.floating[Any]) -> float:
+    return min(max(float(probability), 0.0), 1.0)

@@ -1,0 +1,515 @@
+"""The file of a label set's text vectors: built once, kept whole or not at all, mapped into memory, scanned in int8.
+
+`text_vectors.npz` is an ordinary uncompressed npz. Its members begin at multiples of 64 bytes, so a large one is mapped
+from where it lies instead of being read: processes share its pages, and memory that is wanted elsewhere takes them.
+
+    vecs      float32, or float16 if that is over HALF_PRECISION_BYTES: [n, dim], rows of unit length
+    meta      JSON: what the vectors depend on, see `CacheKey`
+    names     UTF-8, one after the other, and `offsets`, int64 [n + 1]; where the set brings its own names
+    depth     uint8 [n]: of lineages in order, the first of their ranks in which a row differs from the one before
+    codes     uint8 [n, dim], `scales` float32 [n], `rotation` float32 [dim, dim]: what `Scan` reads of a large set
+
+Nothing here is unpickled, and every file is written beside its final name and then renamed, so a kill at any moment
+leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import struct
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labels import Encode, Recipe, Vectors, label_vectors
+from machine import step_back, usable_cores
+
+log = logging.getLogger("lumen.vectorfile")
+
+Progress = Callable[[int, int], None]  # (labels done, labels in all)
+
+CACHE_FORMAT = 1
+FILE = "text_vectors.npz"
+SHARD_LABELS = 2048  # computed labels that are kept together; what a kill may cost
+HALF_PRECISION_BYTES = 256 << 20  # a larger float32 matrix is stored as float16 and mapped; logits move by 0.0025
+BLOCK = 8192  # rows that are converted at a time: 25 MB of float32 at 768 dimensions
+PROBE_LABELS = 4  # labels encoded again to see whether a cache still belongs to the model
+PROBE_COSINE = 0.9999
+ALIGNMENT = 64  # bytes
+SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
+SCAN_ROWS = 4096  # a call; what it makes of them stays in a core's cache
+QUERY_STEPS = 63  # 7 bits: a byte times such a step, twice, fits the int16 in which AVX2 adds them up
+
+
+# --- what is in a file ------------------------------------------------------------------------------------------
+
+
+class Damaged(Exception):
+    """A file is not what it should be; the text is for the log."""
+
+
+class Names(Sequence[str]):
+    """Names that stay in the file: only those that are asked for become strings."""
+
+    def __init__(self, text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self._text, self._offsets = text, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        return self._text[self._offsets[at] : self._offsets[at + 1]].tobytes().decode("utf-8")
+
+
+@dataclass(frozen=True)
+class TextVectors:
+    """The vectors of a label set, and what lies beside them in their file."""
+
+    vecs: NDArray[Any]  # float32 or float16 [n, dim]
+    scan: Scan | None = None
+    names: Names | None = None
+    depth: NDArray[np.uint8] | None = None
+    meta: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """All that the text vectors of a label set depend on, apart from the weights, which the probe sees to."""
+
+    model_id: str
+    recipe: str
+    names_sha256: str
+    count: int
+    dim: int
+
+    @classmethod
+    def of(cls, names: Sequence[str], recipe: Recipe, model_id: str, dim: int) -> CacheKey:
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        return cls(model_id, recipe.name, digest, len(names), dim)
+
+    def meta(self) -> dict[str, Any]:
+        return {"format": CACHE_FORMAT, **vars(self)}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    key: CacheKey,
+    rows: Iterable[NDArray[Any]],
+    names: Sequence[str] | None = None,
+    depth: NDArray[np.uint8] | None = None,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Writes `text_vectors.npz`, and what `meta` says of it as JSON for people. Raises OSError.
+
+    `rows`: blocks of unit rows, in all `[key.count, key.dim]`; never more than one of them is in memory. `more` goes
+    into the meta. One rename makes the whole true.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    large = is_large(key.count, key.dim)
+    dtype = np.dtype(np.float16 if large else np.float32)
+    with _replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
+        with _member(archive, "vecs", dtype, (key.count, key.dim)) as (member, at):
+            for block in rows:
+                member.write(np.ascontiguousarray(block, dtype).tobytes())
+        facts = {**key.meta(), "dtype": str(dtype), **(more or {})}
+        if names is not None:
+            encoded = [name.encode() for name in names]
+            _add(archive, "offsets", np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+            _add(archive, "names", np.frombuffer(b"".join(encoded), np.uint8))
+            del encoded
+        if depth is not None:
+            _add(archive, "depth", depth)
+        if large:
+            file.flush()
+            written = np.memmap(file.name, dtype, "r", at, (key.count, key.dim))
+            facts["scan_error"] = _add_codes(archive, written)
+        meta = json.dumps(facts, indent=2).encode()
+        _add(archive, "meta", np.frombuffer(meta, np.uint8))
+    with _replacing(folder / "text_vectors.meta.json") as file:
+        file.write(meta)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def is_large(count: int, dim: int) -> bool:
+    """Whether a set of that size is stored in half precision, mapped, and scanned in int8."""
+    return count * dim * 4 > HALF_PRECISION_BYTES
+
+
+def _add_codes(archive: zipfile.ZipFile, vecs: NDArray[Any]) -> float:
+    """Adds the members of a scan; -> the largest distance between a row and what its codes say.
+
+    Rows are turned by a random rotation first. It changes no product of two vectors that are both turned, and spreads
+    what CLIP's few large dimensions hold, so that the steps of a row's bytes are fine.
+    """
+    count, dim = vecs.shape
+    rotation, triangle = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, dim)))
+    rotation = (rotation * np.sign(np.diag(triangle))).astype(np.float32)
+    scales, error = np.empty(count, np.float32), 0.0
+    with _member(archive, "codes", np.dtype(np.uint8), (count, dim)) as (member, _):
+        for start in range(0, count, BLOCK):
+            turned = vecs[start : start + BLOCK].astype(np.float32) @ rotation
+            steps = np.maximum(np.abs(turned).max(axis=1) / 127, np.finfo(np.float32).tiny)
+            codes = np.rint(turned / steps[:, None])
+            member.write((codes + 128).astype(np.uint8).tobytes())
+            scales[start : start + BLOCK] = steps
+            error = max(error, float(np.linalg.norm(codes * steps[:, None] - turned, axis=1).max()))
+    _add(archive, "scales", scales)
+    _add(archive, "rotation", rotation)
+    return error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a process that was killed has left; another may be at work."""
+    for left in folder.glob(f".{FILE}.*.tmp"):
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _member(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> Iterator[tuple[IO[bytes], int]]:
+    """A member to write an array into, and where in the file that begins: at a multiple of ALIGNMENT."""
+    assert archive.fp is not None
+    header = io.BytesIO()  # itself a multiple of ALIGNMENT
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, facts)
+    info = zipfile.ZipInfo(f"{name}.npy")
+    begin = archive.fp.tell() + 30 + len(info.filename) + 20 + 4  # the local header and its extra fields
+    padding = -begin % ALIGNMENT
+    info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # as Android aligns
+    with archive.open(info, "w", force_zip64=True) as member:
+        member.write(header.getvalue())
+        yield member, begin + padding + header.tell()
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
+    with _member(archive, name, array.dtype, array.shape) as (member, _):
+        member.write(np.ascontiguousarray(array).tobytes())
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, key: CacheKey | None = None) -> TextVectors | None:
+    """What `path` holds if it fits `key`, or None. A large file is mapped, and its checksums are read but once.
+
+    Raises FileNotFoundError, and Damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            meta = json.loads(_array(file, path, members["meta"]).tobytes())
+            if key and any(meta.get(name) != value for name, value in key.meta().items()):
+                log.info("%s was made for another model, label file or recipe", path)
+                return None
+            _check_sums(archive, path)
+            arrays = {name: _array(file, path, info) for name, info in members.items() if name != "meta"}
+        return _text_vectors(arrays, meta)
+    except (FileNotFoundError, Damaged):
+        raise
+    except Exception as error:  # zipfile, json, numpy and tokenize each raise their own kinds on damaged bytes
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> TextVectors:
+    count, dim = int(meta["count"]), int(meta["dim"])
+    vecs = checked(arrays["vecs"], count, dim)
+    names = scan = None
+    if "names" in arrays:
+        text, offsets = arrays["names"], arrays["offsets"]
+        if offsets.shape != (count + 1,) or offsets[0] or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
+            raise Damaged("the offsets of its names")
+        names = Names(text, offsets)
+    depth = arrays.get("depth")
+    if depth is not None and (depth.shape != (count,) or depth.dtype != np.uint8):
+        raise Damaged(f"depth of shape {depth.shape}")
+    if "codes" in arrays:
+        codes, scales, rotation = arrays["codes"], arrays["scales"], arrays["rotation"]
+        if (codes.shape, scales.shape, rotation.shape) != ((count, dim), (count,), (dim, dim)):
+            raise Damaged("the shapes of its codes")
+        scan = Scan(codes, scales, np.array(rotation), float(meta["scan_error"]))
+    return TextVectors(vecs, scan, names, depth, meta)
+
+
+def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """A member where it lies: mapped, and never unpickled."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise Damaged(f"{info.filename} is compressed")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    begin = info.header_offset + 30 + name_length + extra_length
+    file.seek(begin)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise Damaged(f"{info.filename}: not an npy of version 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if fortran or dtype.hasobject or file.tell() + size != begin + info.file_size:
+        raise Damaged(f"{info.filename}: {dtype} of shape {shape}")
+    if path.stat().st_size <= HALF_PRECISION_BYTES:  # not mapped: who truncates a mapped file ends the process
+        return np.frombuffer(file.read(size), dtype).reshape(shape)
+    return np.memmap(path, dtype, "r", file.tell(), shape)
+
+
+def _check_sums(archive: zipfile.ZipFile, path: Path) -> None:
+    """Compares a file with its checksums unless that was done since it was written: 2 GB take a board half a minute."""
+    status, note = path.stat(), path.with_name("text_vectors.checked.json")
+    seen = [status.st_size, status.st_mtime_ns]
+    large = status.st_size > HALF_PRECISION_BYTES
+    if large and note.exists() and json.loads(note.read_text()) == seen:
+        return
+    if damaged := archive.testzip():
+        raise Damaged(f"the checksum of {damaged}")
+    if large:
+        try:
+            note.write_text(json.dumps(seen))
+        except OSError as error:
+            log.debug("cannot note that %s was checked (%s)", path, error)
+
+
+def checked(vecs: NDArray[Any], count: int, dim: int) -> NDArray[Any]:
+    """The vectors, if they are such. Of a large set a sample is looked at. Raises Damaged."""
+    if vecs.shape != (count, dim) or vecs.dtype not in (np.float16, np.float32):
+        raise Damaged(f"shape {vecs.shape}, {vecs.dtype}; expected {(count, dim)}")
+    every = max(1, count // BLOCK) if is_large(count, dim) else 1
+    norms = np.linalg.norm(vecs[::every].astype(np.float32), axis=1)
+    if not (np.abs(norms - 1) < 1e-2).all():
+        raise Damaged("a row is not of unit length")
+    return vecs
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def cached_vectors(
+    folder: Path,
+    names: Sequence[str],
+    recipe: Recipe,
+    encode: Encode,
+    key: CacheKey,
+    older: Sequence[Path] = (),
+    progress: Progress = lambda done, total: None,
+    depth: NDArray[np.uint8] | None = None,
+) -> TextVectors:
+    """The text vectors of a label set, from `folder` or built and kept there.
+
+    A cache is used if its key fits and a few labels, encoded again, give what it holds; so new weights, another
+    tokenizer or another precision are seen without reading gigabytes of weights. `older` are files of earlier
+    layouts, which are taken over on the same terms. A folder that cannot be written costs a warning, not the start.
+    `depth`: of lineages, see `taxa.depths`; then the file holds the names as well.
+    """
+    found = load_or_none(folder / FILE, key)
+    if found is not None and fits(found.vecs, names, recipe, encode):
+        return found
+    for old in older:
+        vecs = _load_older(old, key)
+        if vecs is not None and fits(vecs, names, recipe, encode):
+            log.info("taking over %s", old)
+            blocks: Iterable[NDArray[Any]] = [vecs]
+            break
+    else:
+        blocks = _build(names, recipe, encode, key, folder, progress)
+    if not is_large(key.count, key.dim):
+        blocks = [np.concatenate(list(blocks))]
+    try:
+        save(folder, key, blocks, None if depth is None else names, depth)
+    except OSError as error:
+        log.warning("cannot keep the text vectors in %s (%s); the next start computes them again", folder, error)
+        if is_large(key.count, key.dim):
+            blocks = _build(names, recipe, encode, key, folder, progress)
+        return TextVectors(np.concatenate(list(blocks)), depth=depth)
+    shutil.rmtree(folder / ".building", ignore_errors=True)  # of other keys too, which nobody asks for any more
+    return load(folder / FILE, key) or TextVectors(np.concatenate(list(blocks)), depth=depth)
+
+
+def load_or_none(path: Path, key: CacheKey) -> TextVectors | None:
+    """As `load`; a damaged file is a line in the log."""
+    try:
+        return load(path, key)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        log.warning("%s is damaged (%s); computing it again", path, error)
+        return None
+
+
+def _build(
+    names: Sequence[str], recipe: Recipe, encode: Encode, key: CacheKey, folder: Path, progress: Progress
+) -> Iterator[NDArray[np.float32]]:
+    """Computes the vectors in shards, which a later start takes over if this one is stopped: a kill costs the last."""
+    from tqdm import tqdm
+
+    log.info("computing the text vectors of %d labels (%s)", len(names), recipe.name)
+    shards = _Shards(folder / ".building", key)
+    # A journal gets a line now and then, a terminal a bar.
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=len(names), desc="text vectors", unit="label", mininterval=interval) as bar:
+        for start in range(0, len(names), SHARD_LABELS):
+            shard = names[start : start + SHARD_LABELS]
+            rows = shards.load(start, len(shard))
+            if rows is not None and fits(rows, shard, recipe, encode):
+                bar.update(len(shard))
+                progress(start + len(shard), len(names))
+            else:
+                rows = np.empty((len(shard), key.dim), np.float32)
+                for at in range(0, len(shard), 64):
+                    part = shard[at : at + 64]
+                    rows[at : at + len(part)] = label_vectors(part, recipe, encode)
+                    bar.update(len(part))
+                    progress(start + at + len(part), len(names))
+                if len(names) > SHARD_LABELS:
+                    shards.save(start, rows)
+            yield rows
+
+
+class _Shards:
+    """Parts of a cache that is being built, each a file that is whole or not there; see `save`."""
+
+    def __init__(self, folder: Path, key: CacheKey) -> None:
+        self._folder, self._dim = folder, key.dim
+        self._name = hashlib.sha256(json.dumps(key.meta()).encode()).hexdigest()[:16]
+        self._warned = False
+
+    def load(self, start: int, count: int) -> NDArray[Any] | None:
+        path = self._folder / f"{self._name}-{start}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:  # whose members have checksums, as an npy has not
+                rows: NDArray[Any] = file["rows"]
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # as of `load`
+            log.warning("%s is damaged (%s); computing it again", path, error)
+            return None
+        return rows if rows.shape == (count, self._dim) else None
+
+    def save(self, start: int, rows: NDArray[Any]) -> None:
+        path = self._folder / f"{self._name}-{start}.npz"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, rows=rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if not self._warned:
+                log.warning("cannot keep what is computed in %s (%s); if stopped, it begins again", self._folder, error)
+            self._warned = True
+
+
+def fits(vectors: NDArray[Any], names: Sequence[str], recipe: Recipe, encode: Encode) -> bool:
+    """Whether a few labels, encoded again, give the vectors at hand."""
+    rows = np.unique(np.linspace(0, len(names) - 1, PROBE_LABELS).astype(int))
+    fresh = label_vectors([names[i] for i in rows], recipe, encode)
+    cosines = np.sum(vectors[rows].astype(np.float32) * fresh, axis=1)
+    good = bool((cosines > PROBE_COSINE).all())
+    if not good:
+        log.info("the text vectors at hand belong to another model or recipe (cosine %.4f)", cosines.min())
+    return good
+
+
+def _load_older(path: Path, key: CacheKey) -> NDArray[Any] | None:
+    """`vecs` of an older npz; its `names` are pickled objects and are never looked at."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return checked(file["vecs"], key.count, key.dim)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # as above
+        log.info("%s does not fit (%s)", path, error)
+        return None
+
+
+# --- the scan ---------------------------------------------------------------------------------------------------
+
+
+class Scan:
+    """Cosines of a large set from a byte a number: near enough to find those that are worth computing exactly."""
+
+    def __init__(
+        self, codes: NDArray[np.uint8], scales: NDArray[np.float32], rotation: NDArray[np.float32], error: float
+    ) -> None:
+        """`error`: the largest distance between a row and what its codes say."""
+        import onnxruntime
+
+        self.codes, self._scales, self._rotation, self._error = codes, scales[:, None], rotation, error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
+        self._cores = usable_cores()
+        self.threads = ThreadPoolExecutor(self._cores, "scan", lambda: step_back(5))
+
+    def __call__(self, queries: Vectors) -> tuple[NDArray[np.float32], float]:
+        """float32 `[b, dim]` unit rows -> cosines float32 `[b, n]`, and what none of them is further off than."""
+        turned = queries @ self._rotation
+        parts, steps = _in_steps(turned)
+        found = np.empty((len(queries), len(self.codes)), np.float32)
+
+        def scan(span: range) -> None:
+            for start in span:
+                block = slice(start, min(start + SCAN_ROWS, len(self.codes)))
+                given = {"codes": self.codes[block], "scales": self._scales[block], "parts": parts, "steps": steps}
+                found[:, block] = self._session.run(None, given)[0]
+
+        starts = range(0, len(self.codes), SCAN_ROWS)
+        share = -(-len(starts) // self._cores)
+        list(self.threads.map(scan, [starts[i : i + share] for i in range(0, len(starts), share)]))
+        lost = np.linalg.norm((parts.astype(np.float32) @ steps).T - turned, axis=1).max()
+        # By Cauchy and Schwarz, and what float32 itself rounds away.
+        return found, self._error + (1 + self._error) * float(lost) + 1e-5
+
+
+def _in_steps(queries: Vectors) -> tuple[NDArray[np.int8], Vectors]:
+    """Queries `[b, dim]` as two steps of 7 bits: int8 `[dim, 2 b]`, coarse ones and then fine ones, and float32
+    `[2 b, b]`, of which the product with them is the queries again."""
+    coarse = np.maximum(np.abs(queries).max(axis=1, keepdims=True) / QUERY_STEPS, np.finfo(np.float32).tiny)
+    fine = coarse / (2 * QUERY_STEPS)
+    first = np.rint(queries / coarse)
+    second = np.rint((queries - first * coarse) / fine)
+    parts = np.ascontiguousarray(np.concatenate([first, second]).T, np.int8)
+    return parts, np.concatenate([np.diagflat(coarse), np.diagflat(fine)]).astype(np.float32)
