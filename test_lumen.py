@@ -1860,6 +1860,207 @@ def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.Mo
     assert len(same.top(same.probabilities(vectors[:1])[0], 5)) == 1
 
 
+class TreeOfLife:
+    """A tree of twelve thousand species whose vectors are alike within a genus, and float32 brute force on them."""
+
+    SCALE = 100.0
+
+    def __init__(self, folder: Path) -> None:
+        rng = np.random.default_rng(4)
+        count, dim = 12_000, 96
+        rows = []
+        for i in range(count):
+            genus, family, order = i // 6, i // 60, i // 600
+            ranks = [
+                "Animalia" if i < 9000 else "Plantae",
+                f"P{order // 5}",
+                f"C{order // 2}",
+                f"O{order}",
+                f"F{family}",
+            ]
+            if i % 97 == 0:
+                ranks[2] = ""  # as in thousands of fish
+            epithet = f"e{i % 6}" if i % 1000 else "e1"  # twelve species stand twice
+            rows.append([[*ranks, f"G{genus}", epithet], f"name {i}" if i % 3 else ""])
+        self.names = sorted(taxa.lineage(i, row) for i, row in enumerate(rows))
+        tops = rng.normal(size=(count // 6, dim)) + 0.7 * rng.normal(size=dim)
+        self.rows = backends.unit_rows(np.repeat(tops, 6, axis=0) + 0.7 * rng.normal(size=(count, dim)))
+        self.rows[:, 7] += 2  # as CLIP has: one dimension that is larger than the rest
+        self.rows = backends.unit_rows(self.rows)
+        key = vectorfile.CacheKey("model", "recipe", "sha", count, dim)
+        blocks = [self.rows[start : start + 5000] for start in range(0, count, 5000)]
+        vectorfile.save(folder, key, blocks, self.names, taxa.depths(self.names))
+        self.path = folder / vectorfile.FILE
+        self.stored = vectorfile.load(self.path, key)
+        assert self.stored and self.stored.names
+        self.species = taxa.Species(self.stored.names, self.stored, self.SCALE)
+
+    def queries(self, count: int) -> Any:
+        rng = np.random.default_rng(5)
+        near = self.rows[rng.integers(0, len(self.rows), count)]
+        return backends.unit_rows(near + rng.uniform(0.02, 0.25, (count, 1)) * rng.normal(size=near.shape))
+
+    def brute_force(self, queries: Any) -> tuple[Any, Any]:
+        """Cosines and probabilities in float32 of the rows that are stored."""
+        assert self.stored
+        cosines = queries @ self.stored.vecs.astype(np.float32).T
+        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) * np.float32(self.SCALE))
+        return cosines, weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture(params=["scanned", "small"])
+def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TreeOfLife:
+    if request.param == "scanned":  # as of 100,000 species on
+        monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+        monkeypatch.setattr(vectorfile, "SCAN_ROWS", 1000)
+    tree = TreeOfLife(tmp_path)
+    assert tree.stored and bool(tree.stored.scan) == (request.param == "scanned")
+    return tree
+
+
+def test_a_large_set_is_answered_as_by_brute_force_in_float32(
+    tree_of_life: TreeOfLife, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the right species, for speed. 2,000 queries; the bytes that are scanned decide nothing."""
+    species = tree_of_life.species
+    monkeypatch.setattr(species, "_twins", 0)  # row by row
+    queries, worst = tree_of_life.queries(2000), 0.0
+    for start in range(0, len(queries), 8):
+        part = queries[start : start + 8]
+        cosines, probabilities = tree_of_life.brute_force(part)
+        for k, found, row, p in zip(
+            (1, 5, 100) * 3,
+            species.answers(part, [taxa.Ask(k) for k in (1, 5, 100, 1, 5, 100, 1, 5)]),
+            cosines,
+            probabilities,
+            strict=False,
+        ):
+            expected: dict[str, int] = {}
+            for i in np.argsort(-row, kind="stable")[: k + 10]:
+                expected.setdefault(tree_of_life.names[i], i)
+            assert len(found.labels) == k
+            for (label, score), (name, at) in zip(found.labels, expected.items(), strict=False):
+                # float32 adds up in no fixed order: what it cannot tell apart may stand either way round.
+                assert label == name or abs(row[expected[label]] - row[at]) < 1e-6
+                worst = max(worst, abs(score - float(p[at])))
+    assert worst < 1e-3, worst
+
+
+def test_ranks_are_summed_as_pybioclip_does(tree_of_life: TreeOfLife) -> None:
+    """Lost otherwise: "some finch" where no single finch is certain, and agreement with BioCLIP's own library."""
+    from bioclip.predict import Rank, TreeOfLifeClassifier
+    from torch import from_numpy
+
+    pybioclip = TreeOfLifeClassifier.__new__(TreeOfLifeClassifier)
+    rows = [name.replace("*", "").split("/") for name in tree_of_life.names]
+    vars(pybioclip).update(txt_names=[[slots[:7], slots[7]] for slots in rows], _subset_txt_names=None)
+    queries = tree_of_life.queries(4)
+    _, probabilities = tree_of_life.brute_force(queries)
+    for rank in taxa.RANKS[:-1]:
+        asks = [taxa.Ask(5, rank=rank)] * len(queries)
+        for found, p in zip(tree_of_life.species.answers(queries, asks), probabilities, strict=True):
+            theirs = pybioclip.format_grouped_probs("picture", from_numpy(p), Rank[rank.upper()], k=5)
+            assert [score for _, score in found.labels] == pytest.approx([row["score"] for row in theirs], abs=1e-3)
+            known = {}
+            for row in theirs:
+                slots = [row[name] or "*" for name in taxa.RANKS[: taxa.RANKS.index(rank) + 1]]
+                known["/".join(slots + ["*"] * (8 - len(slots)))] = row["score"]
+            for label, score in found.labels:  # the fifth and the sixth may be as likely as each other
+                assert score == pytest.approx(known.get(label, min(known.values())), abs=1e-3)
+    for found, p in zip(tree_of_life.species.answers(queries, [taxa.Ask(3)] * 4), probabilities, strict=True):
+        theirs = pybioclip.format_species_probs("picture", from_numpy(p), k=3)
+        assert found.labels[0][1] >= theirs[0]["score"] - 1e-3  # ours adds up rows of one species
+
+
+def test_the_deepest_rank_that_is_certain_enough_is_answered(tree_of_life: TreeOfLife) -> None:
+    """Lost otherwise: a wrong species where the right genus was known."""
+    queries = tree_of_life.queries(60)
+    certain = [taxa.Ask(3, rank="auto", min_score=0.35)] * len(queries)
+    found = tree_of_life.species.answers(queries, certain)
+    assert len({answer.rank for answer in found}) > 2
+    for query, answer in zip(queries, found, strict=True):
+        assert answer.labels[0][1] >= 0.35 and len(answer.labels) > 1  # with runners-up
+        for deeper in taxa.RANKS[taxa.RANKS.index(answer.rank) + 1 :]:
+            [best] = tree_of_life.species.answers(query[None], [taxa.Ask(1, rank=deeper)])
+            assert best.labels[0][1] < 0.351 or best.labels[0][0].split("/")[taxa.RANKS.index(deeper)] == "*"
+    assert tree_of_life.species.answers(queries[:1], [taxa.Ask(3, rank="auto", min_score=1.0)])[0].rank != "species"
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (("Plantae",), lambda slots: slots[0] == "Plantae"),
+        (("animalia",), lambda slots: slots[0] == "Animalia"),
+        (("Animalia/P0/C1",), lambda slots: slots[:3] == ["Animalia", "P0", "C1"]),
+        (("G700", "F3"), lambda slots: slots[5] == "G700" or slots[4] == "F3"),
+        (("G700 e3", "G701 e9", "G7"), lambda slots: slots[5:7] == ["G700", "e3"] or slots[5] == "G7"),
+    ],
+)
+def test_a_taxon_or_a_list_of_names_is_all_that_is_chosen_from(
+    tree_of_life: TreeOfLife, names: tuple[str, ...], rows: Callable[[list[str]], bool]
+) -> None:
+    """Lost otherwise: a garden in Europe is offered kangaroos. As if the other species were not in the set at all."""
+    inside, unknown = tree_of_life.species.tree.within(names)
+    assert unknown == [name for name in names if name == "G701 e9"]
+    assert inside.tolist() == [i for i, name in enumerate(tree_of_life.names) if rows(name.split("/"))]
+    queries = tree_of_life.queries(16)
+    cosines, _ = tree_of_life.brute_force(queries)
+    for rank in ("species", "family", "auto"):
+        found = tree_of_life.species.answers(queries, [taxa.Ask(3, rank=rank, within=inside)] * 16)
+        for answer, row in zip(found, cosines[:, inside], strict=True):
+            assert all(rows(label.split("/")) or rank != "species" for label, _ in answer.labels)
+            if rank == "species" and len(answer.labels) == 3:
+                weights = np.exp((row - row.max()) * 100)
+                assert answer.labels[0][1] == pytest.approx(weights.max() / weights.sum(), abs=1e-3) or answer.labels[
+                    0
+                ][1] > (weights.max() / weights.sum())
+
+
+def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: gigabytes of a small board's memory, and the seconds of reading them at every start."""
+    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    tree = TreeOfLife(tmp_path)
+    assert tree.stored and tree.stored.scan
+    for array in (tree.stored.vecs, tree.stored.scan.codes):
+        assert isinstance(array, np.memmap) and array.offset % 64 == 0 and array.ctypes.data % 64 == 0
+    with np.load(tree.path, allow_pickle=False) as plain:  # and is an npz like any other
+        assert np.array_equal(plain["vecs"], tree.stored.vecs) and plain["codes"].dtype == np.uint8
+    note = tmp_path / "text_vectors.checked.json"
+    assert note.exists()
+    whole = tree.path.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2, len(whole) * 4 // 5):
+        garbled = bytearray(whole)
+        garbled[at] ^= 1
+        tree.path.write_bytes(garbled)
+        with pytest.raises(vectorfile.Damaged):
+            vectorfile.load(tree.path)
+
+
+def test_species_are_asked_by_rank_and_place(node: Node) -> None:
+    """Lost otherwise: everything of the above, for everybody who is not Python."""
+    fox = encoded(picture(RED))
+    answer = node.ask("bioclip_classify", fox, rank="genus")
+    [first, *_] = json.loads(answer.result)["labels"]
+    assert answer.meta["rank"] == "genus" and first["label"].endswith("/*/*") and first["label"].count("/") == 7
+    everything = node.result("bioclip_classify", fox, topk="100")["labels"]
+    kingdoms = {row["label"].split("/")[0] for row in everything}
+    assert len(kingdoms) > 1
+    for kingdom in kingdoms:
+        answer = node.ask("bioclip_classify", fox, within=f"{kingdom}, Nessiteras rhombopteryx", topk="100")
+        rows = json.loads(answer.result)["labels"]
+        assert {row["label"].split("/")[0] for row in rows} == {kingdom} and answer.meta["within_unknown"] == "1"
+        assert sum(row["score"] for row in rows) == pytest.approx(1, abs=1e-3)
+    assert node.ask("bioclip_classify", fox, rank="auto").meta["rank"] in (*taxa.RANKS, "none")
+    assert node.result("bioclip_classify", fox, min_score="1")["labels"] == []
+    for meta, said in (
+        ({"rank": "tribe"}, "meta rank: 'tribe'; allowed: kingdom, "),
+        ({"min_score": "1.5"}, "meta min_score: '1.5'; allowed: a number from 0 to 1"),
+        ({"within": "Nessie"}, "meta within: no taxon of this label set: Nessie"),
+        ({"within": "[1]"}, "meta within: allowed: 1 to 10000 taxa"),
+    ):
+        assert said in node.ask("bioclip_classify", fox, **meta).error.message
+
+
 def test_the_scan_graph_is_what_its_script_makes() -> None:
     """Lost otherwise: a binary file that nobody can read."""
     from gen import scan

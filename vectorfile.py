@@ -202,7 +202,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def _sweep(folder: Path) -> None:
     """Removes what a process that was killed has left; another may be at work."""
-    for left in folder.glob(f".{FILE}.*.tmp"):
+    for left in folder.glob(".text_vectors.*.tmp"):
         if time.time() - left.stat().st_mtime > 3600:
             left.unlink(missing_ok=True)
 
