@@ -52,6 +52,7 @@ PROBE_COSINE = 0.9999
 ALIGNMENT = 64  # bytes
 SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
 SCAN_ROWS = 4096  # a call; what it makes of them stays in a core's cache
+MIN_COLUMNS = 8  # fewer take ONNX Runtime longer
 QUERY_STEPS = 63  # 7 bits: a byte times such a step, twice, fits the int16 in which AVX2 adds them up
 
 
@@ -505,11 +506,15 @@ class Scan:
 
 
 def _in_steps(queries: Vectors) -> tuple[NDArray[np.int8], Vectors]:
-    """Queries `[b, dim]` as two steps of 7 bits: int8 `[dim, 2 b]`, coarse ones and then fine ones, and float32
-    `[2 b, b]`, of which the product with them is the queries again."""
+    """Queries `[b, dim]` as two steps of 7 bits: int8 `[dim, p]`, coarse ones and then fine ones, and float32 `[p, b]`,
+    with which their product is the queries again; p is 2 b or more."""
     coarse = np.maximum(np.abs(queries).max(axis=1, keepdims=True) / QUERY_STEPS, np.finfo(np.float32).tiny)
     fine = coarse / (2 * QUERY_STEPS)
     first = np.rint(queries / coarse)
     second = np.rint((queries - first * coarse) / fine)
-    parts = np.ascontiguousarray(np.concatenate([first, second]).T, np.int8)
-    return parts, np.concatenate([np.diagflat(coarse), np.diagflat(fine)]).astype(np.float32)
+    count = len(queries)
+    columns = max(2 * count, MIN_COLUMNS)
+    parts, steps = np.zeros((queries.shape[1], columns), np.int8), np.zeros((columns, count), np.float32)
+    parts[:, : 2 * count] = np.concatenate([first, second]).T
+    steps[: 2 * count] = np.concatenate([np.diagflat(coarse), np.diagflat(fine)])
+    return parts, steps
