@@ -36,6 +36,7 @@ from tasks import (
     IMAGE_MIMES,
     OWN_LABELS_MAX,
     TASKS,
+    TAXA_MAX,
     TEXT_BYTES_MAX,
     TEXT_MIMES,
     TOPK_MAX,
@@ -45,6 +46,7 @@ from tasks import (
     prepare,
     read_meta,
 )
+from taxa import LABEL_FORMATS, RANKS
 from watch import Journal, Traffic
 
 log = logging.getLogger("lumen.service")
@@ -522,6 +524,9 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             limits |= {"topk_default": str(task.topk), "topk_max": str(TOPK_MAX)}
         else:
             limits["dim"] = str(backend.dim)
+        if task.species:
+            limits |= {"label_formats": ",".join(LABEL_FORMATS), "ranks": ",".join((*RANKS, "auto"))}
+            limits["within_max"] = str(TAXA_MAX)
         if task.own_labels:
             limits["labels_max"] = str(OWN_LABELS_MAX)
         tensor_id = backend.preprocess.tensor_id if task.tensor else ""

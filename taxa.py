@@ -121,14 +121,18 @@ class Tree:
         A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), the name of a genus or of anything above
         ("Aves"), or a binomial ("Vulpes vulpes"); upper and lower case are one but in a lineage.
         """
-        spans, unknown = [], []
+        spans: set[tuple[int, int]] = set()
+        unknown = []
         for name in taxa:
             found = self._spans(name.strip())
-            spans += found
+            spans.update(found)
             if not found:
                 unknown.append(name)
-        rows = np.concatenate([np.arange(start, stop) for start, stop in spans]) if spans else np.empty(0, np.int64)
-        return np.unique(rows), unknown
+        rows, end = [], 0
+        for start, stop in sorted(spans):  # which may lie in one another
+            rows.append(np.arange(max(start, end), max(stop, end)))
+            end = max(stop, end)
+        return np.concatenate([np.empty(0, np.int64), *rows]), unknown
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
         if "/" in name:

@@ -1992,7 +1992,7 @@ def test_the_deepest_rank_that_is_certain_enough_is_answered(tree_of_life: TreeO
         (("Plantae",), lambda slots: slots[0] == "Plantae"),
         (("animalia",), lambda slots: slots[0] == "Animalia"),
         (("Animalia/P0/C1",), lambda slots: slots[:3] == ["Animalia", "P0", "C1"]),
-        (("G700", "F3"), lambda slots: slots[5] == "G700" or slots[4] == "F3"),
+        (("G700", "F3", "g35", "f3"), lambda slots: slots[5] in ("G700", "G35") or slots[4] == "F3"),
         (("G700 e3", "G701 e9", "G7"), lambda slots: slots[5:7] == ["G700", "e3"] or slots[5] == "G7"),
     ],
 )
