@@ -495,14 +495,14 @@ def measure_scoring(folder: Path, count: int = 867_455, dim: int = 768) -> str:
             yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     try:
-        stored = vectorfile.load(folder / vectorfile.FILE, key)
+        stored = vectorfile.load(folder / vectorfile.FILE, key.meta())
     except FileNotFoundError:
         names = [f"a/b/c/d/{i // 400:05}/{i // 8:07}/{i % 8}/*" for i in range(count)]
         vectorfile.save(folder, key, blocks(), names, taxa.depths(names))
-        stored = vectorfile.load(folder / vectorfile.FILE, key)
+        stored = vectorfile.load(folder / vectorfile.FILE, key.meta())
     assert stored and stored.scan and stored.names
     anonymous, started = anonymous_mb(), time.perf_counter()
-    stored = vectorfile.load(folder / vectorfile.FILE, key)
+    stored = vectorfile.load(folder / vectorfile.FILE, key.meta())
     assert stored and stored.scan and stored.names
     species = taxa.Species(stored.names, stored, 100.0)
     ready = time.perf_counter() - started

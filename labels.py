@@ -1,4 +1,4 @@
-"""Label sets: names, prompts, text vectors, their cache files, scoring and top-k.
+"""Label sets: names, prompts, scoring and top-k. `python labels.py build|info|verify` makes those of species.
 
 Knows nothing of models or gRPC: whoever builds a label set hands in a function that turns texts into vectors, and may
 hand in one that compares vectors faster than numpy does.
@@ -107,20 +107,28 @@ def _parse_imagenet(content: Any) -> list[str]:
 
 def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list[str]]) -> list[str]:
     """The names in `path`, fetched once from a hub dataset. Raises LabelError."""
-    if path.is_file():
-        return read_names(path, f"{path}: not the file {filename} of {repo}", parse)
+    if not path.is_file():
+        wrong = f"the hub's {filename} of {repo} is not what it should be"
+        return fetch_file(path, repo, filename, check=lambda staged: read_names(staged, wrong, parse))
+    return read_names(path, f"{path}: not the file {filename} of {repo}", parse)
+
+
+def fetch_file(
+    path: Path, repo: str, filename: str, revision: str | None = None, *, check: Callable[[Path], list[str]]
+) -> list[str]:
+    """Downloads a file of a hub dataset to `path`; -> what `check` makes of it. Raises LabelError, as `check` may."""
     from huggingface_hub import hf_hub_download
 
     staging = path.parent / ".download"
     log.info("downloading %s of %s", filename, repo)
     try:
-        staged = Path(hf_hub_download(repo, filename, repo_type="dataset", local_dir=staging))
+        staged = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=staging))
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
         log.debug("download failed", exc_info=True)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise LabelError(f"cannot download {filename} of the hub dataset {repo} ({reason})") from error
     try:
-        names = read_names(staged, f"the hub's {filename} of {repo} is not what it should be", parse)
+        names = check(staged)
     except LabelError:
         staged.unlink()  # a later start shall ask the hub again
         raise
@@ -240,3 +248,11 @@ def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     if count >= len(maxima):
         return np.argpartition(-values, count - 1)[:count]
     return np.flatnonzero(values >= np.partition(maxima, -count)[-count])
+
+
+if __name__ == "__main__":
+    import sys
+
+    from treeoflife import main  # which is built on this module
+
+    sys.exit(main())

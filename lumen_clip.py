@@ -23,13 +23,12 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from google.protobuf import empty_pb2
 
 import backends
 import labels
-import taxa
 import vectorfile
 import watch
 from backends import Backend
@@ -37,12 +36,12 @@ from doors import Beacon
 from engine import Engine
 from inputs import BackendError
 from labels import LabelError, LabelSet
+from loading import SpeciesLoader
 from machine import trim_memory
 from service import Daemon, start_server
 from settings import VERSION, SettingError, Settings, demo_environment
 from tasks import Model, Models
 from taxa import Species
-from vectorfile import TextVectors
 
 log = logging.getLogger("lumen")
 
@@ -50,8 +49,15 @@ DRAIN_S = 20  # for requests in work when the daemon is told to stop
 TRAFFIC_LOG_S = 60  # between two lines that say what went through
 
 
-def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) -> Models:
-    """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError."""
+Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
+
+
+def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) -> Loaded:
+    """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError.
+
+    Species that are not at hand are left to the loader.
+    """
+    loader: SpeciesLoader | None = None
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
     sets: dict[str, LabelSet | Species] = {}
     notices: list[str] = []
@@ -68,47 +74,45 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
         if settings.lumen_tune:
             say(f"trying how {backend.model_id} runs best here")
             tuning = backends.tuned(backend, settings.batch_size_of(name), folder)
-        loaded[name] = Model(backend, name, engine, settings.batch_size_of(name), tuning)
+        model = loaded[name] = Model(backend, name, engine, settings.batch_size_of(name), tuning)
         log.info(
             "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
         )
         if backend.notice and backend.notice not in notices:
             notices.append(backend.notice)
             log.warning("%s: %s", backend.model_id, backend.notice)
-        sets |= _label_sets(name, backend, folder, settings, say)
-        if name == "bioclip":
+        if name == "clip":
+            sets |= _label_sets(backend, folder, settings, say)
+            continue
+        loader = SpeciesLoader(settings.bioclip_labels, model, folder, settings.lumen_data_dir, engine)
+        if species := loader.at_once(say):
+            sets["species"], loader = species, None
             # Only bioclip_embed asks for it from here on, and BioCLIP-2's takes half a gigabyte. People who search do
             # so with CLIP's, which stays.
             backend.rest_text()
-    return Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size)
+    models = Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size)
+    return models, loader
 
 
-def _label_sets(
-    name: str, backend: Backend, folder: Path, settings: Settings, say: Callable[[str], None]
-) -> dict[str, LabelSet | Species]:
-    """`folder` keeps what belongs to this model on this runtime."""
+def _label_sets(backend: Backend, folder: Path, settings: Settings, say: Callable[[str], None]) -> dict[str, LabelSet]:
+    """CLIP's; `folder` keeps what belongs to this model on this runtime."""
 
     def encode(texts: list[str]) -> labels.Vectors:
         return backend.encode_text(backend.tokenize(texts))
 
-    def vectors_of(names: list[str], recipe: labels.Recipe, older: Sequence[Path], depth: Any = None) -> TextVectors:
-        say(f"text vectors of {len(names)} labels for {backend.model_id}")
-        key = vectorfile.CacheKey.of(names, recipe, backend.model_id, backend.dim)
-        doing = f"computing text vectors for {backend.model_id}"
-        return vectorfile.cached_vectors(
-            *(folder, names, recipe, encode, key, older),
-            lambda done, total: say(f"{doing}: {done} of {total} labels"),
-            depth,
-        )
-
-    if name == "bioclip":
-        names = taxa.species_names(settings.lumen_data_dir, settings.bioclip_labels)
-        found = vectors_of(names, taxa.RECIPE, (), taxa.depths(names))
-        return {"species": Species(found.names or names, found, backend.logit_scale)}
     own = settings.clip_labels
     names = labels.class_names(settings.lumen_data_dir, own)
     recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
-    found = vectors_of(names, recipe, sorted((settings.lumen_data_dir / name).glob("*_imagenet_vectors.npz")))
+    say(f"text vectors of {len(names)} labels for {backend.model_id}")
+    found = vectorfile.cached_vectors(
+        folder,
+        names,
+        recipe,
+        encode,
+        vectorfile.CacheKey.of(names, recipe, backend.model_id, backend.dim),
+        sorted((settings.lumen_data_dir / "clip").glob("*_imagenet_vectors.npz")),
+        lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
+    )
     scenes = labels.label_vectors(labels.SCENES, labels.SCENE_RECIPE, encode)
     return {
         "classes": LabelSet(names, found.vecs, backend.logit_scale),
@@ -141,7 +145,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def load_in_background(daemon: Daemon, done: Callable[[Models | BaseException], None]) -> None:
+def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
     """Loads on its own thread, so that signals and RPCs are heard meanwhile."""
 
     def say(text: str) -> None:
@@ -208,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     daemon.journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
 
-    events: queue.SimpleQueue[Models | BaseException | None] = queue.SimpleQueue()  # None: told to stop
+    events: queue.SimpleQueue[Loaded | BaseException | None] = queue.SimpleQueue()  # None: told to stop
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: events.put(None))
     load_in_background(daemon, events.put)
@@ -219,13 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(event, BaseException):
         _report(event)
         _leave(1)
-    assert isinstance(event, Models)
-    daemon.serve(event)
+    models, loader = event
+    daemon.serve(models)
+    if loader:
+        loader.in_background(models, lambda text: notify(f"STATUS={text}"))
     capability = daemon.GetCapabilities(empty_pb2.Empty(), None)
     beacon = Beacon(settings, options.host, port, capability.runtime)
     trim_memory()
     notify("READY=1\nSTATUS=serving")
-    log.info("ready: %s", ", ".join(task.name for task in event.offered()))
+    log.info("ready: %s", ", ".join(task.name for task in models.offered()))
     if trouble := supervise(daemon, beacon, events):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
@@ -245,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def supervise(daemon: Daemon, beacon: Beacon, events: queue.SimpleQueue[Models | BaseException | None]) -> str:
+def supervise(daemon: Daemon, beacon: Beacon, events: queue.SimpleQueue[Loaded | BaseException | None]) -> str:
     """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
     systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
@@ -274,7 +280,7 @@ def _report(error: BaseException) -> None:
         log.critical("loading the models failed", exc_info=error)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     """Ends the process while a load may be deep in native code, which an orderly exit would wait for."""
     sys.stderr.flush()
     os._exit(status)

@@ -41,6 +41,7 @@ from tasks import (
     TEXT_MIMES,
     TOPK_MAX,
     Models,
+    NotReady,
     Request,
     Task,
     prepare,
@@ -313,7 +314,7 @@ class Stream:
                 raise error or BadInput("the client has left")
             task = self._task(request.task)
             read_meta(task, request)
-        except BadInput as bad:
+        except (BadInput, NotReady) as bad:
             self._daemon.budget.give(size)
             job.finish(bad)
             return
@@ -328,6 +329,8 @@ class Stream:
             if task.name == name:
                 return task
         allowed = ", ".join(task.name for task in offered)
+        if name in TASKS and TASKS[name].only_species and self._models.progress:
+            self._models.ask_species()
         reason = "its model is switched off here" if name in TASKS else "unknown"
         raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {allowed}")
 
@@ -370,13 +373,20 @@ class Stream:
         )
 
 
-OUTCOMES = {0: "ok", pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument", pb.ERROR_CODE_INTERNAL: "internal"}
+OUTCOMES = {
+    0: "ok",
+    pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument",
+    pb.ERROR_CODE_UNAVAILABLE: "unavailable",
+    pb.ERROR_CODE_INTERNAL: "internal",
+}
 
 
 def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
     """An error has an empty result and result_mime, so that no client takes it for an answer."""
     if isinstance(error, BadInput):
         code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
+    elif isinstance(error, NotReady):
+        code, text = pb.ERROR_CODE_UNAVAILABLE, str(error)
     else:
         # The client gets a number, the log gets the story.
         code, text = pb.ERROR_CODE_INTERNAL, f"internal error {uuid.uuid4().hex[:8]}; the daemon's log says more"
@@ -502,6 +512,9 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             extra[f"{name}_batch_size"] = str(loaded[name].image.batch_size)
             if tuning := loaded[name].tuning:
                 extra[f"{name}_images_per_s"] = f"{tuning.images_per_s:.1f}"
+        if "bioclip" in loaded:
+            there = f"{len(models.species):,} species" if models.species else "none"
+            extra["bioclip_labels"] = str(models.progress or there)
         return pb.Capability(
             service_name=service,
             model_ids=[back.model_id for back in backs.values()],

@@ -24,6 +24,7 @@ from inputs import BadInput, Preprocess
 from labels import LabelSet
 from settings import Settings
 from taxa import LABEL_FORMATS, RANKS, Ask, Species
+from treeoflife import Progress
 
 TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
 OWN_LABELS_MAX = 256  # labels a caller may bring
@@ -77,6 +78,10 @@ class Model:
         return [found[key] for key in keys]
 
 
+class NotReady(Exception):
+    """Something is asked for that is not there yet; the text is for the client."""
+
+
 class Models:
     """All that the tasks work with; `clip` or `bioclip` is None when its backend is "none"."""
 
@@ -88,11 +93,27 @@ class Models:
         sets: Mapping[str, LabelSet | Species],  # "classes", "scenes", "species"
         batch_size: int,
     ) -> None:
-        self.clip, self.bioclip, self._sets = clip, bioclip, sets
-        self._lines = {
-            name: engine.line(f"{name} scoring", self._scorer(labelset), batch_size, Line.SCORING)
-            for name, labelset in sets.items()
-        }
+        self.clip, self.bioclip = clip, bioclip
+        self.species: Species | None = None
+        self.progress: Progress | None = None  # of species that are not there yet
+        self._engine, self._batch_size = engine, batch_size
+        self._lines = {name: self._line(name, labelset) for name, labelset in sets.items()}
+        if isinstance(species := sets.get("species"), Species):
+            self.species = species
+
+    def add_species(self, species: Species) -> None:
+        """For a daemon that serves already."""
+        self._lines["species"] = self._line("species", species)
+        self.species, self.progress = species, None
+
+    def ask_species(self) -> Species:
+        """Raises NotReady."""
+        if self.species is None:
+            raise NotReady(f"species are not here yet: {self.progress or 'loading'}")
+        return self.species
+
+    def _line(self, name: str, labelset: LabelSet | Species) -> Line:
+        return self._engine.line(f"{name} scoring", self._scorer(labelset), self._batch_size, Line.SCORING)
 
     @staticmethod
     def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
@@ -115,14 +136,9 @@ class Models:
         return model
 
     def offered(self) -> list[Task]:
-        return [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
-
-    @property
-    def species(self) -> Species:
-        """The set of a task that is offered."""
-        species = self._sets["species"]
-        assert isinstance(species, Species)
-        return species
+        """The tasks that work now; see `NotReady`."""
+        there = [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
+        return [task for task in there if self.species or not task.only_species]
 
     def best(self, labelset: str, vector: Any, ask: int | Ask) -> Generator[Any, Any, Any]:
         """Step: the k best labels of a built-in set, or what is asked of the species."""
@@ -173,6 +189,7 @@ def clip_classify(models: Models, request: Request) -> Steps:
 
 def bioclip_classify(models: Models, request: Request) -> Steps:
     bioclip = models.ask("bioclip")
+    models.ask_species()
     vector = (yield bioclip.image, [request.pixels["bioclip"]])[0]
     ask = Ask(request.topk, request.label_format, request.rank, request.min_score, request.rows)
     found = yield from models.best("species", vector, ask)
@@ -241,6 +258,7 @@ class Task:
     topk: int = 0  # default; 0: the task has none
     own_labels: bool = False
     species: bool = False  # takes `label_format`, `rank`, `min_score` and `within`
+    only_species: bool = False  # cannot be answered without them
     tensor: bool = False  # takes ready-made tensors, where the model's recipe has an id
 
     @property
@@ -255,7 +273,16 @@ TASKS = {
         Task("clip_embed", _embed_text("clip"), ("clip",), "text"),
         Task("clip_image_embed", _embed_image("clip"), ("clip",), "image"),
         Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, species=True),
-        Task("bioclip_classify", bioclip_classify, ("bioclip",), "image", topk=3, species=True, tensor=True),
+        Task(
+            "bioclip_classify",
+            bioclip_classify,
+            ("bioclip",),
+            "image",
+            topk=3,
+            species=True,
+            only_species=True,
+            tensor=True,
+        ),
         Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
         Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
     )
@@ -377,7 +404,7 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings) ->
         request.tokens = models.ask(task.models[0]).backend.tokenize([prompt])
         return
     if request.within:
-        request.rows, unknown = models.species.tree.within(request.within)
+        request.rows, unknown = models.ask_species().tree.within(request.within)
         request.unknown_taxa = len(unknown)
         if not len(request.rows):
             raise BadInput(f"meta within: no taxon of this label set: {', '.join(unknown)[:200]}")

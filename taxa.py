@@ -13,13 +13,12 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labels import Recipe, Vectors, cosines, label_file, largest, read_names
+from labels import Recipe, Vectors, cosines, largest
 from vectorfile import TextVectors
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
@@ -30,25 +29,6 @@ AFTER_SLASH = "0"  # the character that follows "/" in order
 # are nearly all of what the softmax sums up.
 SUM_COSINE, SUM_ROWS = 0.05, 4096
 EXACT_ROWS = 8192  # at a time: 25 MB of float32 at 768 dimensions
-
-
-def species_names(data_dir: Path, own: str = "") -> list[str]:
-    """One lineage a row, in order.
-
-    From the file `own`, a JSON list of `[[kingdom, ..., species], common name]`, or else TreeOfLife-10M's, which has
-    that form. Raises LabelError.
-    """
-    if own:
-        complaint = f"BIOCLIP_LABELS={own}: allowed: a JSON list of [[kingdom, ..., species], common name]"
-        return read_names(Path(own), complaint, _parse_species)
-    path = data_dir / "bioclip" / "txt_emb_species.json"
-    return label_file(path, "imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json", _parse_species)
-
-
-def _parse_species(content: Any) -> list[str]:
-    if not isinstance(content, list) or not content:
-        raise ValueError("not a list of rows")
-    return sorted(lineage(index, row) for index, row in enumerate(content))
 
 
 def lineage(index: int, row: Any) -> str:

@@ -60,6 +60,7 @@ import npu
 import service
 import tasks
 import taxa
+import treeoflife
 import vectorfile
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -1891,7 +1892,7 @@ class TreeOfLife:
         blocks = [self.rows[start : start + 5000] for start in range(0, count, 5000)]
         vectorfile.save(folder, key, blocks, self.names, taxa.depths(self.names))
         self.path = folder / vectorfile.FILE
-        self.stored = vectorfile.load(self.path, key)
+        self.stored = vectorfile.load(self.path, key.meta())
         assert self.stored and self.stored.names
         self.species = taxa.Species(self.stored.names, self.stored, self.SCALE)
 
@@ -2034,6 +2035,167 @@ def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.Monke
         tree.path.write_bytes(garbled)
         with pytest.raises(vectorfile.Damaged):
             vectorfile.load(tree.path)
+
+
+MANY = [  # more than are computed before the daemon is ready
+    [["Animalia", "Chordata", "Aves", "Passeriformes", f"Family{i // 30}", f"Genus{i // 5}", f"e{i % 5}"], f"bird {i}"]
+    for i in range(2100)
+]
+
+
+def species_of(tiny_onnx: Path, data: Path, source: Any = "", **more: Any) -> Node:
+    label_files(data)
+    model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}
+    return Node(data, **model, BIOCLIP_LABELS=source, **more)
+
+
+def bioclip_labels(node: Node) -> str:
+    return str(node.stub.GetCapabilities(Empty()).extra["bioclip_labels"])
+
+
+def test_species_come_while_the_rest_is_served_and_a_kill_costs_little(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: everything, for the days that a board computes the tree of life; and then all of it again."""
+    (tmp_path / "many.json").write_text(json.dumps(MANY))
+    photo = encoded(picture(RED))
+
+    def start() -> Node:
+        return species_of(tiny_onnx, tmp_path / "data", tmp_path / "many.json").ready()
+
+    node = start()
+    try:
+        said = bioclip_labels(node)
+        answer = node.ask("bioclip_classify", photo)
+        if "species" not in said:  # a fast machine may have them by now
+            assert ("many.json: " in said and " of 2,100 labels" in said) or "beginning" in said
+            assert (
+                answer.error.code == pb.ERROR_CODE_UNAVAILABLE and "species are not here yet: " in answer.error.message
+            )
+            assert "bioclip_classify" not in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
+        assert node.result("clip_classify", photo)["labels"] and node.result("bioclip_embed", b"a bird")["vector"]
+        wait_until(lambda: bool(list((tmp_path / "data").rglob(".building/*.npz"))), 120)
+        node.process.kill()
+        node.process.wait()
+        node = start()
+        wait_until(lambda: bioclip_labels(node) == "2,100 species", 120)
+        assert node.result("bioclip_classify", photo)["labels"][0]["label"].startswith("Animalia/Chordata/Aves/")
+        assert "bioclip_classify" in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
+    finally:
+        node.stop()
+    (tmp_path / "many.json").write_text(
+        "[" + json.dumps(MANY)[1:]
+    )  # the same bytes: nothing is computed or parsed again
+    node = start()
+    assert bioclip_labels(node) == "2,100 species" and "computing the text vectors of 2100" not in node.log
+    node.stop()
+
+
+def test_a_tree_that_is_made_on_a_pc_is_copied_to_the_board(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the one way to the tree of life that does not take a board days."""
+    (tmp_path / "many.json").write_text(json.dumps(MANY))
+    made = tmp_path / "made"
+
+    def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "labels.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    model = ("--model", tiny_onnx, "--backend", "onnxrt")
+    built = run("build", "--labels", tmp_path / "many.json", *model, "--to", made)
+    assert built.returncode == 0 and "2,100 species" in built.stdout, built.stderr
+    assert {path.name for path in made.iterdir()} == {"text_vectors.npz", "text_vectors.meta.json"}
+    told = run("info", made).stdout
+    assert "model_id: tiny" in told and "70 family, 420 genus, 2,100 species" in told
+    assert run("verify", made).returncode == 0
+    node = species_of(tiny_onnx, tmp_path / "data", made).ready()
+    assert bioclip_labels(node) == "2,100 species"
+    assert node.result("bioclip_classify", encoded(picture(RED)))["labels"]
+    node.stop()
+    whole = bytearray((made / "text_vectors.npz").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (made / "text_vectors.npz").write_bytes(whole)
+    for wrong in (
+        run("verify", made),
+        run("info", tmp_path),
+        run("build", "--labels", "nowhere", *model, "--to", made),
+    ):
+        assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
+    node = species_of(tiny_onnx, tmp_path / "data", made)
+    assert node.process.wait(60) == 1 and f"BIOCLIP_LABELS={made}: text_vectors.npz cannot be used" in node.log
+
+
+def published_tree(folder: Path, tiny_onnx: Path, count: int = 2100) -> tuple[dict[str, bytes], Any]:
+    """What the hub has of TreeOfLife-200M, in small: vectors by dimension, some all zero, in no order."""
+    rng = np.random.default_rng(0)
+    rows = [MANY[i] for i in rng.permutation(count)]
+    backend = load(tiny_onnx)
+    texts = [taxa.species_prompts(taxa.lineage(0, row))[0] for row in rows]
+    vectors = np.concatenate([backend.encode_text(backend.tokenize(texts[i : i + 50])) for i in range(0, count, 50)])
+    vectors[::50] = 0
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(vectors.T))
+    names = {"embeddings/txt_emb_bioclip-2.json": json.dumps(rows).encode()}
+    return names | {"embeddings/txt_emb_bioclip-2.npy": file.getvalue()}, vectors
+
+
+def test_published_vectors_are_put_into_rows_while_they_stream_in(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: 867,455 species, on any device that cannot hold 2.66 GB twice; or ferns that beat every bird."""
+    hub.repos["datasets/imageomics/TreeOfLife-200M"], vectors = published_tree(tmp_path, tiny_onnx)
+    hub.cut_after["embeddings/txt_emb_bioclip-2.npy"] = 5000  # and the connection breaks once
+    node = species_of(tiny_onnx, tmp_path / "data", "TreeOfLife-200M", HF_ENDPOINT=hub.url).ready()
+    try:
+        wait_until(lambda: bioclip_labels(node) == "2,058 species", 60)
+        names = {
+            taxa.lineage(0, row): vector
+            for row, vector in zip(
+                json.loads(hub.repos["datasets/imageomics/TreeOfLife-200M"]["embeddings/txt_emb_bioclip-2.json"]),
+                vectors,
+                strict=True,
+            )
+        }
+        stored = vectorfile.load(next((tmp_path / "data" / "bioclip").rglob("text_vectors.npz")))
+        assert stored and stored.names and stored.meta and stored.meta["zero_rows_dropped"] == 42
+        assert list(stored.names) == sorted(name for name, vector in names.items() if vector.any())
+        for name, row in zip(stored.names, stored.vecs, strict=True):
+            assert np.abs(row - names[name]).max() < 1e-3
+        assert node.result("bioclip_classify", encoded(picture(RED)))["labels"]
+        assert not list((tmp_path / "data").rglob(".building"))
+    finally:
+        node.stop()
+    hub.requests.clear()
+    node = species_of(tiny_onnx, tmp_path / "data", "TreeOfLife-200M", HF_ENDPOINT=hub.url).ready()
+    assert bioclip_labels(node) == "2,058 species" and not hub.requests
+    node.stop()
+
+
+def test_a_conversion_that_is_killed_fetches_the_rest_alone(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
+    """Lost otherwise: gigabytes of somebody's line, at every power cut."""
+    hub.repos["datasets/imageomics/TreeOfLife-200M"], _ = published_tree(tmp_path, tiny_onnx)
+    script = """
+import os, signal, sys
+from pathlib import Path
+import treeoflife
+
+left = int(sys.argv[2])
+def progress(done, total):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+print(len(treeoflife.published(Path(sys.argv[1]), "model", progress).vecs))
+"""
+    for panels in (1, 2, 3, 9):
+        hub.requests.clear()
+        command = [sys.executable, "-c", script, str(tmp_path / "made"), str(panels)]
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "HF_ENDPOINT": hub.url}, capture_output=True, text=True
+        )
+        assert run.returncode == (-signal.SIGKILL if panels < 9 else 0), run.stderr
+        parts = [request for request in hub.requests if request.startswith("GET") and request.endswith("-2.npy")]
+        assert len(parts) == 3 + 1  # the header, in three steps, and one of four panels
+        assert any(request.endswith("-2.json") for request in hub.requests) == (panels == 1)
+    assert run.stdout.strip() == "2058"
 
 
 def test_species_are_asked_by_rank_and_place(node: Node) -> None:
@@ -2220,7 +2382,7 @@ for _ in range(200):
     time.sleep(random_.uniform(0, 0.03))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    vectors = vectorfile.load(folder / "text_vectors.npz", key).vecs
+    vectors = vectorfile.load(folder / "text_vectors.npz", key.meta()).vecs
     assert vectors is not None and (vectors.sum(axis=0) == 20000).sum() == 1, "a torn cache"
     seen.add(int(vectors[0].argmax()))
 left = len(list(folder.glob(".*.tmp")))
@@ -2250,9 +2412,8 @@ def test_a_label_file_of_another_form_is_refused_by_name(tmp_path: Path, name: s
     """Lost otherwise: labels that stand one row beside their vectors."""
     path = label_files(tmp_path) / name
     path.write_text(json.dumps(content))
-    read = labels.class_names if "imagenet" in name else taxa.species_names
     with pytest.raises(labels.LabelError, match=path.name):
-        read(tmp_path)
+        labels.class_names(tmp_path) if "imagenet" in name else treeoflife.lineages_of(path)
 
 
 # --- starting, downloading, stopping -----------------------------------------------------------------------------
@@ -2283,6 +2444,8 @@ class FakeHub:
             def do_GET(self) -> None:
                 hub.answer(self, body=True)
 
+            do_POST = do_GET
+
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -2298,9 +2461,12 @@ class FakeHub:
         for repo, files in self.repos.items():
             api = f"api/{repo if repo.startswith('datasets/') else f'models/{repo}'}/"
             if path.startswith(api):
-                if "/tree/" in path:
+                if "/tree/" in path or "/paths-info/" in path:
+                    asked = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length") or 0)) or "{}")
                     content: Any = [
-                        {"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in files.items()
+                        {"type": "file", "path": n, "size": len(d), "oid": "0" * 40}
+                        for n, d in files.items()
+                        if n in asked.get("paths", [n])
                     ]
                 else:
                     content = {"id": repo, "sha": self.COMMIT, "siblings": [{"rfilename": name} for name in files]}
@@ -2314,12 +2480,13 @@ class FakeHub:
 
     def _file(self, handler: Any, name: str, data: bytes, body: bool) -> None:
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": self.COMMIT}
-        start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        first, _, last = (handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(first), min(int(last or len(data)) + 1, len(data))
+        if partial := "Range" in handler.headers:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         cut = self.cut_after.pop(name, None) if body else None
         stall = self.stall_after.pop(name, None) if body else None
-        self._send(handler, 206 if start else 200, data[start:], body, headers, stall or cut)
+        self._send(handler, 206 if partial else 200, data[start:end], body, headers, stall or cut)
         if stall:
             handler.wfile.flush()
             self.stalled.set()
@@ -3536,7 +3703,7 @@ def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
         if data.draw(st.booleans()):
             raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
             path.write_bytes(raw)
-        if (found := vectorfile.load_or_none(path, key)) is not None:
+        if (found := vectorfile.load_or_none(path, key.meta())) is not None:
             vectors = found.vecs
             assert vectors.shape == (8, 4) and np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 0.02
 

@@ -25,7 +25,7 @@ import struct
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,10 +67,22 @@ class Names(Sequence[str]):
     """Names that stay in the file: only those that are asked for become strings."""
 
     def __init__(self, text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
-        self._text, self._offsets = text, offsets
+        """`offsets`: where each begins in the text, and where the last one ends."""
+        self.text, self.offsets = text, offsets
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Names:
+        encoded = [name.encode() for name in names]
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+
+    def only(self, these: NDArray[np.bool_]) -> Names:
+        """Those that are true in `these`, bool `[n]`."""
+        lengths = np.diff(self.offsets)
+        text = self.text[np.repeat(these, lengths)]
+        return Names(text, np.concatenate([[0], np.cumsum(lengths[these])]))
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self.offsets) - 1
 
     @overload
     def __getitem__(self, at: int) -> str: ...
@@ -81,7 +93,7 @@ class Names(Sequence[str]):
             return [self[i] for i in range(*at.indices(len(self)))]
         if not 0 <= at < len(self):
             raise IndexError(at)
-        return self._text[self._offsets[at] : self._offsets[at + 1]].tobytes().decode("utf-8")
+        return self.text[self.offsets[at] : self.offsets[at + 1]].tobytes().decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -134,16 +146,15 @@ def save(
     _sweep(folder)
     large = is_large(key.count, key.dim)
     dtype = np.dtype(np.float16 if large else np.float32)
-    with _replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
         with _member(archive, "vecs", dtype, (key.count, key.dim)) as (member, at):
             for block in rows:
                 member.write(np.ascontiguousarray(block, dtype).tobytes())
         facts = {**key.meta(), "dtype": str(dtype), **(more or {})}
         if names is not None:
-            encoded = [name.encode() for name in names]
-            _add(archive, "offsets", np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-            _add(archive, "names", np.frombuffer(b"".join(encoded), np.uint8))
-            del encoded
+            kept = names if isinstance(names, Names) else Names.of(names)
+            _add(archive, "offsets", kept.offsets)
+            _add(archive, "names", kept.text)
         if depth is not None:
             _add(archive, "depth", depth)
         if large:
@@ -152,7 +163,7 @@ def save(
             facts["scan_error"] = _add_codes(archive, written)
         meta = json.dumps(facts, indent=2).encode()
         _add(archive, "meta", np.frombuffer(meta, np.uint8))
-    with _replacing(folder / "text_vectors.meta.json") as file:
+    with replacing(folder / "text_vectors.meta.json") as file:
         file.write(meta)
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
@@ -188,7 +199,7 @@ def _add_codes(archive: zipfile.ZipFile, vecs: NDArray[Any]) -> float:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -234,16 +245,16 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, key: CacheKey | None = None) -> TextVectors | None:
-    """What `path` holds if it fits `key`, or None. A large file is mapped, and its checksums are read but once.
+def load(path: Path, wanted: Mapping[str, Any] | None = None) -> TextVectors | None:
+    """What `path` holds if its meta has what is `wanted`, or None. Raises FileNotFoundError, and Damaged.
 
-    Raises FileNotFoundError, and Damaged.
+    A large file is mapped, and its checksums are read but once.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             meta = json.loads(_array(file, path, members["meta"]).tobytes())
-            if key and any(meta.get(name) != value for name, value in key.meta().items()):
+            if wanted and any(meta.get(name) != value for name, value in wanted.items()):
                 log.info("%s was made for another model, label file or recipe", path)
                 return None
             _check_sums(archive, path)
@@ -342,7 +353,7 @@ def cached_vectors(
     layouts, which are taken over on the same terms. A folder that cannot be written costs a warning, not the start.
     `depth`: of lineages, see `taxa.depths`; then the file holds the names as well.
     """
-    found = load_or_none(folder / FILE, key)
+    found = load_or_none(folder / FILE, key.meta())
     if found is not None and fits(found.vecs, names, recipe, encode):
         return found
     for old in older:
@@ -363,13 +374,13 @@ def cached_vectors(
             blocks = _build(names, recipe, encode, key, folder, progress)
         return TextVectors(np.concatenate(list(blocks)), depth=depth)
     shutil.rmtree(folder / ".building", ignore_errors=True)  # of other keys too, which nobody asks for any more
-    return load(folder / FILE, key) or TextVectors(np.concatenate(list(blocks)), depth=depth)
+    return load(folder / FILE, key.meta()) or TextVectors(np.concatenate(list(blocks)), depth=depth)
 
 
-def load_or_none(path: Path, key: CacheKey) -> TextVectors | None:
+def load_or_none(path: Path, wanted: Mapping[str, Any]) -> TextVectors | None:
     """As `load`; a damaged file is a line in the log."""
     try:
-        return load(path, key)
+        return load(path, wanted)
     except FileNotFoundError:
         return None
     except Damaged as error:
@@ -442,12 +453,14 @@ class _Shards:
             self._warned = True
 
 
-def fits(vectors: NDArray[Any], names: Sequence[str], recipe: Recipe, encode: Encode) -> bool:
+def fits(
+    vectors: NDArray[Any], names: Sequence[str], recipe: Recipe, encode: Encode, floor: float = PROBE_COSINE
+) -> bool:
     """Whether a few labels, encoded again, give the vectors at hand."""
     rows = np.unique(np.linspace(0, len(names) - 1, PROBE_LABELS).astype(int))
     fresh = label_vectors([names[i] for i in rows], recipe, encode)
     cosines = np.sum(vectors[rows].astype(np.float32) * fresh, axis=1)
-    good = bool((cosines > PROBE_COSINE).all())
+    good = bool((cosines > floor).all())
     if not good:
         log.info("the text vectors at hand belong to another model or recipe (cosine %.4f)", cosines.min())
     return good
@@ -503,6 +516,11 @@ class Scan:
         lost = np.linalg.norm((parts.astype(np.float32) @ steps).T - turned, axis=1).max()
         # By Cauchy and Schwarz, and what float32 itself rounds away.
         return found, self._error + (1 + self._error) * float(lost) + 1e-5
+
+    def distance(self, start: int, rows: NDArray[np.float32]) -> float:
+        """The largest distance between rows from `start` on and what their codes say."""
+        codes, scales = (array[start : start + len(rows)] for array in (self.codes, self._scales))
+        return float(np.linalg.norm((codes.astype(np.float32) - 128) * scales - rows @ self._rotation, axis=1).max())
 
 
 def _in_steps(queries: Vectors) -> tuple[NDArray[np.int8], Vectors]:

@@ -1,0 +1,424 @@
+"""Where the names and vectors of species come from: the hub's two trees of life, or a file or folder of one's own.
+
+`TreeOfLife-10M` brings names, whose vectors the model has to compute; `TreeOfLife-200M` brings vectors as well, stored
+dimension by dimension, which are put into rows while they stream in. Either way the result is `text_vectors.npz` (see
+`vectorfile`), with the names inside, and a start that finds it reads nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import backends
+import taxa
+import vectorfile
+from inputs import BackendError
+from labels import Encode, LabelError, fetch_file
+from settings import DATA_DIR
+from taxa import RECIPE
+from vectorfile import CacheKey, Names, TextVectors
+
+log = logging.getLogger("lumen.treeoflife")
+
+SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")
+NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
+REPO_200M = "imageomics/TreeOfLife-200M"
+REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
+FILES_200M = ("txt_emb_bioclip-2", "txt_emb_species")  # the same under a newer and an older name
+PUBLISHED = "published"  # the recipe of vectors that are not ours
+PUBLISHED_COSINE = 0.5  # of theirs, averages over 80 prompts, with our one prompt's; those of another model have none
+PANEL_DIMS = 16  # of all rows, converted at a time: 55 MB of float32 for 867,455 species
+ETA_WINDOW_S = 600
+
+
+@dataclass
+class Progress:
+    """How far a set is that is not there yet."""
+
+    name: str
+    unit: str = "labels"
+    done: int = 0
+    total: int = 0
+    failure: str = ""
+    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.done, self.total = done, total
+        self._seen.append((now, done))
+        while self._seen[0][0] < now - ETA_WINDOW_S:
+            self._seen.popleft()
+
+    def __str__(self) -> str:
+        if self.failure:
+            return f"{self.name}: {self.failure}"
+        if not self.total:
+            return f"{self.name}: beginning"
+        return f"{self.name}: {self.done:,} of {self.total:,} {self.unit}{self._left()}"
+
+    def _left(self) -> str:
+        if len(self._seen) < 2:
+            return ""
+        (since, first), (now, last) = self._seen[0], self._seen[-1]
+        if last <= first or now - since < 1:
+            return ""
+        seconds = (self.total - last) * (now - since) / (last - first)
+        for unit, size in (("h", 3600), ("min", 60)):
+            if seconds >= 2 * size:
+                return f", about {seconds / size:.0f} {unit} left"
+        return f", about {seconds:.0f} s left"
+
+
+def is_folder(source: str) -> bool:
+    """Whether BIOCLIP_LABELS names the result of an earlier build."""
+    return (Path(source) / vectorfile.FILE).is_file()
+
+
+def names_file(source: str, data_dir: Path) -> Path:
+    """The label file of a source whose vectors are computed, fetched once. Raises LabelError."""
+    if source and source not in SOURCES:
+        path = Path(source)
+        if not path.is_file():
+            allowed = f"{' or '.join(SOURCES)}, a JSON file, or a folder with {vectorfile.FILE}"
+            raise LabelError(f"BIOCLIP_LABELS={source}: no such file; allowed: {allowed}")
+        return path
+    path = data_dir / "bioclip" / "txt_emb_species.json"
+    if not path.is_file():
+        fetch_file(path, *NAMES_10M, check=lineages_of)
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lineages_of(path: Path) -> list[str]:
+    """The lineages of a JSON list of `[[kingdom, ..., epithet], common name]`, in the file's order. Raises LabelError.
+
+    Row by row: as one object 867,455 of them take half a gigabyte.
+    """
+    try:
+        found = [taxa.lineage(index, row) for index, row in enumerate(_rows(path))]
+    except (OSError, ValueError, RecursionError) as error:
+        complaint = f"{path}: not a JSON list of [[kingdom, ..., species], common name]"
+        raise LabelError(f"{complaint} ({str(error)[:200]})") from error
+    if not found:
+        raise LabelError(f"{path}: an empty list")
+    return found
+
+
+def count_of(path: Path) -> int:
+    """How many species a label file has. Raises LabelError."""
+    return len(lineages_of(path))
+
+
+def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
+    """The elements of a JSON list of lists. Raises ValueError."""
+    decode = json.JSONDecoder().raw_decode
+    with path.open(encoding="utf-8") as file:
+        text = file.read(size).lstrip()
+        if not text.startswith("["):
+            raise ValueError("not a list")
+        at = 1
+        while True:
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+            if text[at : at + 1] == "]":
+                return
+            try:
+                row, at = decode(text, at)
+            except ValueError:
+                more = file.read(size)  # the row goes on in it
+                if not more:
+                    raise
+                text, at = text[at:] + more, 0
+            else:
+                yield row
+
+
+# --- a set that is there ----------------------------------------------------------------------------------------
+
+
+def ready_made(folder: Path, dim: int, encode: Encode) -> TextVectors:
+    """What an earlier `labels.py build` left in a folder of one's own. Raises LabelError."""
+    try:
+        found = vectorfile.load(folder / vectorfile.FILE)
+    except (OSError, vectorfile.Damaged) as error:
+        raise LabelError(f"BIOCLIP_LABELS={folder}: {vectorfile.FILE} cannot be used ({error})") from error
+    if found is None or found.names is None or found.depth is None or found.meta is None:
+        raise LabelError(
+            f"BIOCLIP_LABELS={folder}: {vectorfile.FILE} has no lineages; `labels.py build` makes such files"
+        )
+    if found.vecs.shape[1] != dim:
+        text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
+        raise LabelError(f"BIOCLIP_LABELS={folder}: {text}")
+    if not belongs(found, encode):
+        text = f"its vectors are not those of this model, but of {found.meta['model_id']}"
+        raise LabelError(f"BIOCLIP_LABELS={folder}: {text}")
+    return found
+
+
+def kept(folder: Path, wanted: dict[str, Any], encode: Encode) -> TextVectors | None:
+    """The vectors of an earlier start, if they are those that are wanted and this model's."""
+    found = vectorfile.load_or_none(folder / vectorfile.FILE, wanted)
+    return found if found and found.names is not None and found.depth is not None and belongs(found, encode) else None
+
+
+def belongs(found: TextVectors, encode: Encode) -> bool:
+    assert found.names is not None and found.meta is not None
+    floor = PUBLISHED_COSINE if found.meta["recipe"] == PUBLISHED else vectorfile.PROBE_COSINE
+    return vectorfile.fits(found.vecs, found.names, RECIPE, encode, floor)
+
+
+def wanted_of(model_id: str, recipe: str, digest: str, dim: int) -> dict[str, Any]:
+    """What the meta of a fitting file says, apart from how many labels there are."""
+    meta = CacheKey(model_id, recipe, digest, 0, dim).meta()
+    del meta["count"]
+    return meta
+
+
+# --- a set that is computed -------------------------------------------------------------------------------------
+
+
+def computed(
+    folder: Path, path: Path, model_id: str, dim: int, encode: Encode, progress: vectorfile.Progress
+) -> tuple[Sequence[str], TextVectors]:
+    """Computes the vectors of a label file, and keeps them in `folder` with the names. Raises LabelError."""
+    names = sorted(lineages_of(path))
+    key = CacheKey(model_id, RECIPE.name, sha256_of(path), len(names), dim)
+    found = vectorfile.cached_vectors(folder, names, RECIPE, encode, key, (), progress, taxa.depths(names))
+    return found.names or names, found
+
+
+# --- a set that is published ------------------------------------------------------------------------------------
+
+
+def published(folder: Path, model_id: str, progress: vectorfile.Progress) -> TextVectors:
+    """TreeOfLife-200M's vectors, put into rows while they stream in; kept in `folder`. Raises LabelError.
+
+    What is converted stays in `.building/`, PANEL_DIMS dimensions of all rows a file, so that a kill costs one of
+    them. Species without a vector (all zeros) are left out. Never more than some 250 MB are held.
+    """
+    building = folder / ".building" / REVISION_200M[:16]
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        stem, source = _open_200m()
+        with source:
+            shape = _npy_shape(source)
+            order = _names_in_order(building, stem, shape[1])
+            used = _panels(building, source, shape, order, progress)
+        return _assemble(folder, building, model_id, stem, order, used)
+    except OSError as error:  # the hub's and the disk's
+        raise LabelError(f"TreeOfLife-200M cannot be fetched and kept in {folder} ({_line(error)})") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _open_200m() -> tuple[str, Any]:
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+    root = f"datasets/{REPO_200M}@{REVISION_200M}/embeddings"
+    for stem in FILES_200M:
+        if hub.exists(f"{root}/{stem}.npy"):
+            return stem, hub.open(f"{root}/{stem}.npy", "rb", cache_type="none")
+    raise FileNotFoundError(f"{REPO_200M} has none of {', '.join(FILES_200M)}")
+
+
+def _npy_shape(source: Any) -> tuple[int, int]:
+    version = np.lib.format.read_magic(source)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(source)
+    if len(shape) != 2 or fortran or dtype != np.dtype("<f4") or shape[0] > shape[1]:
+        raise LabelError(f"TreeOfLife-200M: vectors of shape {shape}, {dtype}; expected float32 [dim, species]")
+    return int(shape[0]), int(shape[1])
+
+
+def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
+    """Keeps the lineages in order as `names.npz`; -> the columns in that order."""
+    path = building / "names.npz"
+    if not path.exists():
+        filename = f"embeddings/{stem}.json"
+        lineages = fetch_file(building / f"{stem}.json", REPO_200M, filename, REVISION_200M, check=lineages_of)
+        if len(lineages) != count:
+            raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
+        order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
+        lengths = np.fromiter((len(lineages[i].encode()) for i in order), np.int64, count)
+        text = bytearray()
+        for i in order:
+            text += lineages[i].encode()
+        del lineages
+        with vectorfile.replacing(path) as file:
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            np.savez(file, order=order, offsets=offsets, text=np.frombuffer(text, np.uint8))
+    with np.load(path, allow_pickle=False) as kept:
+        return np.asarray(kept["order"])
+
+
+def _panels(
+    building: Path, source: Any, shape: tuple[int, int], order: NDArray[np.int32], progress: vectorfile.Progress
+) -> NDArray[np.bool_]:
+    """Makes what is missing of `panel-N.npy`, float16 `[count, PANEL_DIMS]`, rows in order; -> which have a vector."""
+    dim, count = shape
+    begin, used = source.tell(), np.zeros(count, bool)
+    for first in range(0, dim, PANEL_DIMS):
+        dims = min(PANEL_DIMS, dim - first)
+        path = building / f"panel-{first}.npy"
+        if not path.exists():
+            source.seek(begin + first * count * 4)
+            data = source.read(dims * count * 4)
+            if len(data) != dims * count * 4:
+                raise OSError(f"the vectors end after {begin + first * count * 4 + len(data)} bytes")
+            panel = np.frombuffer(data, "<f4").reshape(dims, count)
+            rows = np.empty((count, dims), np.float16)
+            for column in range(dims):
+                rows[:, column] = panel[column][order]
+            del data, panel
+            with vectorfile.replacing(path) as file:
+                np.save(file, rows)
+            del rows
+        used |= np.load(path, mmap_mode="r").any(axis=1)
+        progress((first + dims) * count * 4 >> 20, dim * count * 4 >> 20)
+    return used
+
+
+def _assemble(
+    folder: Path, building: Path, model_id: str, stem: str, order: NDArray[np.int32], used: NDArray[np.bool_]
+) -> TextVectors:
+    with np.load(building / "names.npz", allow_pickle=False) as kept:
+        names = Names(kept["text"], kept["offsets"]).only(used)
+    panels = [np.load(path, mmap_mode="r") for path in sorted(building.glob("panel-*.npy"), key=_first_dim)]
+    dim = sum(panel.shape[1] for panel in panels)
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(order), vectorfile.BLOCK):
+            part = slice(start, start + vectorfile.BLOCK)
+            rows = np.concatenate([panel[part] for panel in panels], axis=1, dtype=np.float32)[used[part]]
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            yield rows / norms if (np.abs(norms - 1) > 1e-3).any() else rows
+
+    key = CacheKey(model_id, PUBLISHED, REVISION_200M, len(names), dim)
+    more = {"source": f"{REPO_200M}/embeddings/{stem}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
+    vectorfile.save(folder, key, blocks(), names, taxa.depths(names), more)
+    log.info("TreeOfLife-200M: %d species, %d without a vector left out", len(names), more["zero_rows_dropped"])
+    shutil.rmtree(folder / ".building", ignore_errors=True)
+    found = vectorfile.load(folder / vectorfile.FILE, key.meta())
+    assert found is not None
+    return found
+
+
+def _first_dim(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+# --- python labels.py build | info | verify -----------------------------------------------------------------------
+
+
+def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVectors:
+    """Makes `text_vectors.npz` in a folder; `backend` is None for published vectors. Raises LabelError."""
+    from tqdm import tqdm
+
+    if source == SOURCES[1]:
+        with tqdm(desc=source, unit="MB") as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return published(folder, "imageomics/bioclip-2", show)
+
+    def encode(texts: list[str]) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = backend.encode_text(backend.tokenize(texts))
+        return vectors
+
+    path = names_file(source, data_dir)
+    _, found = computed(folder, path, backend.model_id, backend.dim, encode, lambda done, total: None)
+    return found
+
+
+def info(folder: Path) -> list[str]:
+    """What a folder holds, for people. Raises LabelError."""
+    found = _opened(folder)
+    assert found.meta and found.depth is not None
+    size = (folder / vectorfile.FILE).stat().st_size
+    lines = [f"{name}: {value}" for name, value in found.meta.items()]
+    taxa_of = (f"{np.count_nonzero(found.depth <= rank):,} {name}" for rank, name in enumerate(taxa.RANKS))
+    return [*lines, f"taxa: {', '.join(taxa_of)}", f"size: {size / 1e6:,.0f} MB"]
+
+
+def verify(folder: Path) -> list[str]:
+    """All that is wrong with a folder, read from the first byte to the last. Raises LabelError."""
+    (folder / "text_vectors.checked.json").unlink(missing_ok=True)
+    found = _opened(folder)  # which reads the checksums
+    assert found.names is not None and found.depth is not None and found.meta
+    wrong = []
+    for start in range(0, len(found.vecs), vectorfile.BLOCK):
+        rows = found.vecs[start : start + vectorfile.BLOCK].astype(np.float32)
+        if (bad := np.abs(np.linalg.norm(rows, axis=1) - 1) > 1e-2).any():
+            wrong.append(f"row {start + int(bad.argmax())} is not of unit length")
+        if found.scan and (furthest := found.scan.distance(start, rows)) > float(found.meta["scan_error"]) + 1e-4:
+            wrong.append(f"the bytes of rows {start} and on are {furthest:.4f} away, more than scan_error")
+    try:
+        if not np.array_equal(taxa.depths(found.names), found.depth):
+            wrong.append("depth is not that of its lineages")
+    except ValueError as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def _opened(folder: Path) -> TextVectors:
+    try:
+        found = vectorfile.load(folder / vectorfile.FILE)
+    except (OSError, vectorfile.Damaged) as error:
+        raise LabelError(f"{folder}: {vectorfile.FILE} cannot be read ({error})") from error
+    if found is None or found.names is None or found.depth is None:
+        raise LabelError(f"{folder}: {vectorfile.FILE} has no lineages")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "labels.py", description="Text vectors of species: made on a PC, copied to a board."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("build", help="compute or fetch them; goes on where it was stopped")
+    making.add_argument("--labels", default=SOURCES[0], metavar="SOURCE", help=f"{', '.join(SOURCES)}, or a JSON file")
+    making.add_argument("--model", default="hf-hub:imageomics/bioclip-2", help="as BIOCLIP_MODEL")
+    making.add_argument("--backend", default="torch", choices=("torch", "onnxrt"), help="as BIOCLIP_BACKEND")
+    making.add_argument("--device", default="", help="as BIOCLIP_DEVICE")
+    making.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    for name, text in (("info", "say what a folder holds"), ("verify", "read all of it; 1 if something is wrong")):
+        commands.add_parser(name, help=text).add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        if options.command == "build":
+            model = backends.ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
+            backend = None if options.labels == SOURCES[1] else backends.create_backend(model)
+            found = build(options.labels, options.to, DATA_DIR, backend)
+            print(f"{options.to}: {len(found.vecs):,} species; BIOCLIP_LABELS={options.to}")
+            return 0
+        lines = info(options.folder) if options.command == "info" else verify(options.folder)
+    except (LabelError, BackendError, OSError) as error:
+        print(f"labels.py: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines or ["all is as it should be"]))
+    return 1 if options.command == "verify" and lines else 0
