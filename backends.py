@@ -40,6 +40,8 @@ from inputs import (
 from machine import replace_file, step_back, usable_cores
 
 log = logging.getLogger("lumen.backends")
+# From 1.29 on ONNX Runtime tells its maker who runs what, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 

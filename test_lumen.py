@@ -3809,6 +3809,17 @@ def test_pip_takes_a_devices_lock_by_hash_and_without_a_compiler(tmp_path: Path,
     assert len(wheels) > 20 and any(name.startswith("onnxruntime-") and machine in name for name in wheels)
 
 
+def test_a_daemon_writes_to_its_data_folder_alone_and_reports_to_nobody(tmp_path: Path) -> None:
+    """Lost otherwise: the privacy of a photo library. ONNX Runtime's wheels keep an identifier of the machine, and what
+    they will send, in the home folder and in the temporary one; with reports switched off they make neither."""
+    places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "data")}
+    for place in places.values():
+        place.mkdir()
+    node = Node(places.pop("data"), ("--demo",), **places).ready()
+    assert node.stop() == 0, node.log
+    assert not [path for place in places.values() for path in place.rglob("*")]
+
+
 def test_no_known_hole_is_in_what_is_installed(tmp_path: Path) -> None:
     """Lost otherwise: months with a decoder that the whole world knows how to break."""
     report = tmp_path / "report.json"
