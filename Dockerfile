@@ -20,7 +20,7 @@ ARG ROCM_INDEX=https://download.pytorch.org/whl/rocm7.2
 COPY requirements.txt requirements-edge.txt requirements-locked.txt ./
 # hadolint ignore=DL3013
 RUN pip install --index-url "${ROCM_INDEX}" "$(grep ^torch requirements.txt)" torchvision \
-    && sed -nE '/^(torch|torchvision|triton)==/d; s/^([a-z0-9.-]+==[^ ]+).*/\1/p' requirements-locked.txt > pins.txt \
+    && sed -nE '/^(torch|torchvision|triton)==/d; /^[a-z].*==/s/ \\$//p' requirements-locked.txt > pins.txt \
     && pip install -c pins.txt -r requirements.txt
 
 # --- the program; .dockerignore says what of it is not needed ------------------------------------------------------
