@@ -5,12 +5,16 @@ Knows nothing of requests or models.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import logging
+import random
 import re
 import socket
 import ssl
+import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +117,20 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
 # --- being found ------------------------------------------------------------------------------------------------
 
 
-def advertised_ip(host: str) -> str | None:
+READY_ONLY = "_lumen._tcp.local."
+LOOK_S = 5.0  # between two looks at the network's state
+PROBE_MS = 750  # in which whoever has a name says so (RFC 6762, 8.1)
+GOODBYE_S = 5.0
+SETTLE_S = 1.25
+LINKS = Path("/sys/class/net")
+# What leads to containers and virtual machines of this host, or through a VPN, whatever it looks like otherwise.
+ELSEWHERE = re.compile(
+    "docker|br-|veth|virbr|vnet|lxc|lxd|incus|podman|cni|cali|cilium|flannel|weave|kube|nodelocal|vmnet|vboxnet"
+    "|tun|tap|utun|ppp|ipsec|wg|tailscale|zt|ham|nebula|nordlynx|proton|warp|CloudflareWARP"
+)
+
+
+def advertised_ip(host: str, links: Path = LINKS) -> str | None:
     """The one IPv4 address that the LAN reaches us at, or None. Nothing is sent, and no internet is needed."""
     if host not in ("0.0.0.0", "::"):
         try:
@@ -121,13 +138,49 @@ def advertised_ip(host: str) -> str | None:
         except ValueError:
             return None
         return None if own.version == 6 or own.is_loopback else host
+    import ifaddr  # zeroconf's own
+
+    on_lan = [
+        (adapter.name, str(ip.ip))
+        for adapter in ifaddr.get_adapters()
+        for ip in adapter.ips
+        if ip.is_IPv4 and not ipaddress.ip_address(str(ip.ip)).is_loopback and leads_to_lan(links / adapter.name)
+    ]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("224.0.0.251", 5353))  # the mDNS group: the kernel names the interface it would use
-            found = str(probe.getsockname()[0])
-        except OSError:
-            return None
-    return None if ipaddress.ip_address(found).is_loopback else found
+            hint = str(probe.getsockname()[0])
+        except OSError:  # no default route: the LAN is offline
+            hint = ""
+
+    def rank(name: str, address: str) -> tuple[bool, ...]:  # of interfaces alike, the one that the system has first
+        link = links / name
+        return _read(link / "operstate") == "down", address.startswith("169.254."), address != hint, not _is_real(link)
+
+    return min(on_lan, key=lambda found: rank(*found), default=("", None))[1]
+
+
+def leads_to_lan(link: Path) -> bool:
+    """Whether an interface can be the LAN's, by its folder under /sys/class/net; by its name alone without one."""
+    flags = int(_read(link / "flags") or "0", 16)
+    strange = _read(link / "type") not in ("", "1", "32")  # Ethernet, Wi-Fi too, and InfiniBand
+    if strange or flags & 0x98 or (link / "tun_flags").exists():  # loopback, point to point, or without ARP
+        return False
+    if (link / "bridge").exists():
+        return _is_real(link)  # one that joins containers or virtual machines to nothing is Docker's or libvirt's
+    return not ELSEWHERE.match(link.name)
+
+
+def _is_real(link: Path) -> bool:
+    """Whether there is hardware under it, be it by way of a bridge, a bond or a VLAN."""
+    return (link / "device").exists() or any(map(_is_real, link.glob("lower_*")))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def is_own(address: str) -> bool:
@@ -139,72 +192,219 @@ def is_own(address: str) -> bool:
     return True
 
 
-class Beacon:
-    """The mDNS advertisement. It stands only while the models answer; a network without mDNS costs a warning."""
+def _listens(address: str, port: int) -> bool | None:
+    """Whether somebody does there; None: there is no such machine."""
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return None
+    return True
 
-    def __init__(self, settings: Settings, host: str, port: int, runtime: str) -> None:
+
+class Beacon:
+    """The mDNS advertisement, on a thread of its own; a network without mDNS costs a warning.
+
+    It stands from the start with `status=loading`, for whoever asks before the models answer is told to come again;
+    `_lumen._tcp` only while they answer: the photo app's releases with SDK 1.3 ask five times in 15 s, then never.
+    The name is this daemon's for good (its uuid is kept), and another daemon's of the same name gets a longer one.
+    """
+
+    def __init__(self, settings: Settings, host: str, port: int) -> None:
         self._settings, self._host, self._port = settings, host, port
-        self._runtime = runtime
+        self._runtime = ""  # while the models load
         self._zeroconf: Any = None
         self._address: str | None = ""  # of which is announced; None: there is none
-        self.look_around()
+        self._uuid = self._instance = self._server = ""
+        self._told: dict[str, dict[str, str]] = {}  # service type -> its TXT
+        self._told_at = 0.0
+        self._contested = self._closing = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mdns", daemon=True)
+        if settings.clip_mdns_type:
+            self._thread.start()
 
-    def look_around(self) -> None:
-        """Announces the address that the LAN reaches us at, if it is another one than before.
-
-        Boards start before their network, cables are pulled, and routers give out new addresses.
-        """
-        if not self._settings.clip_mdns_type:
-            return
-        address = self._settings.advertise_ip or advertised_ip(self._host)
-        if address == self._address:
-            return
-        self.close()
-        self._address = address
-        if address is None:
-            log.warning("mDNS: no address that others could reach; set ADVERTISE_IP to be found")
-            return
-        try:
-            self._announce(address)
-        except Exception as error:  # zeroconf raises its own kinds and OSError; none is worth the service
-            log.warning("mDNS: not advertised (%s: %s)", type(error).__name__, error)
-
-    def _announce(self, address: str) -> None:
-        from zeroconf import InterfaceChoice, IPVersion, ServiceInfo, Zeroconf
-
-        settings = self._settings
-        properties = {
-            "uuid": settings.clip_mdns_uuid or kept_uuid(settings.lumen_data_dir),
-            "status": settings.clip_mdns_status,
-            "version": settings.clip_mdns_version,
-            "v": settings.clip_mdns_version,
-            "runtime": self._runtime,
-            **({"tls": "1"} if settings.lumen_tls_cert else {}),
-        }
-        # An address that is not ours (a container's host, say) is announced on all interfaces.
-        interfaces = [address] if is_own(address) else InterfaceChoice.All
-        zeroconf = self._zeroconf = Zeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
-        for kind in settings.clip_mdns_type:
-            info = ServiceInfo(
-                kind,
-                f"{settings.clip_mdns_name}.{kind}",
-                port=self._port,
-                properties=properties,
-                server=f"lumen-clip-{properties['uuid'][:8]}.local.",
-                addresses=[socket.inet_aton(address)],
-            )
-            zeroconf.register_service(info, allow_name_change=True)
-            log.info("mDNS: %s at %s:%d", info.name, address, self._port)
+    def serve(self, runtime: str) -> None:
+        """From now on the models answer."""
+        self._runtime = runtime
+        self._wake.set()
 
     def close(self) -> None:
         """Says goodbye, so that clients forget us at once."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(GOODBYE_S)
+
+    def _run(self) -> None:
+        said = ""
+        while not self._closing:
+            try:
+                self._look_around()
+            except Exception as error:  # zeroconf raises its own kinds and OSError; none is worth the service
+                text = f"{type(error).__name__}: {error}"
+                if text != said:
+                    log.warning("mDNS: not advertised (%s)", text)
+                said = text
+                self._withdraw()
+                self._address = ""
+            self._wake.wait(LOOK_S)
+            self._wake.clear()
+        self._withdraw()
+
+    def _look_around(self) -> None:
+        """Announces what has changed: the models' state, the name, or the address that the LAN reaches us at.
+
+        Boards start before their network, cables are pulled, and routers give out new addresses.
+        """
+        address = self._settings.advertise_ip or advertised_ip(self._host)
+        if address != self._address:
+            self._withdraw()
+            self._address = address
+            if address is None:
+                log.warning("mDNS: no address that others could reach; set ADVERTISE_IP to be found")
+            else:
+                self._open(address)
+        if address and self._contested:
+            self._contested = False
+            self._defend(address)
+        if address:
+            self._tell(address)
+
+    def _open(self, address: str) -> None:
+        """Finds names that are nobody else's."""
+        from zeroconf import InterfaceChoice, IPVersion, Zeroconf
+
+        # An address that is not ours (a container's host, say) is announced on all interfaces.
+        interfaces = [address] if is_own(address) else InterfaceChoice.All
+        self._zeroconf = Zeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
+        self._uuid = self._settings.clip_mdns_uuid or kept_uuid(self._settings.lumen_data_dir)
+        time.sleep(random.uniform(0, 0.25))  # daemons that start together shall not all ask at once
+        hosts = names = 0
+        while True:
+            self._server, self._instance = self._name(hosts, names)
+            services, addresses = self._claims()
+            if addresses:
+                log.warning("mDNS: the daemon at %s has the uuid of this one; is its data folder a copy?", addresses[0])
+                hosts += 1
+            elif services:
+                log.info("mDNS: %s is the name of another daemon", self._instance)
+                names += 1
+            else:
+                break
+        self._zeroconf.add_listener(_witness(self._hear), None)
+
+    def _name(self, hosts: int, names: int) -> tuple[str, str]:
+        """The names of the host and of the instance, after so many that were taken."""
+        own = f"-{self._uuid[:8]}"
+        host = f"lumen-clip{own}" + (f"-{hosts + 1}" if hosts else "")
+        longer = (own if names else "") + (f"-{names}" if names > 1 else "")
+        name = self._settings.clip_mdns_name.encode()[: 63 - len(longer.encode())].decode(errors="ignore")
+        return f"{host}.local.".lower(), name + longer
+
+    def _claims(self) -> tuple[list[tuple[str, int]], list[str]]:
+        """Who else has our names: (host name, port) of the instance, addresses of the host.
+
+        What others remember of our own life before this one is no claim.
+        """
+        from zeroconf import ServiceInfo
+
+        zeroconf, kinds = self._zeroconf, self._settings.clip_mdns_type
+        infos = [ServiceInfo(kind, f"{self._instance}.{kind}", server=self._server) for kind in kinds]
+
+        async def ask() -> None:
+            await asyncio.gather(*(info.async_request(zeroconf, PROBE_MS) for info in infos))
+
+        asyncio.run_coroutine_threadsafe(ask(), zeroconf.loop).result(10)
+        names = [self._server, *(info.name for info in infos)]
+        records = [record for name in names for record in zeroconf.cache.entries_with_name(name) if record.ttl]
+        services = {service for record in records if (service := _service(record)) and self._is_rival(*service)}
+        addresses = {host for record in records if (host := _ipv4_of(record)) and host != self._address}
+        return sorted(services), sorted(host for host in addresses if _listens(host, self._port) is not None)
+
+    def _is_rival(self, server: str, port: int) -> bool:
+        if server != self._server:
+            return True
+        return port != self._port and _listens(self._address or "", port) is True  # two with one data folder
+
+    def _hear(self, record: Any) -> None:
+        """Notes that somebody says other things of our names than we do; on zeroconf's thread."""
+        instances = [f"{self._instance}.{kind}".lower() for kind in self._told]
+        if record.key in instances and (service := _service(record)):
+            self._contested |= service != (self._server, self._port)
+        elif record.key == self._server and (address := _ipv4_of(record)):
+            self._contested |= address != self._address
+
+    def _defend(self, address: str) -> None:
+        """Of two that took a name at the same moment, or met later, the one that sorts first keeps it."""
+        services, addresses = self._claims()
+        if (services and services[0] < (self._server, self._port)) or (addresses and addresses[0] < address):
+            self._withdraw()
+            self._open(address)
+        self._told = {kind: {} for kind in self._told}  # to be told once more, over the other's words
+
+    def _tell(self, address: str) -> None:
+        from zeroconf import ServiceInfo
+
+        settings, runtime = self._settings, self._runtime
+        properties = {
+            "uuid": self._uuid,
+            "status": settings.clip_mdns_status if runtime else "loading",
+            "version": settings.clip_mdns_version,
+            "v": settings.clip_mdns_version,
+            **({"runtime": runtime} if runtime else {}),
+            **({"tls": "1"} if settings.lumen_tls_cert else {}),
+        }
+        if self._told:  # what was heard less than a second ago is not replaced by what comes now (RFC 6762, 10.2)
+            time.sleep(max(self._told_at + SETTLE_S - time.monotonic(), 0))
+        for kind in settings.clip_mdns_type:
+            if self._told.get(kind) == properties or (kind == READY_ONLY and not runtime):
+                continue
+            info = ServiceInfo(
+                kind,
+                f"{self._instance}.{kind}",
+                port=self._port,
+                properties=properties,
+                server=self._server,
+                addresses=[socket.inet_aton(address)],
+            )
+            if kind in self._told:
+                self._zeroconf.update_service(info)
+            else:
+                self._zeroconf.register_service(info, cooperating_responders=True)  # nobody has the name: we asked
+                log.info("mDNS: %s at %s:%d", info.name, address, self._port)
+            self._told[kind], self._told_at = properties, time.monotonic()
+
+    def _withdraw(self) -> None:
         if self._zeroconf:
             try:
-                self._zeroconf.unregister_all_services()
-                self._zeroconf.close()
+                self._zeroconf.close()  # says goodbye
             except Exception as error:  # as above; the network may be gone
                 log.warning("mDNS: no goodbye (%s: %s)", type(error).__name__, error)
-            self._zeroconf = None
+            self._zeroconf, self._told = None, {}
+
+
+def _service(record: Any) -> tuple[str, int] | None:
+    """(host name, port) of an SRV record."""
+    return (record.server.lower(), record.port) if hasattr(record, "port") else None
+
+
+def _ipv4_of(record: Any) -> str:
+    """The address of an A record, or ""."""
+    packed = getattr(record, "address", b"")
+    return socket.inet_ntoa(packed) if len(packed) == 4 else ""
+
+
+def _witness(hear: Callable[[Any], None]) -> Any:
+    from zeroconf import RecordUpdateListener
+
+    class Witness(RecordUpdateListener):
+        def async_update_records(self, zc: Any, now: float, records: list[Any]) -> None:
+            for update in records:
+                hear(update.new)
+
+    return Witness()
 
 
 def kept_uuid(data_dir: Path) -> str:

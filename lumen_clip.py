@@ -216,7 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: events.put(None))
     load_in_background(daemon, events.put)
+    beacon = Beacon(settings, options.host, port)
     event = events.get()
+    if not isinstance(event, Models):
+        beacon.close()
     if event is None:
         log.info("stopped while loading")
         _leave(0)
@@ -227,12 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    capability = daemon.GetCapabilities(empty_pb2.Empty(), None)
-    beacon = Beacon(settings, options.host, port, capability.runtime)
+    beacon.serve(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
     trim_memory()
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in models.offered()))
-    if trouble := supervise(daemon, beacon, events):
+    if trouble := supervise(daemon, events):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
         beacon.close()
@@ -251,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def supervise(daemon: Daemon, beacon: Beacon, events: queue.SimpleQueue[Loaded | BaseException | None]) -> str:
+def supervise(daemon: Daemon, events: queue.SimpleQueue[Loaded | BaseException | None]) -> str:
     """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
     systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
@@ -264,7 +266,6 @@ def supervise(daemon: Daemon, beacon: Beacon, events: queue.SimpleQueue[Loaded |
             return ""
         except queue.Empty:
             daemon.check_streams()
-            beacon.look_around()
             trim_memory()
             daemon.traffic.say(TRAFFIC_LOG_S)
         if trouble := daemon.trouble():

@@ -4760,6 +4760,345 @@ def test_the_demo_is_small_and_its_pictures_have_licences() -> None:
     assert "CC-BY-SA-4.0" in section and "CC-BY-4.0" in section
 
 
+# --- a network of its own ----------------------------------------------------------------------------------------
+
+MDNS_TYPES = "_homenative-node._tcp", "_lumen._tcp"
+ON_LAN = {
+    "CLIP_BACKEND": "onnxrt",
+    "BIOCLIP_BACKEND": "none",
+    "CLIP_MODEL": ROOT / "gen" / "demo",
+    "CLIP_MDNS_TYPE": ",".join(f"{kind}.local." for kind in MDNS_TYPES),
+    "ADVERTISE_IP": "",
+}
+
+
+class Machine:
+    """A network namespace with a cable to the switch, unless it has no address."""
+
+    def __init__(self, lan: Lan, name: str) -> None:
+        self.lan, self.name, self.inside = lan, name, ("ip", "netns", "exec", name)
+        lan.ip("netns", "add", name)
+        self.ip("link", "set", "lo", "up")
+
+    def ip(self, *arguments: str) -> None:
+        self.lan.ip("-n", self.name, *arguments)
+
+    def plug(self, address: str, nic: str = "eth0") -> None:
+        port = f"p{len(self.lan.cables)}"
+        self.lan.cables.append(port)
+        self.lan.ip("link", "add", port, "netns", self.lan.switch, "type", "veth", "peer", nic, "netns", self.name)
+        self.lan.ip("-n", self.lan.switch, "link", "set", port, "master", "br0", "up")
+        self.ip("link", "set", nic, "up")
+        self.ip("address", "add", f"{address}/24", "dev", nic)
+        self.address = address
+
+    def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen([*self.inside, *command], text=True, **options)
+        self.lan.processes.append(process)
+        return process
+
+    def daemon(self, data: Path, *arguments: str, **environment: Any) -> Node:
+        data.mkdir(parents=True, exist_ok=True)
+        names = data / "names.json"
+        names.exists() or names.write_text('["a fox", "a house", "a tree"]')
+        settings = {**ON_LAN, "CLIP_LABELS": names, **environment}
+        node = Node(data, ("--host", "0.0.0.0", *arguments), (*self.inside, *Node.PROGRAM), **settings)
+        self.lan.processes.append(node.process)
+        return node
+
+    def client(self, *arguments: str, program: Path = ROOT / "client.py") -> subprocess.CompletedProcess[str]:
+        command = [*self.inside, sys.executable, str(program), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+class Lan:
+    """A switch; there is no way out of it."""
+
+    def __init__(self) -> None:
+        self.switch = f"lumen-{os.getpid()}"
+        self.names, self.cables, self.processes = [self.switch], [], []  # type: list[str], list[str], list[Any]
+        self.ip("netns", "add", self.switch)
+        self.ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
+        self.ip("-n", self.switch, "link", "set", "br0", "up")
+
+    def ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    def machine(self, address: str = "") -> Machine:
+        self.names.append(f"{self.switch}-{len(self.names)}")
+        machine = Machine(self, self.names[-1])
+        if address:
+            machine.plug(address)
+        return machine
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.fixture
+def lan() -> Iterator[Lan]:
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2, for networks of its own")
+    made = Lan()
+    yield made
+    made.close()
+
+
+BUS = """<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth><policy context="default">
+<allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sighting:
+    name: str
+    kind: str
+    host: str
+    address: str
+    port: int
+    text: dict[str, str]
+
+
+class Avahi:
+    """What most of the world's Linux desktops ask, on a machine of the LAN."""
+
+    def __init__(self, machine: Machine, folder: Path) -> None:
+        bus, configuration = folder / "bus", folder / "bus.xml"
+        configuration.write_text(BUS.format(bus))
+        (folder / "avahi.conf").write_text("[server]\nuse-ipv6=no\n[publish]\ndisable-publishing=yes\n")
+        self.environment = {**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={bus}"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": self.environment}
+        machine.start("dbus-daemon", f"--config-file={configuration}", "--nofork", "--nopidfile", **quiet)
+        until(bus.exists)
+        run = f"mount -t tmpfs none /run && exec avahi-daemon -f {folder}/avahi.conf --no-drop-root --no-chroot"
+        machine.start("sh", "-c", run, **quiet)
+        until(lambda: self._browse(MDNS_TYPES[0]).returncode == 0)
+
+    def _browse(self, kind: str) -> subprocess.CompletedProcess[str]:
+        command = ["avahi-browse", "--resolve", "--parsable", "--terminate", "--no-db-lookup", kind]
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=60)
+
+    def sees(self, kind: str) -> list[Sighting]:
+        found = []
+        for line in self._browse(kind).stdout.splitlines():
+            if line.startswith("="):
+                _, _, _, name, _, _, host, address, port, text = line.split(";", 9)
+                words = dict(word.split("=", 1) for word in re.findall(r'"([^"]*)"', text))
+                found.append(Sighting(name, kind, host, address, int(port), words))
+        return sorted(found, key=lambda sighting: sighting.name)
+
+
+@pytest.fixture
+def avahi(lan: Lan) -> Iterator[Avahi]:
+    tools = "avahi-daemon", "avahi-browse", "dbus-daemon"
+    if not all(map(shutil.which, tools)):
+        pytest.skip(f"needs {', '.join(tools)} (Debian: avahi-daemon, avahi-utils, dbus)")
+    with tempfile.TemporaryDirectory() as folder:  # short, for a socket's path
+        yield Avahi(lan.machine("10.77.0.250"), Path(folder))
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """What the condition becomes, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.lan
+def test_avahi_sees_the_daemon_load_serve_crash_and_leave(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
+    """Lost otherwise: every client that is not of our own making, and those that believe what `status` says."""
+    board, (early, late) = lan.machine("10.77.0.1"), MDNS_TYPES
+    os.mkfifo(tmp_path / "names.json")  # loading takes as long as we like
+    node = board.daemon(tmp_path)
+    port = int(node.wait_for(r"port (\d+); loading")[1])
+    [seen] = until(lambda: avahi.sees(early))
+    kept = (tmp_path / "uuid").read_text().strip()
+    known = {"uuid": kept, "version": "1.0.0", "v": "1.0.0"}
+    assert seen == Sighting(
+        "CLIP-Image-Processor", early, f"lumen-clip-{kept[:8]}.local", "10.77.0.1", port, {**known, "status": "loading"}
+    )
+    assert avahi.sees(late) == []  # its clients do not ask for long
+    (tmp_path / "names.json").write_text('["a fox"]')
+    node.wait_for("ready: ")
+    ready = {**known, "status": "ready", "runtime": "onnxrt"}
+
+    def both_say(port: int) -> bool:
+        expected = [dataclasses.replace(seen, kind=kind, text=ready, port=port) for kind in MDNS_TYPES]
+        return [sighting for kind in MDNS_TYPES for sighting in avahi.sees(kind)] == expected
+
+    until(lambda: both_say(port))
+    node.process.kill()  # no goodbye: its records stay in avahi for minutes
+    node.process.wait()
+    (tmp_path / "names.json").unlink()
+    node = board.daemon(tmp_path)
+    node.wait_for("ready: ")
+    again = int(node.wait_for(r"port (\d+); loading")[1])
+    assert again != port
+    until(lambda: both_say(again))
+    assert node.stop() == 0
+    until(lambda: not any(map(avahi.sees, MDNS_TYPES)), 10)
+
+
+ASK = """
+import socket, sys, time
+asked = []
+for packet in sys.argv[2:]:
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    one.bind((sys.argv[1], 0))
+    one.sendto(bytes.fromhex(packet), ("224.0.0.251", 5353))
+    asked.append(one)
+for one in asked:
+    one.settimeout(5)
+    packet, source = one.recvfrom(9000)
+    print(source[0], source[1], packet.hex())
+"""
+
+
+def dns_name(packet: bytes, at: int) -> tuple[str, int]:
+    """(the name there, where it ends)"""
+    labels, end = [], 0
+    while size := packet[at]:
+        if size >= 0xC0:
+            end, at = end or at + 2, int.from_bytes(packet[at : at + 2], "big") & 0x3FFF
+        else:
+            labels.append(packet[at + 1 : at + 1 + size].decode())
+            at += 1 + size
+    return ".".join([*labels, ""]), end or at + 1
+
+
+def dns_parts(packet: bytes) -> tuple[int, int, list[bytes], dict[int, list[Any]]]:
+    """(id, flags, questions, type -> (owner, data)), the data of PTR and SRV as where it stands in the packet."""
+    number, flags, asked, *counts = (int.from_bytes(packet[i : i + 2], "big") for i in range(0, 12, 2))
+    at, questions, records = 12, [], collections.defaultdict(list)
+    for _ in range(asked):
+        end = dns_name(packet, at)[1] + 4
+        questions.append(packet[at:end])
+        at = end
+    for _ in range(sum(counts)):
+        owner, at = dns_name(packet, at)
+        kind, size = (int.from_bytes(packet[at + i : at + i + 2], "big") for i in (0, 8))
+        data = packet[at + 10 : at + 10 + size] if kind in (1, 16) else at + 10
+        records[kind].append((owner, data))
+        at += 10 + size
+    assert at == len(packet)
+    return number, flags, questions, records
+
+
+@pytest.mark.lan
+@pytest.mark.parametrize("form", ["QU", "legacy"])
+def test_both_forms_of_the_apps_question_are_answered_to_its_own_port(lan: Lan, tmp_path: Path, form: str) -> None:
+    """Lost otherwise: the photo app, which listens nowhere else and asks nothing more."""
+    board, phone = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
+    node = board.daemon(tmp_path)
+    port = int(node.wait_for(r"port (\d+); loading")[1])
+    node.wait_for(r"mDNS: .*_lumen")
+    numbers, of_class = (("0000", "0000"), "8001") if form == "QU" else (("1234", "abcd"), "0001")
+    question = b"\x06_lumen\x04_tcp\x05local\x00\x00\x0c" + bytes.fromhex(of_class)
+    packets = [f"{number}00000001000000000000{question.hex()}" for number in numbers]
+    command = [*phone.inside, sys.executable, "-c", ASK, phone.address, *packets]
+    replies = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    for number, reply in zip(numbers, replies, strict=True):  # the SDK asks from each of its interfaces at once
+        address, source, answer = reply.split()
+        packet = bytes.fromhex(answer)
+        echoed, flags, questions, records = dns_parts(packet)
+        assert (address, source, echoed) == (board.address, "5353", int(number, 16)) and flags & 0x8000
+        if form == "legacy":
+            assert questions == [question]
+        [(owner, at)], [(name, where)] = records[12], records[33]
+        assert owner == "_lumen._tcp.local." and dns_name(packet, at)[0] == name == f"CLIP-Image-Processor.{owner}"
+        target = dns_name(packet, where + 6)[0]
+        assert int.from_bytes(packet[where + 4 : where + 6], "big") == port
+        assert records[1] == [(target, socket.inet_aton(board.address))] and 28 not in records
+        [(owner, text)] = records[16]
+        assert owner == name and b"\x0cstatus=ready" in text
+    assert node.stop() == 0
+
+
+WHERE = """
+import sys, doors
+while sys.stdin.readline():
+    print(doors.advertised_ip("0.0.0.0"), flush=True)
+"""
+
+
+@pytest.mark.lan
+def test_nothing_but_the_lans_address_is_announced(lan: Lan) -> None:
+    """Lost otherwise: the app, which dials the one address that it is given, and waits."""
+    board = lan.machine()
+    eye = board.start(sys.executable, "-c", WHERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+
+    def announced() -> str:
+        assert eye.stdin and eye.stdout
+        eye.stdin.write("\n")
+        eye.stdin.flush()
+        return eye.stdout.readline().strip()
+
+    def up(name: str, address: str, *kind: str) -> None:
+        if kind:
+            board.ip("link", "add", name, "type", *kind)
+        board.ip("link", "set", name, "up")
+        board.ip("address", "add", address, "dev", name)
+
+    up("lo", "10.99.0.1/32")
+    up("docker0", "172.17.0.1/16", "bridge")
+    up("br-5f2a1c9d8e7f", "172.18.0.1/16", "bridge")
+    up("home", "172.20.0.1/16", "bridge")  # by any name: it joins a container to nothing else
+    up("veth1a2b3c4", "172.19.0.1/16", "veth", "peer", "inside")
+    board.ip("link", "set", "inside", "master", "home", "up")
+    for name in ("tun0", "tap0"):
+        board.ip("tuntap", "add", name, "mode", name[:3])
+    up("tun0", "10.8.0.2/24")
+    up("tap0", "10.8.1.2/24")
+    up("wg0", "10.9.0.2/24", "veth", "peer", "wg-peer")
+    up("tailscale0", "100.64.0.7/32", "veth", "peer", "ts-peer")
+    for end in ("wg-peer", "ts-peer"):
+        board.ip("link", "set", end, "up")
+    board.ip("route", "add", "default", "via", "10.9.0.1")
+    assert announced() == "None"
+    board.plug("192.168.77.1")
+    route = subprocess.run([*board.inside, "ip", "route", "get", "224.0.0.251"], capture_output=True, text=True)
+    assert "dev wg0" in route.stdout and announced() == "192.168.77.1"  # the VPN has all routes
+    board.ip("link", "del", "wg0")
+    assert announced() == "192.168.77.1"  # an offline LAN: there is no way out
+    board.plug("192.168.78.1", "eth1")
+    board.ip("route", "add", "default", "via", "192.168.78.254")
+    assert announced() == "192.168.78.1"  # of two, the one that the kernel would use
+    board.ip("link", "set", "eth1", "down")
+    assert announced() == "192.168.77.1"
+    board.ip("address", "flush", "dev", "eth0")
+    board.ip("address", "add", "169.254.3.4/16", "dev", "eth0")
+    assert announced() == "169.254.3.4"  # a cable between two machines, and no router
+
+
+def test_a_bridge_is_the_lans_if_there_is_hardware_in_it(tmp_path: Path) -> None:
+    """Lost otherwise: routers and hosts of virtual machines, whose only address is a bridge's."""
+    for path in (
+        "eth0/device",
+        "bond0/lower_eth0/device",
+        "bond0.7/lower_bond0/lower_eth0/device",
+        "br-lan/bridge",
+        "br-lan/lower_eth0/device",
+        "vmbr0/bridge",
+        "vmbr0/lower_bond0/lower_eth0/device",
+        "virbr0/bridge",
+        "virbr0/lower_vnet1",
+        "wwan0/device",
+        "zt7nnig26/tun_flags",
+    ):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "wwan0" / "type").write_text("519\n")
+    (tmp_path / "eth0" / "type").write_text("1\n")
+    (tmp_path / "eth0" / "flags").write_text("0x1003\n")
+    there = {link.name for link in tmp_path.iterdir() if doors.leads_to_lan(link)}
+    assert there == {"eth0", "bond0", "bond0.7", "br-lan", "vmbr0"}
+    assert doors.leads_to_lan(tmp_path / "en0") and not doors.leads_to_lan(tmp_path / "utun3")  # no /sys at all
+
+
 # --- another processor -------------------------------------------------------------------------------------------
 
 
