@@ -2,22 +2,25 @@
 
     python client.py clip_classify photo.jpg --topk 3
     python client.py clip_embed "a red bicycle"
-    python client.py clip_image_embed ~/Photos --out vectors.npz
+    python client.py clip_image_embed ~/Photos --out vectors.npz --discover
 
 Runs with `grpcio`, `protobuf` and `gen/` alone, so it can be copied into another project. numpy (for .npz), tqdm (for
-a progress bar) and zeroconf (for --discover) are imported where they are used.
+a progress bar) and zeroconf (for --discover) are imported where they are used. `LumenClient` talks to one daemon,
+`infer_many` to several at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import mimetypes
 import os
 import sys
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,13 +37,18 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 MESSAGE_BYTES_MAX = 65 << 20
 CHUNK_THRESHOLD = 1 << 20  # a payload up to this travels as one message, as in the Lumen SDK
 CHUNK_BYTES = 256 << 10
-IN_FLIGHT = 32  # unanswered requests of `infer_many`
+IN_FLIGHT = 32  # unanswered requests of `infer_many`, at one daemon
 IMAGE_TASKS = ("clip_classify", "bioclip_classify", "smart_classify", "clip_image_embed", "bioclip_image_embed")
 TEXT_TASKS = ("clip_embed", "bioclip_embed")
 AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of the bytes of JSON; a server that knows it not sends JSON
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
-DISCOVERY_SECONDS = 3.0
+SERVICE_TYPE, DISCOVERY_SECONDS = "_lumen._tcp.local.", 3.0
+# Of several daemons: how long a request may be with one, so that a slow one holds few when the end is near; how far
+# answers may run ahead of the slowest; the bytes that may have to be sent again; when a lost one is asked again.
+LATENCY_SECONDS, AHEAD, HELD_BYTES_MAX, RETURN_SECONDS = 2.0, 1024, 256 << 20, 5.0
 HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
+
+log = logging.getLogger("lumen.client")
 
 
 class LumenError(Exception):
@@ -97,10 +105,12 @@ class LumenClient:
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.keepalive_time_ms", 10_000),  # as the Lumen SDK: a daemon whose cable was pulled is told by this
+            ("grpc.keepalive_timeout_ms", 5_000),
         ]
         if door.name:
             options.append(("grpc.ssl_target_name_override", door.name))
-        self.timeout = timeout
+        self.address, self.timeout = address, timeout
         self._metadata = (("authorization", f"Bearer {door.token}"),) if door.token else ()
         if door.tls:
             credentials = grpc.ssl_channel_credentials(door.ca, door.key, door.certificate)
@@ -133,42 +143,29 @@ class LumenClient:
     def infer_many(self, requests: Iterable[Request]) -> Iterator[Result | LumenError]:
         """Many requests on one stream, answered in their order; one that fails yields its LumenError in its place.
 
-        Requests are drawn as they are sent, at most 32 ahead of the answers. Raises LumenError if the stream fails,
-        and whatever `requests` raises.
+        Requests are drawn by a thread, at most 34 ahead of the answers. Raises LumenError if the stream fails, and
+        whatever `requests` raises.
         """
-        window = threading.Semaphore(IN_FLIGHT)
-        tasks: list[str] = []
-        failure: list[Exception] = []
-        over = threading.Event()
+        return infer_many([self], requests)
+
+    def _stream(self, requests: Iterable[Request]) -> Iterator[Result | LumenError]:
+        tasks: deque[str] = deque()
 
         def send() -> Iterator[pb.InferRequest]:
-            try:
-                for number, request in enumerate(requests):
-                    window.acquire()
-                    if over.is_set():
-                        return
-                    tasks.append(request.task)
-                    yield from _messages(request, str(number))
-            except Exception as error:  # gRPC would report it as a bare "exception iterating requests"
-                failure.append(error)
+            for number, request in enumerate(requests):
+                tasks.append(request.task)
+                yield from _messages(request, str(number))
 
         call = self._stub.Infer(send(), metadata=self._metadata)
         try:
             for number, response in enumerate(call):
                 if response.correlation_id != str(number):
                     raise LumenError("internal", f"answer {number} carries the id {response.correlation_id!r}")
-                window.release()
-                yield _result_or_error(tasks[number], response)
+                yield _result_or_error(tasks.popleft(), response)
         except grpc.RpcError as error:
-            # A file that cannot be read ends the stream before its first request: that is the reason to give.
-            if not failure:
-                raise LumenError.of_call(error) from error
+            raise LumenError.of_call(error) from error
         finally:
-            over.set()
-            window.release()
             call.cancel()
-        if failure:
-            raise failure[0]
 
     def classify(
         self, image: bytes, task: str = "clip_classify", topk: int | None = None, labels: Sequence[str] | None = None
@@ -197,6 +194,17 @@ class LumenClient:
         except grpc.RpcError as error:
             raise LumenError.of_call(error) from error
 
+    def models(self) -> dict[str, str]:
+        """task -> the space of its vectors, or the model where none is told: what must be equal in one index.
+
+        Raises LumenError.
+        """
+        found: dict[str, str] = {}
+        for capability in self.capabilities():
+            spaces = [value for key, value in sorted(capability.extra.items()) if key.endswith("_space")]
+            found |= dict.fromkeys((task.name for task in capability.tasks), ", ".join(spaces or capability.model_ids))
+        return found
+
     def health(self) -> str:
         """ "SERVING", "NOT_SERVING", ...: what the standard health service says. Raises LumenError.
 
@@ -217,6 +225,152 @@ class LumenClient:
         except grpc.RpcError as error:
             raise LumenError.of_call(error) from error
         return [str(value) for key, value in call.trailing_metadata() or () if key == "lumen-degraded"]
+
+
+def infer_many(clients: Sequence[LumenClient], requests: Iterable[Request]) -> Iterator[Result | LumenError]:
+    """Many requests, done by all of these daemons together, each at its own pace, and answered in their order.
+
+    A daemon whose model is not the first one's is left out, what a failing one has not answered is asked of the others,
+    and one that comes back is taken in again; each is a warning in the log. Raises LumenError when no daemon is left,
+    and whatever `requests` raises.
+    """
+    return _Spread(clients, requests).answers()
+
+
+@dataclass
+class _Node:
+    client: LumenClient
+    window: int  # unanswered requests at most; of several daemons it follows their pace
+    taken: deque[tuple[int, Request, float]] = field(default_factory=deque)  # those: number, request, since when
+    models: dict[str, str] = field(default_factory=dict)  # empty: not known, or it is the only daemon
+    lost: LumenError | None = None
+    unfit: bool = False  # it stays lost
+
+
+class _Spread:
+    """One `infer_many`: a thread draws requests, one for each daemon has its stream, the caller's takes answers."""
+
+    def __init__(self, clients: Sequence[LumenClient], requests: Iterable[Request]) -> None:
+        self._windows = (4, 2) if len(clients) > 1 else (IN_FLIGHT, IN_FLIGHT)  # the first, and the least
+        self._nodes, self._requests = [_Node(client, self._windows[0]) for client in clients], requests
+        self._changed = threading.Condition()  # guards what follows, and the nodes
+        self._models: dict[str, str] = {}  # the first daemon's
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._answers: dict[int, Result | LumenError] = {}
+        self._drawn = self._yielded = self._held = 0
+        self._more, self._over = True, False
+        self._failure: Exception | None = None
+
+    def answers(self) -> Iterator[Result | LumenError]:
+        threading.Thread(target=self._draw, daemon=True).start()
+        for node in self._nodes:
+            threading.Thread(target=self._work, args=(node,), daemon=True).start()
+        try:
+            while answer := self._next():
+                yield answer
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+        if self._failure:
+            raise self._failure
+
+    def _next(self) -> Result | LumenError | None:
+        def news() -> bool:
+            done = not self._more and self._yielded == self._drawn
+            return self._yielded in self._answers or done or all(node.lost for node in self._nodes)
+
+        with self._changed:
+            self._changed.wait_for(news)
+            if answer := self._answers.pop(self._yielded, None):
+                self._yielded += 1
+                self._changed.notify_all()
+            elif (self._more or self._yielded < self._drawn) and not self._failure:
+                raise self._nodes[-1].lost or AssertionError
+            return answer
+
+    def _draw(self) -> None:
+        def room() -> bool:
+            near = self._drawn - self._yielded < AHEAD and self._held < HELD_BYTES_MAX
+            return self._over or (near and len(self._waiting) < 2 * len(self._nodes))
+
+        try:
+            for request in self._requests:
+                with self._changed:
+                    self._waiting.append((self._drawn, request))
+                    self._drawn += 1
+                    self._held += len(request.payload)
+                    self._changed.notify_all()
+                    self._changed.wait_for(room)
+                    if self._over:
+                        return
+        except Exception as error:  # it is the caller's
+            self._failure = error
+        with self._changed:
+            self._more = False
+            self._changed.notify_all()
+
+    def _work(self, node: _Node) -> None:
+        while not self._over and not node.unfit:
+            try:
+                models = node.client.models() if len(self._nodes) > 1 else {}
+                with self._changed:
+                    node.models, node.lost = models, None
+                    self._changed.notify_all()
+                for answer in node.client._stream(iter(lambda: self._take(node), None)):
+                    self._put(node, answer)
+                self._lose(node, LumenError("internal", "the daemon ended the stream"))
+            except LumenError as error:
+                self._lose(node, error)
+            except Exception as error:  # a thread that died of anything would keep its requests for itself
+                self._lose(node, LumenError("internal", repr(error)))
+            with self._changed:
+                self._changed.wait_for(lambda: self._over, RETURN_SECONDS)
+
+    def _take(self, node: _Node) -> Request | None:
+        """The daemon's next request; None when there will be none."""
+
+        def due() -> bool:  # the first daemon, by which the others are judged, may be slow to answer
+            known = len(self._nodes) == 1 or all(other.lost or other.models for other in self._nodes)
+            return self._over or bool(node.lost or (known and self._waiting and len(node.taken) < node.window))
+
+        with self._changed:
+            self._changed.wait_for(due)
+            if self._over or node.lost:
+                return None
+            number, request = self._waiting[0]
+            task, mine = request.task, node.models.get(request.task, "missing")
+            first = next((other.models[task] for other in self._nodes if task in other.models), "missing")
+            if mine != self._models.setdefault(task, first):
+                node.unfit = True
+                text = f"left out: its model for {task} is {mine}, the first daemon's {self._models[task]}"
+                self._lose(node, LumenError("failed_precondition", text))
+                return None
+            self._waiting.popleft()
+            node.taken.append((number, request, time.monotonic()))
+            self._changed.notify_all()
+            return request
+
+    def _put(self, node: _Node, answer: Result | LumenError) -> None:
+        with self._changed:
+            if node.lost:  # what it had has been given back
+                return
+            number, request, since = node.taken.popleft()
+            swift = time.monotonic() - since < LATENCY_SECONDS
+            node.window = min(node.window + 1, IN_FLIGHT) if swift else max(node.window - 1, self._windows[1])
+            self._answers[number] = answer
+            self._held -= len(request.payload)
+            self._changed.notify_all()
+
+    def _lose(self, node: _Node, error: LumenError) -> None:
+        with self._changed:
+            if not (self._over or node.lost or len(self._nodes) == 1):
+                again = f"; {len(node.taken)} unanswered requests go to the others" if node.taken else ""
+                log.warning("%s: %s%s", node.client.address, error, again)
+            self._waiting.extendleft((number, request) for number, request, _ in reversed(node.taken))
+            node.taken.clear()
+            node.lost, node.window = node.lost or error, self._windows[0]
+            self._changed.notify_all()
 
 
 def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
@@ -262,44 +416,38 @@ def _result(task: str, response: pb.InferResponse) -> Result:
     return found
 
 
-def discover(seconds: float = DISCOVERY_SECONDS) -> str:
-    """The address of the first daemon that answers on mDNS. Raises LumenError.
+def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]:
+    """The addresses of all daemons that answer on mDNS within that time, in the order of their names.
 
-    `LUMEN_MDNS_INTERFACE` is the IPv4 address of the interface to ask on; all by default.
+    `LUMEN_MDNS_INTERFACE` is the IPv4 address of the interface to ask on; all by default. Those that speak TLS, or do
+    not, unlike us, are left out with a warning. Raises LumenError if none is left.
     """
     try:
-        from zeroconf import IPVersion, ServiceBrowser, Zeroconf
+        from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
     except ImportError:
         raise LumenError("unavailable", "--discover needs the zeroconf package") from None
-    found = threading.Event()
-    names: list[tuple[str, str]] = []
-
-    class Listener:
-        def add_service(self, _: Zeroconf, kind: str, name: str) -> None:
-            names.append((kind, name))
-            found.set()
-
-        def update_service(self, *_: object) -> None:
-            """Part of zeroconf's interface; the first sight of a node is enough."""
-
-        remove_service = update_service
-
+    names: list[str] = []
     interface = os.environ.get("LUMEN_MDNS_INTERFACE")
     options: dict[str, Any] = {"interfaces": [interface]} if interface else {}
     browser = Zeroconf(ip_version=IPVersion.V4Only, **options)
+    addresses = []
     try:
-        ServiceBrowser(browser, "_lumen._tcp.local.", listener=Listener())  # type: ignore[arg-type]
-        deadline = time.monotonic() + seconds
-        while found.wait(max(deadline - time.monotonic(), 0)):
-            kind, name = names.pop(0)
-            info = browser.get_service_info(kind, name, 1000)
-            if info and info.port and (addresses := info.parsed_addresses(IPVersion.V4Only)):
-                return f"{addresses[0]}:{info.port}"
-            if not names:
-                found.clear()
+        ServiceBrowser(browser, SERVICE_TYPE, handlers=[lambda name, **_: names.append(name)])
+        time.sleep(seconds)
+        for name in sorted(set(names)):
+            info = ServiceInfo(SERVICE_TYPE, name)  # most say everything at once
+            if not (info.load_from_cache(browser) or info.request(browser, 1000)):
+                continue
+            address = f"{info.parsed_addresses(IPVersion.V4Only)[0]}:{info.port}"
+            if (b"tls" in info.properties) == tls:
+                addresses.append(address)
+            else:
+                log.warning("%s: left out: it speaks %s", address, "no TLS" if tls else "TLS; see --ca and --tls")
     finally:
         browser.close()
-    raise LumenError("unavailable", f"no daemon answered on mDNS in {seconds:.0f} s")
+    if not addresses:
+        raise LumenError("unavailable", f"no daemon answered on mDNS in {seconds:.0f} s")
+    return list(dict.fromkeys(addresses))
 
 
 # --- command line -----------------------------------------------------------------------------------------------
@@ -313,8 +461,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("client.py", description="Ask a lumen-clip daemon.")
     parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
     parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
-    parser.add_argument("--address", default=os.environ.get("LUMEN_ADDRESS", DEFAULT_ADDRESS), metavar="HOST:PORT")
-    parser.add_argument("--discover", action="store_true", help="find the daemon by mDNS")
+    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="of the daemon; several share work")
+    parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
     parser.add_argument("--topk", metavar="K")
@@ -331,7 +479,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def door_of(options: argparse.Namespace) -> Door:
+def find_daemons(options: argparse.Namespace) -> list[str]:
+    """Their addresses, each once. Raises UsageError or LumenError."""
+    if not options.discover:
+        given = ",".join(options.address or [os.environ.get("LUMEN_ADDRESS") or DEFAULT_ADDRESS]).split(",")
+        if "" in (addresses := [address.strip() for address in given]):
+            raise UsageError(f"--address {','.join(given)}: allowed: HOST:PORT, several of them with commas")
+        return list(dict.fromkeys(addresses))
+    found = discover(tls=options.tls)
+    print(f"client.py: found {', '.join(found)}", file=sys.stderr)
+    return found
+
+
+def door_of(options: argparse.Namespace, addresses: Sequence[str]) -> Door:
     """Raises UsageError, or OSError if a file cannot be read."""
 
     def content(path: Path | None) -> bytes | None:
@@ -339,12 +499,13 @@ def door_of(options: argparse.Namespace) -> Door:
 
     if bool(options.cert) != bool(options.key):
         raise UsageError("--cert and --key: one without the other")
-    tls = options.tls or any((options.ca, options.cert, options.server_name))
     token = options.token_file.read_text("utf-8").strip() if options.token_file else ""
-    host = options.address.rpartition(":")[0].strip("[]")
-    if token and not tls and not (host == "localhost" or host == "::1" or host.startswith("127.")):
-        raise UsageError("--token-file: without --tls the token would travel in the clear")
-    return Door(tls, content(options.ca), content(options.cert), content(options.key), options.server_name, token)
+    for address in addresses if token and not options.tls else ():
+        host = address.rpartition(":")[0].strip("[]")
+        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
+            raise UsageError(f"--token-file: without --tls the token would travel in the clear to {address}")
+    ca, certificate, key = map(content, (options.ca, options.cert, options.key))
+    return Door(options.tls, ca, certificate, key, options.server_name, token)
 
 
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
@@ -467,7 +628,7 @@ def write_npz(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def run_task(client: LumenClient, options: argparse.Namespace) -> int:
+def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
     """Asks for every input; -> 1 if one failed. Raises LumenError, UsageError or OSError."""
     if not options.inputs:
         raise UsageError(
@@ -478,7 +639,7 @@ def run_task(client: LumenClient, options: argparse.Namespace) -> int:
     requests = read_requests(options.task, inputs, request_meta(options))
     with ExitStack() as stack:
         write = row_writer(options, len(inputs) > 1, stack)
-        answers = client.infer_many(requests)
+        answers = infer_many(clients, requests)
         for name, answer in zip(inputs, progress(answers, len(inputs)), strict=True):
             if isinstance(answer, LumenError):
                 failed += 1
@@ -489,7 +650,7 @@ def run_task(client: LumenClient, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def show_capabilities(client: LumenClient, as_json: bool) -> int:
+def show_capabilities(client: LumenClient, as_json: bool) -> bool:
     for capability in client.capabilities():
         models, tasks = ", ".join(capability.model_ids), ", ".join(task.name for task in capability.tasks)
         if as_json:
@@ -499,10 +660,10 @@ def show_capabilities(client: LumenClient, as_json: bool) -> int:
         else:
             precisions = ", ".join(capability.precisions)
             print(f"{capability.service_name}: {models} on {capability.runtime} ({precisions})\n  {tasks}")
-    return 0
+    return True
 
 
-def show_health(client: LumenClient, as_json: bool) -> int:
+def show_health(client: LumenClient, as_json: bool) -> bool:
     state, degraded = client.health(), []
     try:
         degraded = client.degraded()
@@ -510,21 +671,34 @@ def show_health(client: LumenClient, as_json: bool) -> int:
         if error.code != "unauthenticated":  # whether it serves is everybody's business; how, is not
             raise
     print(json.dumps({"status": state, "degraded": degraded}) if as_json else "\n".join([state, *degraded]))
-    return 0 if state == "SERVING" else 1
+    return state == "SERVING"
+
+
+def show(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
+    """What each daemon says of itself; -> 1 if one is not well."""
+    well = True
+    for client in clients:
+        if len(clients) > 1 and not options.json:
+            print(f"{client.address}:")
+        try:
+            well &= (show_health if options.task == "health" else show_capabilities)(client, options.json)
+        except LumenError as error:
+            print(f"client.py: {client.address}: {error}", file=sys.stderr)
+            well = False
+    return 0 if well else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_intermixed_args(arguments)
+    options.tls = any((options.tls, options.ca, options.cert, options.server_name))
+    logging.basicConfig(level=logging.WARNING, format="client.py: %(message)s")
+    addresses: list[str] = []
     try:
-        if options.discover:
-            options.address = discover()
-            print(f"client.py: found {options.address}", file=sys.stderr)
-        with LumenClient(options.address, options.timeout, door_of(options)) as client:
-            if options.task == "capabilities":
-                return show_capabilities(client, options.json)
-            if options.task == "health":
-                return show_health(client, options.json)
-            return run_task(client, options)
+        addresses = find_daemons(options)
+        door = door_of(options, addresses)
+        with ExitStack() as stack:
+            clients = [stack.enter_context(LumenClient(address, options.timeout, door)) for address in addresses]
+            return (show if options.task in ("capabilities", "health") else run_task)(clients, options)
     except BrokenPipeError:
         # The reader of our output has seen enough; Python's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -533,7 +707,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"client.py: {error}", file=sys.stderr)
         return 2
     except LumenError as error:
-        print(f"client.py: {options.address}: {error}", file=sys.stderr)
+        print(f"client.py: {', '.join(addresses) or 'mDNS'}: {error}", file=sys.stderr)
     except OSError as error:
         print(f"client.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:

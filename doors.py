@@ -120,8 +120,9 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
 READY_ONLY = "_lumen._tcp.local."
 LOOK_S = 5.0  # between two looks at the network's state
 PROBE_MS = 750  # in which whoever has a name says so (RFC 6762, 8.1)
+CHECK_S = 60.0  # after a power cut daemons may start before the switch between them does
+SETTLE_S = 1.25  # what was heard less than a second ago is not replaced by what comes now (RFC 6762, 10.2)
 GOODBYE_S = 5.0
-SETTLE_S = 1.25
 LINKS = Path("/sys/class/net")
 # What leads to containers and virtual machines of this host, or through a VPN, whatever it looks like otherwise.
 ELSEWHERE = re.compile(
@@ -218,7 +219,7 @@ class Beacon:
         self._address: str | None = ""  # of which is announced; None: there is none
         self._uuid = self._instance = self._server = ""
         self._told: dict[str, dict[str, str]] = {}  # service type -> its TXT
-        self._told_at = 0.0
+        self._told_at = self._checked_at = time.monotonic()
         self._contested = self._closing = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mdns", daemon=True)
@@ -271,6 +272,7 @@ class Beacon:
             self._defend(address)
         if address:
             self._tell(address)
+            self._check()
 
     def _open(self, address: str) -> None:
         """Finds names that are nobody else's."""
@@ -336,6 +338,17 @@ class Beacon:
         elif record.key == self._server and (address := _ipv4_of(record)):
             self._contested |= address != self._address
 
+    def _check(self) -> None:
+        """Asks now and then whether another has the name too; clients' questions are answered to them alone."""
+        from zeroconf import DNSOutgoing, DNSQuestion  # type: ignore[attr-defined]
+
+        if time.monotonic() - self._checked_at > CHECK_S:
+            self._checked_at = time.monotonic()
+            query = DNSOutgoing(0)
+            for kind in self._told:
+                query.add_question(DNSQuestion(f"{self._instance}.{kind}", 33, 1))  # SRV, IN
+            self._zeroconf.send(query)
+
     def _defend(self, address: str) -> None:
         """Of two that took a name at the same moment, or met later, the one that sorts first keeps it."""
         services, addresses = self._claims()
@@ -356,7 +369,7 @@ class Beacon:
             **({"runtime": runtime} if runtime else {}),
             **({"tls": "1"} if settings.lumen_tls_cert else {}),
         }
-        if self._told:  # what was heard less than a second ago is not replaced by what comes now (RFC 6762, 10.2)
+        if self._told:
             time.sleep(max(self._told_at + SETTLE_S - time.monotonic(), 0))
         for kind in settings.clip_mdns_type:
             if self._told.get(kind) == properties or (kind == READY_ONLY and not runtime):

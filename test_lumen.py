@@ -35,7 +35,7 @@ import time
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 import backends
+import client
 import doctor
 import doors
 import export
@@ -1239,7 +1240,7 @@ def test_the_tokenizer_equals_openclips_on_hostile_texts(tiny_onnx: Path) -> Non
 # What rknn-toolkit-lite2 2.5.0 does, as its source and a run of the real wheel show it, on ONNX Runtime: it reports by
 # return codes, None and its log, takes one layout and dtype, and tolerates no second thread (here: aloud).
 FAKE_NPU = """
-import logging, os, threading
+import logging, os, threading, time
 import numpy as np
 import onnxruntime
 
@@ -1300,6 +1301,7 @@ class RKNNLite:
             log.error("The input does not fit: %s %s", inputs[0].shape, inputs[0].dtype)
             return None
         self.pictures += 1
+        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
         rows = self.session.run(None, {tower.name: inputs[0]})[0].astype(np.float16).astype(np.float32)
         return [np.zeros_like(rows) if ZEROS else rows]
 
@@ -4784,10 +4786,10 @@ class Machine:
         self.lan.ip("-n", self.name, *arguments)
 
     def plug(self, address: str, nic: str = "eth0") -> None:
-        port = f"p{len(self.lan.cables)}"
-        self.lan.cables.append(port)
-        self.lan.ip("link", "add", port, "netns", self.lan.switch, "type", "veth", "peer", nic, "netns", self.name)
-        self.lan.ip("-n", self.lan.switch, "link", "set", port, "master", "br0", "up")
+        switch = self.lan.switch
+        self.port = f"port{next(self.lan.cables)}"
+        self.lan.ip("link", "add", self.port, "netns", switch, "type", "veth", "peer", nic, "netns", self.name)
+        self.lan.ip("-n", switch, "link", "set", self.port, "master", "br0", "up")
         self.ip("link", "set", nic, "up")
         self.ip("address", "add", f"{address}/24", "dev", nic)
         self.address = address
@@ -4816,7 +4818,8 @@ class Lan:
 
     def __init__(self) -> None:
         self.switch = f"lumen-{os.getpid()}"
-        self.names, self.cables, self.processes = [self.switch], [], []  # type: list[str], list[str], list[Any]
+        self.names, self.cables = [self.switch], itertools.count()
+        self.processes: list[subprocess.Popen[str]] = []
         self.ip("netns", "add", self.switch)
         self.ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
         self.ip("-n", self.switch, "link", "set", "br0", "up")
@@ -5097,6 +5100,181 @@ def test_a_bridge_is_the_lans_if_there_is_hardware_in_it(tmp_path: Path) -> None
     there = {link.name for link in tmp_path.iterdir() if doors.leads_to_lan(link)}
     assert there == {"eth0", "bond0", "bond0.7", "br-lan", "vmbr0"}
     assert doors.leads_to_lan(tmp_path / "en0") and not doors.leads_to_lan(tmp_path / "utun3")  # no /sys at all
+
+
+BEACON = """
+import logging, pathlib, socket, sys
+import doors, settings
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+doors.CHECK_S = 1
+port = int(sys.argv[2])
+with socket.create_server(("0.0.0.0", port)):
+    beacon = doors.Beacon(settings.Settings(lumen_data_dir=pathlib.Path(sys.argv[1])), "0.0.0.0", port)
+    beacon.serve("torch")
+    sys.stdin.read()
+beacon.close()
+"""
+
+
+@pytest.mark.lan
+def test_no_two_daemons_share_a_name_and_each_keeps_its_own(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
+    """Lost otherwise: one of two daemons, or the one that clients know by its name, after every power cut."""
+
+    def beacon(machine: Machine, data: str, port: int = 50051) -> subprocess.Popen[str]:
+        with (tmp_path / f"{data}.log").open("a") as file:
+            streams = {"stdin": subprocess.PIPE, "stdout": file, "cwd": ROOT}
+            return machine.start(sys.executable, "-c", BEACON, str(tmp_path / data), str(port), **streams)
+
+    def seen(count: int) -> dict[tuple[str, int], tuple[str, str]]:
+        """where -> (name, host), once avahi sees so many, each with a name of its own."""
+
+        def look() -> Any:
+            sightings = avahi.sees(MDNS_TYPES[1])
+            names = {sighting.name for sighting in sightings}
+            own = all(sighting.text["uuid"][:8] in sighting.host for sighting in sightings)
+            return own and len(sightings) == len(names) == count and sightings
+
+        return {(s.address, s.port): (s.name, s.host) for s in until(look, 40)}
+
+    one, two, three = (lan.machine(f"10.77.0.{i}") for i in (1, 2, 3))
+    # Two that do not hear each other at first both take the name, and one gives way when it does.
+    lan.ip("-n", lan.switch, "link", "set", two.port, "nomaster")
+    first, second = (beacon(machine, data) for machine, data in ((one, "a"), (two, "b")))
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    until(lambda: all("mDNS: CLIP-Image-Processor._lumen._tcp" in log.read_text() for log in logs))
+    lan.ip("-n", lan.switch, "link", "set", two.port, "master", "br0")
+    found = seen(2)
+    uuids = {data: (tmp_path / data / "uuid").read_text()[:8] for data in "ab"}
+    names = {"CLIP-Image-Processor", *(f"CLIP-Image-Processor-{uuid}" for uuid in uuids.values())}
+    assert {name for name, _ in found.values()} < names
+    for process, machine, data in ((first, one, "a"), (second, two, "b")):  # each comes back as what it was
+        process.kill()
+        process.wait()
+        beacon(machine, data)
+        assert seen(2) == found
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")  # of a memory card, say: another machine with the same uuid
+    beacon(three, "copy")
+    beacon(one, "a", 50052)  # on the same machine with the same data folder
+    everybody = seen(4)
+    assert found.items() <= everybody.items()
+    assert everybody["10.77.0.3", 50051][1] == f"lumen-clip-{uuids['a']}-2.local" != everybody["10.77.0.1", 50052][1]
+    assert "the daemon at 10.77.0.1 has the uuid of this one" in (tmp_path / "copy.log").read_text()
+
+
+ECHO = """
+import socket, sys, zeroconf
+found = zeroconf.Zeroconf(interfaces=[sys.argv[1]], ip_version=zeroconf.IPVersion.V4Only)
+host, address, port = sys.argv[2], sys.argv[3], int(sys.argv[4])
+for kind in sys.argv[5:]:
+    where = {"addresses": [socket.inet_aton(address)], "port": port, "server": host}
+    found.register_service(zeroconf.ServiceInfo(kind, "CLIP-Image-Processor." + kind, **where))
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.lan
+@pytest.mark.parametrize("where", ["its own address", "an address of old"])
+def test_a_name_that_only_caches_remember_is_taken_back(lan: Lan, tmp_path: Path, where: str) -> None:
+    """Lost otherwise: the name, after a crash on a network whose router or sleep proxy answers for the dead."""
+    board, proxy = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
+    host = f"lumen-clip-{doors.kept_uuid(tmp_path)[:8]}.local."
+    old = board.address if where == "its own address" else "10.77.0.99"
+    kinds = [f"{kind}.local." for kind in MDNS_TYPES]
+    command = [sys.executable, "-c", ECHO, proxy.address, host, old, "40404", *kinds]
+    echo = proxy.start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert echo.stdout and echo.stdout.readline() == "there\n"
+    node = board.daemon(tmp_path)
+    port = node.wait_for(r"port (\d+); loading")[1]
+    node.wait_for(rf"mDNS: CLIP-Image-Processor\._lumen\._tcp\.local\. at 10\.77\.0\.1:{port}\n")
+    assert node.stop() == 0
+    assert "CLIP-Image-Processor-" not in node.log and "copy" not in node.log
+
+
+# --- several daemons ---------------------------------------------------------------------------------------------
+
+
+def npu_demo(folder: Path) -> Path:
+    """The demo model with a "program" in it: on the NPU's double a picture takes FAKE_SECONDS, and no core."""
+    return with_program(DEMO, folder, golden=golden_of(DEMO))
+
+
+def pictures(count: int) -> list[client.Request]:
+    files = [path.read_bytes() for path in sorted((DEMO / "pictures").glob("*.png"))]
+    return [client.Request("clip_image_embed", files[i % len(files)], "", client.AS_TENSOR) for i in range(count)]
+
+
+def vectors(answers: Iterable[client.Result | client.LumenError]) -> list[list[float]]:
+    found = []
+    for answer in answers:
+        assert isinstance(answer, client.Result), answer
+        found.append(answer.data["vector"])
+    return found
+
+
+def demo_daemon(data: Path, port: int = 0, **settings: Any) -> Node:
+    data.mkdir(exist_ok=True)
+    (data / "names.json").write_text('["a fox"]')
+    settings = {**ON_LAN, "CLIP_MDNS_TYPE": "off", "CLIP_LABELS": data / "names.json", **settings}
+    return Node(data, ("--port", str(port)), **settings).ready()
+
+
+def test_a_daemon_that_dies_in_the_middle_loses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: an import of a night, or some of its pictures, or whose vector is whose."""
+    monkeypatch.setattr(client, "AHEAD", 32)  # they wait for us
+    monkeypatch.setattr(client, "RETURN_SECONDS", 0.3)
+    nodes = [demo_daemon(tmp_path / name) for name in "ab"]
+    clients = [client.LumenClient(node.address) for node in nodes]
+    requests = pictures(300)
+    expected = vectors(clients[0].infer_many(requests))
+    killed, answers = 0, client.infer_many(clients, requests)
+    found = []
+    for answer in answers:
+        found.append(answer)
+        if len(found) in (50, 150):  # the second time the other one, when the first is back
+            nodes[killed].process.kill()
+            nodes[killed].stop()
+            port = int(nodes[killed].address.rpartition(":")[2])
+            nodes[killed] = demo_daemon(tmp_path / "ab"[killed], port)
+            killed += 1
+            time.sleep(1)
+    assert vectors(found) == expected
+    lost = [record.getMessage() for record in caplog.records if record.name == "lumen.client"]
+    assert len(lost) == 2 and all(re.search(r"\d+ unanswered requests go to the others$", line) for line in lost), lost
+    for node in nodes:
+        assert node.stop() == 0
+    with pytest.raises(client.LumenError, match="onnection refused"):
+        list(client.infer_many(clients, requests))
+
+
+def test_a_daemon_with_another_model_is_left_out_of_an_index(
+    onnx_node: Node, tmp_path: Path, album: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lost otherwise: an index whose vectors cannot be compared, and nobody who knows."""
+    other = demo_daemon(tmp_path / "data")
+    several = f"{onnx_node.address},{other.address}"
+    for addresses in (("--address", several), ("--address", onnx_node.address, "--address", other.address)):
+        run = run_client("clip_image_embed", str(album), *addresses, "--out", str(tmp_path / "v.npz"))
+        assert run.returncode == 0, run.stderr
+        assert re.search(
+            rf"client.py: {other.address}: left out: its model for clip_image_embed is \w+, the first daemon's \w+",
+            run.stderr,
+        )
+        with np.load(tmp_path / "v.npz", allow_pickle=False) as file:
+            assert file["vectors"].shape == (6, 64) and file["model_id"] == "tiny"
+    run = run_client("bioclip_embed", "a fox", "--address", f"{other.address},{onnx_node.address}", "--json")
+    assert run.returncode == 0 and json.loads(run.stdout)["dim"] == 64 and "is missing" in run.stderr
+    run = run_client("health", address=several)
+    assert run.stdout == f"{onnx_node.address}:\nSERVING\n{other.address}:\nSERVING\n"
+    assert other.stop() == 0
+    run = run_client("clip_image_embed", str(album), "--json", address=several)  # one that is not there
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 6 and f"{other.address}: " in run.stderr
+    assert run_client("health", address=several).returncode == 1
+    for nonsense in (",", f"{several},"):
+        run = run_client("health", address=nonsense)
+        assert run.returncode == 2 and "--address" in run.stderr and run.stderr.count("\n") == 1
 
 
 # --- another processor -------------------------------------------------------------------------------------------
