@@ -38,6 +38,7 @@ MESSAGE_BYTES_MAX = 65 << 20
 CHUNK_THRESHOLD = 1 << 20  # a payload up to this travels as one message, as in the Lumen SDK
 CHUNK_BYTES = 256 << 10
 IN_FLIGHT = 32  # unanswered requests of `infer_many`, at one daemon
+KEEPALIVE_MS = 10_000, 5_000  # a daemon whose cable was pulled says nothing, not even that it is gone
 IMAGE_TASKS = ("clip_classify", "bioclip_classify", "smart_classify", "clip_image_embed", "bioclip_image_embed")
 TEXT_TASKS = ("clip_embed", "bioclip_embed")
 AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of the bytes of JSON; a server that knows it not sends JSON
@@ -105,8 +106,8 @@ class LumenClient:
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.keepalive_time_ms", 10_000),  # as the Lumen SDK: a daemon whose cable was pulled is told by this
-            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS[0]),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS[1]),
         ]
         if door.name:
             options.append(("grpc.ssl_target_name_override", door.name))
@@ -240,7 +241,7 @@ def infer_many(clients: Sequence[LumenClient], requests: Iterable[Request]) -> I
 @dataclass
 class _Node:
     client: LumenClient
-    window: int  # unanswered requests at most; of several daemons it follows their pace
+    window: float  # unanswered requests at most; of several daemons it follows their pace
     taken: deque[tuple[int, Request, float]] = field(default_factory=deque)  # those: number, request, since when
     models: dict[str, str] = field(default_factory=dict)  # empty: not known, or it is the only daemon
     lost: LumenError | None = None
@@ -356,8 +357,8 @@ class _Spread:
             if node.lost:  # what it had has been given back
                 return
             number, request, since = node.taken.popleft()
-            swift = time.monotonic() - since < LATENCY_SECONDS
-            node.window = min(node.window + 1, IN_FLIGHT) if swift else max(node.window - 1, self._windows[1])
+            step = 1 / node.window if time.monotonic() - since < LATENCY_SECONDS else -1
+            node.window = min(max(node.window + step, self._windows[1]), IN_FLIGHT)
             self._answers[number] = answer
             self._held -= len(request.payload)
             self._changed.notify_all()
