@@ -333,10 +333,12 @@ class Beacon:
     def _hear(self, record: Any) -> None:
         """Notes that somebody says other things of our names than we do; on zeroconf's thread."""
         instances = [f"{self._instance}.{kind}".lower() for kind in self._told]
-        if record.key in instances and (service := _service(record)):
-            self._contested |= service != (self._server, self._port)
-        elif record.key == self._server and (address := _ipv4_of(record)):
-            self._contested |= address != self._address
+        service, address = _service(record), _ipv4_of(record)
+        if (record.key in instances and service not in (None, (self._server, self._port))) or (
+            record.key == self._server and address not in ("", self._address)
+        ):
+            self._contested = True
+            self._wake.set()
 
     def _check(self) -> None:
         """Asks now and then whether another has the name too; clients' questions are answered to them alone."""

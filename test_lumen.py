@@ -5342,6 +5342,41 @@ def test_two_daemons_that_are_found_do_twice_the_work(lan: Lan, tmp_path: Path, 
     assert re.search(rf"^{found[1]}: .*unanswered requests go to the others$", complaint, re.MULTILINE), complaint
 
 
+@pytest.mark.lan
+def test_twenty_daemons_on_one_machine_are_twenty(lan: Lan, tmp_path: Path) -> None:
+    """Lost otherwise: a machine with many models or NPUs, and a household after a power cut."""
+    host, desk = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
+    nodes = {}
+    for i in range(20):
+        nodes[50051 + i] = host.daemon(tmp_path / f"data{i}", "--port", str(50051 + i))
+        if i % 4 == 3:  # four start at once
+            for node in list(nodes.values())[-4:]:
+                node.wait_for("ready: ")
+    uuids = {(tmp_path / f"data{i}" / "uuid").read_text()[:8] for i in range(20)}
+
+    def names() -> set[str]:
+        said = [re.findall(r"mDNS: (.*)\._lumen\._tcp\.local\. at 10\.77\.0\.1:(\d+)\n", n.log) for n in nodes.values()]
+        assert all(int(port) == own for own, lines in zip(nodes, said, strict=True) for _, port in lines)
+        return {lines[-1][0] for lines in said if lines}
+
+    until(lambda: len(names()) == 20)
+    assert names() < {"CLIP-Image-Processor", *(f"CLIP-Image-Processor-{uuid}" for uuid in uuids)}
+    run = desk.client("capabilities", "--discover")
+    assert run.returncode == 0, run.stderr
+    addresses = re.findall(r"^10\.77\.0\.1:(\d+):$", run.stdout, re.MULTILINE)
+    assert sorted(map(int, addresses)) == list(nodes) and run.stdout.count("clip: lumen-demo-emoji") == 20
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for i, drawn in enumerate(sorted((DEMO / "pictures").glob("*.png")) * 10):
+        shutil.copy(drawn, folder / f"{i:04}.png")
+    run = desk.client("clip_image_embed", str(folder), "--discover", "--out", str(tmp_path / "v.npz"))
+    assert run.returncode == 0 and len(np.load(tmp_path / "v.npz")["paths"]) == len(list(folder.iterdir()))
+    for node in nodes.values():
+        node.process.terminate()
+    assert [node.process.wait(30) for node in nodes.values()] == [0] * 20
+    assert all(node.stop() == 0 and re.search(r": [1-9]\d* requests, 0 errors", node.log) for node in nodes.values())
+
+
 # --- another processor -------------------------------------------------------------------------------------------
 
 
