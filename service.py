@@ -207,6 +207,8 @@ class Stream:
         self._in_work: set[Job] = set()
         self._window = threading.Semaphore(WINDOW)
         self._assembler = Assembler(daemon.settings.lumen_max_request_mb << 20)
+        self._line = threading.Lock()  # of who puts what into the line of jobs
+        self._closed = False  # a closing stands in it
         self._gone = False  # the client has left or the call is over
         self._idle_since = time.monotonic()
         self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
@@ -250,8 +252,10 @@ class Stream:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
 
     def close(self, closing: Closing) -> None:
-        """Answers what is in work, then ends the stream."""
-        self._jobs.put(closing)
+        """Answers what is in work, then ends the stream. What comes from now on is not begun: the end answers it."""
+        with self._line:
+            self._closed = True
+            self._jobs.put(closing)
 
     def _leave(self) -> None:
         self._gone = True
@@ -305,10 +309,14 @@ class Stream:
         size = len(request.payload) if request else 0
         due = time.monotonic() + len(self._in_work) * TURN_SECONDS
         job = Job(correlation_id, due, request.task if request else "", size)
+        with self._line:
+            if self._closed:
+                self._daemon.budget.give(size)
+                return
+            self._in_work.add(job)
+            self._jobs.put(job)
         self._daemon.traffic.queued(1)
         job.answer.add_done_callback(lambda _: self._daemon.traffic.queued(-1))
-        self._in_work.add(job)
-        self._jobs.put(job)
         try:
             if request is None or self._gone:
                 raise error or BadInput("the client has left")
