@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ log = logging.getLogger("lumen.backends")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
+Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `watch.download`
 
 
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
@@ -85,6 +87,7 @@ class ModelOptions:
     rknn_model: str = ""
     rknn_target: str = ""  # "": what the device tree says
     rknn_cores: int = 0  # 0: all of the NPU's for which there is memory
+    watched: Watched = lambda *_: nullcontext()  # around each download
 
     def error(self, variable: str, value: str, text: str) -> BackendError:
         return BackendError(f"{self.name}_{variable}={value}: {text}")
@@ -204,7 +207,7 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
             log.warning("cannot keep the tuning in %s (%s); the next start tries again", folder, error)
     if found.arrangement in backend.arrangements() and found.arrangement != backend.arrangements()[0]:
         backend.arrange(found.arrangement)
-    log.info("%s: %s, up to %d images at once, %.1f images/s", backend.model_id, *asdict(found).values())
+    log.info("%s: images run %s, up to %d at once, %.1f a second", backend.model_id, *asdict(found).values())
     return found
 
 
@@ -348,9 +351,11 @@ def fetch_repository(
     log.info("downloading %s@%s to %s", repo, revision[:12], folder)
     try:
         # list_repo_files waits for ever on a hub that takes the connection and says nothing.
-        found = HfApi().repo_info(repo, revision=revision, timeout=30).siblings or []
+        found = HfApi().repo_info(repo, revision=revision, timeout=30, files_metadata=True).siblings or []
         files = choose([file.rfilename for file in found])
-        snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
+        expected = {file.rfilename: file.size or 0 for file in found if file.rfilename in files}
+        with options.watched(repo, folder, expected):
+            snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace_file(marker, json.dumps(sizes).encode())
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
@@ -480,7 +485,9 @@ class TorchBackend:
             path = folder / (file or next(name for name in TORCH_WEIGHTS if (folder / name).is_file()))
         else:  # a plain URL, which OpenCLIP fetches once and checks by its sha-256
             try:
-                path = Path(open_clip.download_pretrained(config, cache_dir=str(options.data_dir / "models")))
+                folder = options.data_dir / "models"
+                with options.watched(value, folder, {Path(config["url"]).name: 0}):
+                    path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
             except Exception as error:
                 raise options.error("MODEL", value, f"cannot download the weights ({_line(error)})") from error
         # OpenCLIP ties these to the tag; with a path they have to be said.

@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ log = logging.getLogger("lumen.labels")
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
+Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `watch.download`
 
 ENCODE_BATCH = 32  # prompts a forward
 SCORE_BLOCK = 16_384  # rows turned to float32 at a time: 50 MB at 768 dimensions
@@ -73,10 +75,15 @@ class LabelError(Exception):
     """A label file cannot be had or is not what it should be; the text is one line for the operator."""
 
 
+def unwatched(what: str, folder: Path, files: Mapping[str, int]) -> AbstractContextManager[None]:
+    """Around a download of which nobody is told how far it is."""
+    return nullcontext()
+
+
 # --- names ------------------------------------------------------------------------------------------------------
 
 
-def class_names(data_dir: Path, own: str = "") -> list[str]:
+def class_names(data_dir: Path, own: str = "", watched: Watched = unwatched) -> list[str]:
     """What `clip_classify` chooses from: the file `own`, a JSON list of names, or else ImageNet-1k's.
 
     Those are in the order of the classes, each a WordNet synset ("tench, Tinca tinca"). Raises LabelError.
@@ -84,7 +91,7 @@ def class_names(data_dir: Path, own: str = "") -> list[str]:
     if own:
         return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
     path = data_dir / "clip" / "imagenet_class_names.json"
-    return label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet)
+    return label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet, watched)
 
 
 def _parse_list(content: Any) -> list[str]:
@@ -105,16 +112,22 @@ def _parse_imagenet(content: Any) -> list[str]:
     return names
 
 
-def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list[str]]) -> list[str]:
+def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list[str]], watched: Watched) -> list[str]:
     """The names in `path`, fetched once from a hub dataset. Raises LabelError."""
     if not path.is_file():
         wrong = f"the hub's {filename} of {repo} is not what it should be"
-        return fetch_file(path, repo, filename, check=lambda staged: read_names(staged, wrong, parse))
+        return fetch_file(path, repo, filename, watched, check=lambda staged: read_names(staged, wrong, parse))
     return read_names(path, f"{path}: not the file {filename} of {repo}", parse)
 
 
 def fetch_file(
-    path: Path, repo: str, filename: str, revision: str | None = None, *, check: Callable[[Path], list[str]]
+    path: Path,
+    repo: str,
+    filename: str,
+    watched: Watched,
+    revision: str | None = None,
+    *,
+    check: Callable[[Path], list[str]],
 ) -> list[str]:
     """Downloads a file of a hub dataset to `path`; -> what `check` makes of it. Raises LabelError, as `check` may."""
     from huggingface_hub import hf_hub_download
@@ -122,7 +135,8 @@ def fetch_file(
     staging = path.parent / ".download"
     log.info("downloading %s of %s", filename, repo)
     try:
-        staged = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=staging))
+        with watched(filename, staging, {filename: 0}):
+            staged = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=staging))
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
         log.debug("download failed", exc_info=True)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

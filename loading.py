@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 import treeoflife
 import vectorfile
+import watch
 from engine import Engine, Job, Line
 from labels import LabelError, Vectors
 from tasks import Model, Models
@@ -49,7 +51,7 @@ class SpeciesLoader:
         if self._source == treeoflife.SOURCES[1]:
             recipe, digest = treeoflife.PUBLISHED, treeoflife.REVISION_200M
         else:
-            path = treeoflife.names_file(self._source, self._data_dir)
+            path = treeoflife.names_file(self._source, self._data_dir, partial(watch.download, say))
             recipe, digest = RECIPE.name, treeoflife.sha256_of(path)
         wanted = treeoflife.wanted_of(backend.model_id, recipe, digest, backend.dim)
         if found := treeoflife.kept(self._folder, wanted, self._encode):

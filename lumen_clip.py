@@ -21,7 +21,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,6 +50,8 @@ log = logging.getLogger("lumen")
 
 DRAIN_S = 20  # for requests in work when the daemon is told to stop
 TRAFFIC_LOG_S = 60  # between two lines that say what went through
+PROGRESS_LOG_S = 30  # between two lines that say how far a start is, where no bar does
+SILENCE_S = 300  # that systemd bears of a start before it takes it for hung; it hears of every bit of progress
 
 
 Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
@@ -64,7 +69,7 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
     for name in loaded:
         if settings.backend_of(name) == "none":
             continue
-        options = settings.options(name)
+        options = replace(settings.options(name), watched=partial(watch.download, say))
         # Clients are told this too: a file's name, and not where it lies.
         where = "" if options.model.startswith("hf-hub:") else "[^:]*/"
         say(f"loading {re.sub(where, '', options.model)} ({options.backend})")
@@ -96,12 +101,13 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
 
 def _label_sets(backend: Backend, folder: Path, settings: Settings, say: Callable[[str], None]) -> dict[str, LabelSet]:
     """CLIP's; `folder` keeps what belongs to this model on this runtime."""
+    watched = partial(watch.download, say)
 
     def encode(texts: list[str]) -> labels.Vectors:
         return backend.encode_text(backend.tokenize(texts))
 
     own = settings.clip_labels
-    names = labels.class_names(settings.lumen_data_dir, own)
+    names = labels.class_names(settings.lumen_data_dir, own, watched)
     recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
     say(f"text vectors of {len(names)} labels for {backend.model_id}")
     found = vectorfile.cached_vectors(
@@ -147,10 +153,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
     """Loads on its own thread, so that signals and RPCs are heard meanwhile."""
+    logged = time.monotonic()
 
     def say(text: str) -> None:
+        nonlocal logged
         daemon.loading = text
-        notify(f"STATUS={text}")
+        notify(f"EXTEND_TIMEOUT_USEC={SILENCE_S * 1_000_000}\nSTATUS={text}")
+        if not sys.stderr.isatty() and time.monotonic() - logged > PROGRESS_LOG_S:
+            logged = time.monotonic()
+            log.info("%s", text)
 
     def load() -> None:
         try:
@@ -196,7 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.log_format == "json":
         logging.root.handlers[0].setFormatter(watch.JSONLines())
-        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are no JSON
+    elif watch.goes_to_the_journal():
+        logging.root.handlers[0].setFormatter(watch.JournalLines())
+    if options.log_format == "json" or not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
     log.setLevel(options.log_level.upper())
     if options.doctor:
         return see_the_doctor(options)
@@ -207,18 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             serve_metrics(daemon, options.host)
         server, port = start_server(daemon, options.host, options.port)
     except (SettingError, OSError) as error:
-        print(f"lumen-clip: {error}", file=sys.stderr)
+        complain(error)
         return 2 if isinstance(error, SettingError) else 1
-    daemon.journal.open(settings.lumen_data_dir)
-    log.info("listening on %s port %d; loading models", options.host, port)
-
     events: queue.SimpleQueue[Loaded | BaseException | None] = queue.SimpleQueue()  # None: told to stop
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: events.put(None))
+    daemon.journal.open(settings.lumen_data_dir)
+    log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
     beacon = Beacon(settings, options.host, port)
     event = events.get()
-    if not isinstance(event, Models):
+    if not isinstance(event, tuple):
         beacon.close()
     if event is None:
         log.info("stopped while loading")
@@ -274,9 +287,14 @@ def supervise(daemon: Daemon, events: queue.SimpleQueue[Loaded | BaseException |
             notify("WATCHDOG=1")
 
 
+def complain(error: Exception) -> None:
+    """One line for the operator; in the journal, which names us by itself, of an error's priority."""
+    print("<3>" if watch.goes_to_the_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
+
+
 def _report(error: BaseException) -> None:
     if isinstance(error, BackendError | LabelError):
-        print(f"lumen-clip: {error}", file=sys.stderr)
+        complain(error)
     else:
         log.critical("loading the models failed", exc_info=error)
 

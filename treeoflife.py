@@ -28,7 +28,7 @@ import backends
 import taxa
 import vectorfile
 from inputs import BackendError
-from labels import Encode, LabelError, fetch_file
+from labels import Encode, LabelError, Watched, fetch_file, unwatched
 from settings import DATA_DIR
 from taxa import RECIPE
 from vectorfile import CacheKey, Names, TextVectors
@@ -89,7 +89,7 @@ def is_folder(source: str) -> bool:
     return (Path(source) / vectorfile.FILE).is_file()
 
 
-def names_file(source: str, data_dir: Path) -> Path:
+def names_file(source: str, data_dir: Path, watched: Watched = unwatched) -> Path:
     """The label file of a source whose vectors are computed, fetched once. Raises LabelError."""
     if source and source not in SOURCES:
         path = Path(source)
@@ -99,7 +99,7 @@ def names_file(source: str, data_dir: Path) -> Path:
         return path
     path = data_dir / "bioclip" / "txt_emb_species.json"
     if not path.is_file():
-        fetch_file(path, *NAMES_10M, check=lineages_of)
+        fetch_file(path, *NAMES_10M, watched, check=lineages_of)
     return path
 
 
@@ -257,7 +257,9 @@ def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
     path = building / "names.npz"
     if not path.exists():
         filename = f"embeddings/{stem}.json"
-        lineages = fetch_file(building / f"{stem}.json", REPO_200M, filename, REVISION_200M, check=lineages_of)
+        lineages = fetch_file(
+            building / f"{stem}.json", REPO_200M, filename, unwatched, REVISION_200M, check=lineages_of
+        )
         if len(lineages) != count:
             raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
         order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)

@@ -22,7 +22,6 @@ import logging
 import os
 import shutil
 import struct
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -396,9 +395,7 @@ def _build(
 
     log.info("computing the text vectors of %d labels (%s)", len(names), recipe.name)
     shards = _Shards(folder / ".building", key)
-    # A journal gets a line now and then, a terminal a bar.
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=len(names), desc="text vectors", unit="label", mininterval=interval) as bar:
+    with tqdm(total=len(names), desc="text vectors", unit="label", disable=None) as bar:  # None: on a terminal only
         for start in range(0, len(names), SHARD_LABELS):
             shard = names[start : start + SHARD_LABELS]
             rows = shards.load(start, len(shard))

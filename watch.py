@@ -1,5 +1,5 @@
 """What a daemon that nobody watches keeps of itself: a journal of payloads that crash it, counts of its traffic for a
-line a minute and for Prometheus, and the form of its log.
+line a minute and for Prometheus, how far a download is, and the form of its log.
 
 Knows nothing of gRPC, models or tasks.
 """
@@ -17,7 +17,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -292,7 +292,68 @@ def serve_metrics(traffic: Traffic, host: str, port: int) -> None:
     log.info("metrics on %s port %d", host, server.server_port)
 
 
+# --- downloads --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def download(say: Callable[[str], None], what: str, folder: Path, files: Mapping[str, int]) -> Iterator[None]:
+    """While the body downloads `files` (of so many bytes, or 0 where that is not known) to `folder`, says every second
+    how far it is, but only if it got on."""
+    total = 0 if 0 in files.values() else sum(files.values())
+    ended = threading.Event()
+
+    def look() -> None:
+        before = 0
+        while not ended.wait(1):
+            there = sum(map(_bytes_on_disk, [folder / name for name in files])) + sum(
+                map(_bytes_on_disk, folder.rglob("*.incomplete"))
+            )
+            if there > before:
+                say(f"downloading {what}: {there / 1e6:.0f} {f'of {total / 1e6:.0f} ' if total else ''}MB")
+            before = there
+
+    thread = threading.Thread(target=look, name="download", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    say(f"downloaded {what}")
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Of a file that may be full of holes, or gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0
+    return min(stat.st_size, stat.st_blocks * 512) if hasattr(stat, "st_blocks") else stat.st_size
+
+
 # --- the log ----------------------------------------------------------------------------------------------------
+
+
+def goes_to_the_journal() -> bool:
+    """Whether standard error is systemd's journal itself, and no file or pipe on the way to it."""
+    try:
+        stat = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
+class JournalLines(logging.Formatter):
+    """For systemd's journal, which keeps time and process by itself: a line's priority, then what there is to say."""
+
+    PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next(priority for level, priority in self.PRIORITIES if record.levelno >= level)
+        text = super().format(record)
+        if not record.name.startswith("lumen"):  # a library's
+            text = f"{record.name}: {text}"
+        return "\n".join(f"<{priority}>{line}" for line in text.splitlines())
 
 
 class JSONLines(logging.Formatter):
