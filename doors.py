@@ -1,4 +1,4 @@
-"""The daemon on its network: TLS and the token at its door, and the mDNS name by which it is found.
+"""The daemon on its network: TLS, the token and the lobby at its door, and the mDNS name by which it is found.
 
 Knows nothing of requests or models.
 """
@@ -16,17 +16,22 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 import machine
 from settings import SettingError, Settings
 
 log = logging.getLogger("lumen.doors")
+
+LOBBY_S = 20  # for a health check or a question to reflection, message and all
+WATCHERS_MAX = 64  # of the standard health service
 
 
 # --- who may come in --------------------------------------------------------------------------------------------
@@ -97,11 +102,12 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
     The refusal reads no message: one that waited for it would let silent strangers hold threads.
     """
 
-    def __init__(self, token: bytes) -> None:
+    def __init__(self, token: bytes, turned_away: Callable[[str, str], None]) -> None:
+        """`turned_away` is told the reason and the peer."""
         self._expected = b"Bearer " + token
 
         def refuse(_: Any, context: Any) -> None:
-            log.info("turned away %s: no valid token", context.peer())
+            turned_away("no valid token", context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "metadata authorization: allowed: Bearer and the token")
 
         self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
@@ -112,6 +118,117 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
         if known or details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return continuation(details)
         return self._refusal
+
+
+class Lobby:
+    """Places for calls that wait for a message and should be over in a moment: standard health and reflection.
+
+    gRPC gives them a thread each for as long as they like, and anyone may open them. Here the oldest leaves when the
+    places are taken, and each after LOBBY_S.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places, self._lock = places, threading.Lock()
+        self._calls: dict[Any, float] = {}  # context -> when it came, by time.monotonic(); oldest first
+
+    @contextmanager
+    def seat(self, context: Any) -> Iterator[None]:
+        with self._lock:
+            oldest = next(iter(self._calls)) if len(self._calls) >= self._places else None
+            if oldest:
+                del self._calls[oldest]
+            self._calls[context] = time.monotonic()
+        if oldest:
+            oldest.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls.pop(context, None)
+
+    def check(self, now: float, patience: float | None = None) -> None:
+        """Ends the calls that are older than `patience`, or LOBBY_S."""
+        limit = LOBBY_S if patience is None else patience
+        with self._lock:
+            late = [context for context, since in self._calls.items() if now - since > limit]
+        for context in late:
+            context.cancel()
+
+
+def discreet(behaviour: Callable[[Any, Any], Iterator[Any]]) -> Callable[[Any, Any], Iterator[Any]]:
+    """An exception that escaped would be sent to the client with its text, which may be a path. The log gets it."""
+
+    def told(messages: Any, context: Any) -> Iterator[Any]:
+        try:
+            yield from behaviour(messages, context)
+        except grpc.RpcError:  # the call is over
+            raise
+        except Exception as error:
+            if context.code():  # context.abort()'s own, which has its text from us
+                raise
+            text = internal_error(error)
+            context.abort(grpc.StatusCode.INTERNAL, text)
+
+    return told
+
+
+def internal_error(error: BaseException) -> str:
+    """What a client is told of an exception: a number, by which the log has the story."""
+    number = uuid.uuid4().hex[:8]
+    log.error("internal error %s", number, exc_info=error)
+    return f"internal error {number}; the daemon's log says more"
+
+
+def lobby_handlers(lobby: Lobby, servicer: health.HealthServicer, service: str) -> dict[str, dict[str, Any]]:
+    """Standard health of `service`, and reflection: service's name -> its methods' handlers.
+
+    They are streams to gRPC, though Check and Watch take one message: a thread is given to a unary call before its
+    message has come, and nothing could end it.
+    """
+    watchers = threading.BoundedSemaphore(WATCHERS_MAX)
+
+    def asked(messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
+        with lobby.seat(context):
+            request = next(messages, None)
+        if request is None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
+        assert request is not None
+        if request.service not in ("", service):
+            request.service = "unknown"  # the servicer remembers every name that it is asked for
+        return request
+
+    def check(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        yield servicer.Check(asked(messages, context), context)
+
+    def watch(messages: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
+        request = asked(messages, context)
+        if not watchers.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{WATCHERS_MAX} watch health already; try later")
+        if context.add_callback(watchers.release):
+            servicer.Watch(request, context, send)
+        else:
+            watchers.release()
+
+    watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # gRPC's own way to hold no thread
+
+    mirror: Any = reflection.ReflectionServicer((service, health.SERVICE_NAME, reflection.SERVICE_NAME))
+
+    def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        with lobby.seat(context):
+            yield from mirror.ServerReflectionInfo(messages, context)
+
+    handler = grpc.stream_stream_rpc_method_handler
+    ask, answer = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+    question, answers = reflection_pb2.ServerReflectionRequest.FromString, reflection_pb2.ServerReflectionResponse
+    return {
+        health.SERVICE_NAME: {
+            "Check": handler(discreet(check), ask, answer),
+            "Watch": handler(watch, ask, answer),
+        },
+        reflection.SERVICE_NAME: {
+            "ServerReflectionInfo": handler(discreet(reflect), question, answers.SerializeToString),
+        },
+    }
 
 
 # --- being found ------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import html
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
+STRIP_LINES = 256  # of a picture with alpha that are laid over white at a time
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
 
 
@@ -83,11 +85,22 @@ class Preprocess:
         return "bioclip2_224_image_v1" if self == Preprocess() else ""
 
 
-def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool) -> dict[Preprocess, Pixels]:
+Room = Callable[[int], AbstractContextManager[None]]
+
+
+def anyone(pixels: int) -> AbstractContextManager[None]:
+    """Room for any picture at once."""
+    return nullcontext()
+
+
+def decode_image(
+    data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool, room: Room = anyone
+) -> dict[Preprocess, Pixels]:
     """Decodes one picture by its content and prepares it for each recipe: uint8 RGB `[size, size, 3]`.
 
     Plain RGB files decoded in full equal OpenCLIP's own transform to the last bit. `draft` lets a JPEG be decoded at
-    a fraction of its size, at least `DRAFT_MARGIN` times the largest recipe's side. Raises BadInput.
+    a fraction of its size, at least `DRAFT_MARGIN` times the largest recipe's side. `room` is entered with the number
+    of pixels while they are in memory, at 4 to 20 bytes each. Raises BadInput.
     """
     recipes = list(recipes)
     try:
@@ -104,10 +117,12 @@ def decode_image(data: bytes, recipes: Iterable[Preprocess], max_pixels: int, dr
         if draft and image.format in ("JPEG", "MPO"):
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
             image.draft(None, (side, side))
-        image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
-        return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
+        # A progressive JPEG's coefficients are all in memory, whatever the scale.
+        with room(max(image.width * image.height, width * height // 4)):
+            image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
+            orientation = _orientation(image)
+            rgb = _to_rgb(image)
+            return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
     except BadInput:
         raise
     except Exception as error:
@@ -132,8 +147,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # 16-bit greyscale; Pillow's own conversion clips at 255.
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        rgb = Image.new("RGB", image.size)
+        for top in range(0, image.height, STRIP_LINES):  # in one go, a small file would take 600 MB
+            strip = image.crop((0, top, image.width, min(top + STRIP_LINES, image.height))).convert("RGBA")
+            over_white = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+            rgb.paste(over_white.convert("RGB"), (0, top))
+        return rgb
     return image.convert("RGB")
 
 
@@ -189,10 +208,11 @@ def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preproce
     }
     for key, value in expected.items():
         if meta.get(key) != value:
-            raise BadInput(f"meta {key}: {meta.get(key, '')!r}; allowed: {value!r}")
+            raise BadInput(f"meta {key}: {meta.get(key, '')[:80]!r}; allowed: {value!r}")
     dtype = TENSOR_DTYPES.get(meta.get("lumen.tensor.dtype", ""))
     if dtype is None:
-        raise BadInput(f"meta lumen.tensor.dtype: {meta.get('lumen.tensor.dtype', '')!r}; allowed: fp32, fp16")
+        text = meta.get("lumen.tensor.dtype", "")[:80]
+        raise BadInput(f"meta lumen.tensor.dtype: {text!r}; allowed: fp32, fp16")
     try:
         sent: object = json.loads(meta.get("lumen.tensor.shape", ""))
     except (ValueError, RecursionError):

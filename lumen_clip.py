@@ -32,6 +32,7 @@ from google.protobuf import empty_pb2
 
 import backends
 import labels
+import machine
 import vectorfile
 import watch
 from backends import Backend
@@ -40,7 +41,6 @@ from engine import Engine
 from inputs import BackendError
 from labels import LabelError, LabelSet
 from loading import SpeciesLoader
-from machine import trim_memory
 from service import Daemon, start_server
 from settings import VERSION, SettingError, Settings, demo_environment
 from tasks import Model, Models
@@ -52,6 +52,8 @@ DRAIN_S = 20  # for requests in work when the daemon is told to stop
 TRAFFIC_LOG_S = 60  # between two lines that say what went through
 PROGRESS_LOG_S = 30  # between two lines that say how far a start is, where no bar does
 SILENCE_S = 300  # that systemd bears of a start before it takes it for hung; it hears of every bit of progress
+MEMORY_LOOK_S = 0.25  # a network of 1 Gbit/s brings 30 MB in the meantime
+MEMORY_FLOOR = 64 << 20  # bytes, or a twenty-fifth of what there is: less than that is too little
 
 
 Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
@@ -151,6 +153,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def look_after_memory(daemon: Daemon) -> None:
+    """Keeps messages that are on their way from taking what the machine has left; a thread's work."""
+    while True:
+        time.sleep(MEMORY_LOOK_S)
+        left, of = machine.memory()
+        floor = max(MEMORY_FLOOR, of // 25)
+        if left < floor:
+            machine.trim_memory()
+            left, _ = machine.memory()
+        if left < floor and (ended := daemon.make_room()):
+            log.warning("memory is short (%d MB left): ended %d streams that waited for messages", left >> 20, ended)
+
+
 def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
     """Loads on its own thread, so that signals and RPCs are heard meanwhile."""
     logged = time.monotonic()
@@ -205,6 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # The level is ours; libraries speak when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.root.handlers[0].addFilter(watch.Brevity())
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
+    machine.use_few_arenas()
     if options.log_format == "json":
         logging.root.handlers[0].setFormatter(watch.JSONLines())
     elif watch.goes_to_the_journal():
@@ -244,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
     beacon.serve(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
-    trim_memory()
+    threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
+    machine.trim_memory()
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in models.offered()))
     if trouble := supervise(daemon, events):
@@ -279,7 +298,7 @@ def supervise(daemon: Daemon, events: queue.SimpleQueue[Loaded | BaseException |
             return ""
         except queue.Empty:
             daemon.check_streams()
-            trim_memory()
+            machine.trim_memory()
             daemon.traffic.say(TRAFFIC_LOG_S)
         if trouble := daemon.trouble():
             return trouble

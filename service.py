@@ -7,26 +7,33 @@ bounded in bytes and in count, and never by a number that a client sent.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
+import math
 import queue
 import socket
 import threading
 import time
-import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
 import machine
-from doors import Doorkeeper, read_token, tls_credentials
+from doors import (
+    Doorkeeper,
+    Lobby,
+    discreet,
+    internal_error,
+    lobby_handlers,
+    read_token,
+    tls_credentials,
+)
 from engine import TENSOR_MIME, DecodePool, Engine, Job, forget_frames
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -45,6 +52,7 @@ from tasks import (
     Request,
     Task,
     prepare,
+    prepared_bytes,
     read_meta,
 )
 from taxa import LABEL_FORMATS, RANKS
@@ -61,6 +69,17 @@ TURN_SECONDS = 0.05  # each request that a stream has in work puts its next one 
 CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
+WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
+READING_S = 0.5  # of a message that is on its way, when memory is short
+LOBBY_PLACES = 8
+CONNECTIONS_MAX = 4096
+FILES_OF_OURS = 48  # models, caches, the log, mDNS
+ID_MAX = 1000  # characters of a correlation id
+ENVELOPE_MAX = 4 << 20  # bytes of a message beside its payload: 256 labels of 1,000 characters, and room to spare
+META_MAX = 256  # entries
+CHUNK_COST = 512  # bytes that keeping a chunk takes, were it empty
+PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
+TASK_NAME_SHOWN = 80  # characters of a task's name that are kept for the log
 FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
 
 
@@ -69,15 +88,16 @@ class Overload(Exception):
 
 
 class Budget:
-    """Bytes of payloads that are held and not yet decoded, over all streams."""
+    """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit
         self._changed = threading.Condition()
 
-    def take(self, size: int, gone: Callable[[], bool]) -> None:
-        """Waits for room, for the decoder makes some. Raises Overload if none comes or the client is gone."""
-        deadline = time.monotonic() + CHUNK_IDLE_S
+    def take(self, size: int, gone: Callable[[], bool], patience: float | None = None) -> None:
+        """Waits for room, for others make some, `CHUNK_IDLE_S` or `patience` seconds. Raises Overload if none comes or
+        the client is gone."""
+        deadline = time.monotonic() + (CHUNK_IDLE_S if patience is None else patience)
         with self._changed:
             while self._free < size:
                 if gone() or time.monotonic() > deadline:
@@ -90,9 +110,27 @@ class Budget:
             self._free += size
             self._changed.notify_all()
 
+    @contextmanager
+    def holding(self, size: int, gone: Callable[[], bool]) -> Iterator[None]:
+        self.take(size, gone, math.inf)
+        try:
+            yield
+        finally:
+            self.give(size)
+
 
 class ChunkError(ValueError):
     """Chunks that do not make a request; the text is for the client."""
+
+
+@dataclass
+class Unfinished:
+    """A request of which chunks are missing."""
+
+    request: Request  # as its first chunk told; the payload is still empty
+    total: int
+    size: int = 0  # bytes of the payloads
+    parts: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # seq -> offset, payload
 
 
 class Assembler:
@@ -104,13 +142,17 @@ class Assembler:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._open: dict[str, dict[int, pb.InferRequest]] = {}
-        self._sizes: dict[str, int] = {}
+        self._open: dict[str, Unfinished] = {}
         self._failed: OrderedDict[str, None] = OrderedDict()
 
     def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
-        """The request that this message, whose payload is handed in, completes, or None. Raises ChunkError."""
+        """The request that this message completes, or None. `payload` was taken out of the message: it holds a copy.
+
+        Raises ChunkError.
+        """
         key = message.correlation_id
+        if len(key) > ID_MAX:
+            raise ChunkError(f"correlation_id: over {ID_MAX} characters")
         if key in self._failed:
             if message.seq > 0:
                 return None
@@ -128,14 +170,14 @@ class Assembler:
         return list(self._open)
 
     def held(self) -> int:
-        """Bytes of chunks that wait for the rest of their requests."""
-        return sum(self._sizes.values())
+        """Bytes of the chunks that wait for the rest of their requests, with what keeping them takes."""
+        return sum(r.request.held + r.size + len(r.parts) * CHUNK_COST for r in self._open.values())
 
     def drop(self, key: str) -> None:
         self._open.pop(key, None)
-        self._sizes.pop(key, None)
 
     def _add(self, key: str, message: pb.InferRequest, payload: bytes) -> Request | None:
+        envelope = self._check_envelope(message)
         if key not in self._open and message.total <= 1:
             if message.seq or message.offset:
                 raise ChunkError(
@@ -143,51 +185,75 @@ class Assembler:
                     "allowed: the number of chunks on each of them"
                 )
             self._check_size(len(payload))
-            return self._request(message, payload)
-        chunks = self._open.setdefault(key, {})
-        if len(self._open) > OPEN_IDS_MAX:
-            raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
-        self._check_chunk(chunks, message)
-        chunks[message.seq] = message
-        self._sizes[key] = self._sizes.get(key, 0) + len(payload)
-        self._check_size(self._sizes[key])
-        if len(chunks) < message.total:
+            return self._request(message, payload, envelope)
+        self._check_chunk(message)
+        if key not in self._open:
+            if len(self._open) >= OPEN_IDS_MAX:
+                raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
+            self._open[key] = Unfinished(self._request(message, b"", envelope), message.total)
+        waiting = self._open[key]
+        self._check_same(waiting, message)
+        waiting.parts[message.seq] = message.offset, payload
+        waiting.size += len(payload)
+        self._check_size(waiting.size)
+        if len(waiting.parts) < waiting.total:
             return None
-        parts = [chunks[seq] for seq in range(message.total)]
+        parts = [waiting.parts[seq] for seq in range(waiting.total)]
         self._check_offsets(parts)
         self.drop(key)
-        return self._request(parts[0], b"".join(part.payload for part in parts))
+        waiting.request.payload = b"".join(payload for _, payload in parts)
+        waiting.request.held += waiting.size
+        return waiting.request
 
     @staticmethod
-    def _request(first: pb.InferRequest, payload: bytes) -> Request:
-        return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload)
+    def _request(first: pb.InferRequest, payload: bytes, envelope: int) -> Request:
+        held = len(payload) + envelope
+        return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload, held)
+
+    @staticmethod
+    def _check_envelope(message: pb.InferRequest) -> int:
+        """-> bytes of all but the payload."""
+        size: int = message.ByteSize()
+        if size > ENVELOPE_MAX:
+            raise ChunkError(f"meta: {size} bytes beside the payload; allowed: {ENVELOPE_MAX}")
+        if len(message.meta) > META_MAX:
+            raise ChunkError(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
+        return size
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise ChunkError(f"payload: over {self._max_bytes} bytes, the most that a request may have")
 
     @staticmethod
-    def _check_chunk(chunks: Mapping[int, pb.InferRequest], message: pb.InferRequest) -> None:
+    def _check_chunk(message: pb.InferRequest) -> None:
         if message.total > CHUNKS_MAX:
             raise ChunkError(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
         if message.seq >= message.total:
             raise ChunkError(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
-        if message.seq in chunks:
-            raise ChunkError(f"seq: {message.seq} was sent twice")
-        for first in itertools.islice(chunks.values(), 1):
-            for name in ("total", "task", "payload_mime", "meta"):
-                if getattr(first, name) != getattr(message, name):
-                    raise ChunkError(f"{name}: it differs between the chunks of one request")
 
     @staticmethod
-    def _check_offsets(parts: Sequence[pb.InferRequest]) -> None:
-        if not any(part.offset for part in parts):  # some clients leave it at 0
+    def _check_same(waiting: Unfinished, message: pb.InferRequest) -> None:
+        if message.seq in waiting.parts:
+            raise ChunkError(f"seq: {message.seq} was sent twice")
+        first = waiting.request
+        for name, told, now in (
+            ("total", waiting.total, message.total),
+            ("task", first.task, message.task),
+            ("payload_mime", first.mime, message.payload_mime),
+            ("meta", first.meta, dict(message.meta)),
+        ):
+            if told != now:
+                raise ChunkError(f"{name}: it differs between the chunks of one request")
+
+    @staticmethod
+    def _check_offsets(parts: Sequence[tuple[int, bytes]]) -> None:
+        if not any(offset for offset, _ in parts):  # some clients leave it at 0
             return
         length = 0
-        for part in parts:
-            if part.offset != length:
-                raise ChunkError(f"offset: {part.offset} on chunk {part.seq}; the chunks before it have {length} bytes")
-            length += len(part.payload)
+        for seq, (offset, payload) in enumerate(parts):
+            if offset != length:
+                raise ChunkError(f"offset: {offset} on chunk {seq}; the chunks before it have {length} bytes")
+            length += len(payload)
 
 
 @dataclass(frozen=True)
@@ -210,7 +276,9 @@ class Stream:
         self._line = threading.Lock()  # of who puts what into the line of jobs
         self._closed = False  # a closing stands in it
         self._gone = False  # the client has left or the call is over
+        self._held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
         self._idle_since = time.monotonic()
+        self._reading_since: float | None = None  # when the reader began to wait for a message
         self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
 
     def answers(self) -> Iterator[pb.InferResponse]:
@@ -251,6 +319,14 @@ class Stream:
         elif silent > STREAM_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
 
+    def silent(self, now: float) -> float:
+        """Seconds for which the stream has had nothing in work."""
+        return 0.0 if self._in_work or self._yielding_since is not None else now - self._idle_since
+
+    def reading(self, now: float) -> float:
+        """Seconds for which a message has been on its way, or none has been."""
+        return 0.0 if self._reading_since is None else now - self._reading_since
+
     def close(self, closing: Closing) -> None:
         """Answers what is in work, then ends the stream. What comes from now on is not begun: the end answers it."""
         with self._line:
@@ -266,29 +342,21 @@ class Stream:
 
     def _read(self) -> None:
         closing = Closing()
-        held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
-        empty = True
         try:
+            empty = True
+            self._reading_since = time.monotonic()
             for message in self._messages:
+                self._reading_since, self._idle_since = None, time.monotonic()
                 empty = False
-                self._idle_since = time.monotonic()
-                payload = message.payload  # each access makes a copy
-                size = len(payload)
-                self._daemon.budget.take(size, lambda: self._gone)
-                held += size
-                try:
-                    request = self._assembler.add(message, payload)
-                except ChunkError as error:
-                    self._start(message.correlation_id, None, BadInput(str(error)))
-                else:
-                    if request:
-                        held -= len(request.payload)
-                        self._start(request.correlation_id, request)
-                self._daemon.budget.give(held - self._assembler.held())
-                held = self._assembler.held()
+                self._take(message)
+                del message  # else it stays until the next one comes
                 if self._gone:
                     break
+                self._reading_since = time.monotonic()
+            self._reading_since = None
             for key in self._assembler.unfinished():
+                if self._gone:
+                    break
                 self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
             if empty:
                 closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
@@ -300,18 +368,38 @@ class Stream:
             log.exception("a stream's reader failed")
             closing = Closing(grpc.StatusCode.INTERNAL, "internal error")
         finally:
-            self._daemon.budget.give(held)
+            self._reading_since = None
+            self._daemon.budget.give(self._held)
             self._jobs.put(closing)
+
+    def _take(self, message: pb.InferRequest) -> None:
+        """One message into the assembler, and the request that it completes to work. Raises Overload."""
+        payload = message.payload  # each access makes a copy
+        message.ClearField("payload")
+        size = len(payload) + message.ByteSize() + CHUNK_COST
+        self._daemon.budget.take(size, lambda: self._gone)
+        self._held += size
+        try:
+            request = self._assembler.add(message, payload)
+        except ChunkError as error:
+            self._start(message.correlation_id[:ID_MAX], None, BadInput(str(error)))
+        else:
+            if request:
+                self._held -= request.held
+                self._start(request.correlation_id, request)
+        kept = self._assembler.held()
+        self._daemon.budget.give(self._held - kept)
+        self._held = kept
 
     def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
         """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
         self._window.acquire()
-        size = len(request.payload) if request else 0
+        task_name, size = (request.task[:TASK_NAME_SHOWN], len(request.payload)) if request else ("", 0)
         due = time.monotonic() + len(self._in_work) * TURN_SECONDS
-        job = Job(correlation_id, due, request.task if request else "", size)
+        job = Job(correlation_id, due, task_name, size)
         with self._line:
             if self._closed:
-                self._daemon.budget.give(size)
+                self._daemon.budget.give(request.held if request else 0)
                 return
             self._in_work.add(job)
             self._jobs.put(job)
@@ -323,13 +411,13 @@ class Stream:
             task = self._task(request.task)
             read_meta(task, request)
         except (BadInput, NotReady) as bad:
-            self._daemon.budget.give(size)
+            self._daemon.budget.give(request.held if request else 0)
             job.finish(bad)
             return
         if task.takes == "text":  # quick: no reason to wait among pictures
-            self._prepare(job, task, request, size)
+            self._prepare(job, task, request)
         else:
-            self._daemon.decoders.submit(job.due, lambda: self._prepare(job, task, request, size))
+            self._daemon.decoders.submit(job.due, lambda: self._prepare(job, task, request))
 
     def _task(self, name: str) -> Task:
         offered = self._models.offered()
@@ -342,43 +430,56 @@ class Stream:
         reason = "its model is switched off here" if name in TASKS else "unknown"
         raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {allowed}")
 
-    def _prepare(self, job: Job, task: Task, request: Request, size: int) -> None:
+    def _prepare(self, job: Job, task: Task, request: Request) -> None:
+        daemon, gone = self._daemon, job.answer.cancelled
         try:
-            if job.answer.cancelled():
+            if gone():
                 return
             job.digest = hashlib.sha256(request.payload).hexdigest()
-            journal = self._daemon.journal
-            journal.check(job.digest)
-            with journal.holding([job.digest], "prepare"):
-                prepare(task, request, self._models, self._daemon.settings)
+            daemon.journal.check(job.digest)
+            self._prepare_within_bounds(job, task, request)
             job.steps = task.run(self._models, request)
-            self._daemon.engine.submit(job)
+            daemon.engine.submit(job)
         except Exception as error:
             job.finish(error)
         finally:
-            request.payload = b""
-            self._daemon.budget.give(size)
+            request.payload, request.meta = b"", {}
+            daemon.budget.give(request.held)
+
+    def _prepare_within_bounds(self, job: Job, task: Task, request: Request) -> None:
+        daemon, gone = self._daemon, job.answer.cancelled
+        most = prepared_bytes(task, request, self._models)
+        daemon.prepared.take(most, gone, math.inf)
+        try:
+            with daemon.journal.holding([job.digest], "prepare"):
+                prepare(task, request, self._models, daemon.settings, lambda size: daemon.pixels.holding(size, gone))
+        except BaseException:
+            daemon.prepared.give(most)
+            raise
+        kept = prepared_bytes(task, request, self._models)
+        daemon.prepared.give(most - kept)
+        job.answer.add_done_callback(lambda _: daemon.prepared.give(kept))
 
     def _response(self, job: Job) -> pb.InferResponse:
         """Waits for a job's answer. Raises CancelledError when the client has left."""
         if error := job.answer.exception():
             return _error_response(job, error)
         answer = job.answer.result()
+        milliseconds = round((time.monotonic() - job.arrived) * 1000)
         try:
-            result = answer.encoded()
+            response = pb.InferResponse(
+                correlation_id=job.correlation_id,
+                is_final=True,
+                result=answer.encoded(),
+                meta={**answer.meta, "lat_ms": str(milliseconds)},
+                total=1,
+                result_mime=answer.mime(),
+                result_schema=answer.schema,
+            )
         except Exception as error:
             return _error_response(job, error)
         self._daemon.journal.answered(job.digest)
-        milliseconds = round((time.monotonic() - job.arrived) * 1000)
-        return pb.InferResponse(
-            correlation_id=job.correlation_id,
-            is_final=True,
-            result=result,
-            meta={**answer.meta, "lat_ms": str(milliseconds)},
-            total=1,
-            result_mime=answer.mime(),
-            result_schema=answer.schema,
-        )
+        return response
 
 
 OUTCOMES = {
@@ -396,9 +497,7 @@ def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
     elif isinstance(error, NotReady):
         code, text = pb.ERROR_CODE_UNAVAILABLE, str(error)
     else:
-        # The client gets a number, the log gets the story.
-        code, text = pb.ERROR_CODE_INTERNAL, f"internal error {uuid.uuid4().hex[:8]}; the daemon's log says more"
-        log.error("%s", text.partition(";")[0], exc_info=error)
+        code, text = pb.ERROR_CODE_INTERNAL, internal_error(error)
         forget_frames(error)
     problem = pb.Error(code=code, message=text)
     return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
@@ -415,9 +514,12 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.journal = Journal()
         self.traffic = Traffic(TASKS)
         self.engine = Engine(self.journal.holding, self.traffic)
-        self.decoders = DecodePool(min(machine.usable_cores(), 4))  # each may hold a decoded picture of 160 MB
-        self.budget = Budget(4 * settings.lumen_max_request_mb << 20)
+        self.decoders = DecodePool(min(machine.usable_cores(), 4))
+        self.budget = Budget(4 * settings.lumen_max_request_mb << 20)  # bytes of requests until they are prepared
+        self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders: of one picture or of several
+        self.prepared = Budget(PREPARED_MAX)
         self.health = health.HealthServicer()
+        self.lobby = Lobby(LOBBY_PLACES)
         self.loading = "starting"  # said to clients until the models are there
         self._models: Models | None = None
         self._admission = threading.BoundedSemaphore(settings.lumen_max_streams)
@@ -439,8 +541,23 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             stream.close(Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down"))
 
     def check_streams(self) -> None:
+        now = time.monotonic()
         for stream in list(self._streams):
-            stream.check(time.monotonic())
+            stream.check(now)
+        self.lobby.check(now)
+
+    def make_room(self) -> int:
+        """When memory is short: ends the streams whose next message has been on its way for a while; -> how many.
+
+        gRPC holds up to LUMEN_MAX_REQUEST_MB of each before we see a byte of it, and has no limit over all. Whatever is
+        in work is answered first.
+        """
+        now = time.monotonic()
+        slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]
+        for stream in slow:
+            stream.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory is short; try later, or in chunks"))
+        self.lobby.check(now, READING_S)
+        return len(slow)
 
     def stop_serving(self) -> None:
         self._draining = True
@@ -462,6 +579,27 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         for name in ("", SERVICE):
             self.health.set(name, status)
 
+    def handlers(self) -> dict[str, Any]:
+        """The four RPCs for gRPC. Those that take Empty do not wait for it, so that who sends none holds nothing."""
+
+        def unread(method: Callable[[empty_pb2.Empty, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
+            return lambda _, context: iter((method(empty_pb2.Empty(), context),))
+
+        def streamed(_: Any, context: Any) -> Iterator[pb.Capability]:
+            return self.StreamCapabilities(empty_pb2.Empty(), context)
+
+        empty, capability = empty_pb2.Empty, pb.Capability
+        methods = {
+            "Infer": (self.Infer, pb.InferRequest.FromString, pb.InferResponse.SerializeToString),
+            "GetCapabilities": (unread(self.GetCapabilities), empty.FromString, capability.SerializeToString),
+            "StreamCapabilities": (streamed, empty.FromString, capability.SerializeToString),
+            "Health": (unread(self.Health), empty.FromString, empty.SerializeToString),
+        }
+        return {
+            name: grpc.stream_stream_rpc_method_handler(discreet(behaviour), read, write)
+            for name, (behaviour, read, write) in methods.items()
+        }
+
     def _ready(self, context: Any) -> Models:
         if self._draining:
             context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
@@ -472,7 +610,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
         models = self._ready(context)
-        if not self._admission.acquire(blocking=False):
+        if not self._admission.acquire(blocking=False) and not self._place_of_a_silent_one():
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
             self.traffic.turned_away("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
@@ -485,6 +623,16 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self.traffic.stream(-1)
             self._streams.discard(stream)
             self._admission.release()
+
+    def _place_of_a_silent_one(self) -> bool:
+        """Ends the stream that has had nothing in work for longest, if that is long."""
+        now = time.monotonic()
+        silent = max(list(self._streams), key=lambda stream: stream.silent(now), default=None)
+        if silent is None or silent.silent(now) < WANTED_IDLE_S:
+            return False
+        text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
+        silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        return self._admission.acquire(timeout=1)
 
     def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
         models = self._ready(context)
@@ -573,12 +721,13 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             probe.bind((host, port))
         except OSError as error:
             raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
-    threads = daemon.settings.lumen_max_streams + 8  # eight more, so that Health never waits for a stream
+    # Beside the streams: calls that are over in a moment, and as many that are just being refused.
+    threads = daemon.settings.lumen_max_streams + 2 * LOBBY_PLACES
     message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, "grpc"),
         maximum_concurrent_rpcs=threads,
-        interceptors=[Doorkeeper(token)] if token else [],
+        interceptors=[Doorkeeper(token, daemon.traffic.turned_away)] if token else [],
         options=[
             ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
             ("grpc.max_receive_message_length", message_bytes),
@@ -591,11 +740,18 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.ping_timeout_ms", 10_000),
+            # Of a connection. More than all may use; without it streams that are opened and reset pile up in gRPC.
+            ("grpc.max_concurrent_streams", 4 * threads),
+            ("grpc.max_allowed_incoming_connections", machine.files_for(CONNECTIONS_MAX, FILES_OF_OURS)),
+            ("grpc.server_handshake_timeout_ms", 20_000),  # and not two minutes, for connections that say nothing
+            # Nobody packs photographs; what 60 kB can swell to, before we see it, is 64 MB.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
-    pb_grpc.add_InferenceServicer_to_server(daemon, server)
-    health_pb2_grpc.add_HealthServicer_to_server(daemon.health, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    for name, handlers in (SERVICE, daemon.handlers()), *lobby_handlers(daemon.lobby, daemon.health, SERVICE).items():
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+        # A queue for each method, so that a flood of one does not stand in the way of Health.
+        server.add_registered_method_handlers(name, handlers)  # type: ignore[attr-defined]
     try:
         bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:

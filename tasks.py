@@ -31,6 +31,7 @@ OWN_LABELS_MAX = 256  # labels a caller may bring
 TEXTS_KEPT = 4096  # text vectors that a model remembers (2 to 3 KB each): searches and labels come again and again
 MIN_SCORE = 0.35  # of a rank that `rank=auto` settles for; LrGeniusAI's rule
 TAXA_MAX = 10_000  # of `within`
+LABEL_COST = 4096  # bytes of a caller's label, beside its text: token ids and a vector
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 
 
@@ -69,7 +70,9 @@ class Model:
         found = {key: self._known[key] for key in keys if key in self._known}
         missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
         if missing:
-            found.update(zip(missing, (yield line, list(missing.values())), strict=True))
+            rows = yield line, list(missing.values())
+            # Copies: a row of a batch keeps the whole batch in memory for as long as it is remembered.
+            found.update((key, np.array(row)) for key, row in zip(missing, rows, strict=True))
         for key in keys:
             self._known[key] = found[key]
             self._known.move_to_end(key)
@@ -161,6 +164,7 @@ class Request:
     mime: str
     meta: Mapping[str, str]
     payload: bytes
+    held: int = 0  # bytes of it all, that are set aside for it until it is prepared
 
     topk: int = 0
     labels: tuple[str, ...] = ()
@@ -389,8 +393,25 @@ def _own_labels(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(content))
 
 
-def prepare(task: Task, request: Request, models: Models, settings: Settings) -> None:
-    """Turns the payload into what the models take: pixels for each, or token ids. Raises BadInput."""
+def prepared_bytes(task: Task, request: Request, models: Models) -> int:
+    """What `prepare` leaves in memory until the request is answered; before it has run, the most that this can be.
+
+    Of a text it is next to nothing.
+    """
+    if task.takes == "text":
+        return 0
+    sides = (models.ask(name).backend.preprocess.size for name in task.models)
+    pixels = sum(3 * side * side for side in sides)
+    everything = len(models.species or ()) if request.within else 0
+    rows = everything if request.rows is None else len(request.rows)
+    return pixels + 8 * rows + sum(4 * len(label) + LABEL_COST for label in request.labels)
+
+
+def prepare(task: Task, request: Request, models: Models, settings: Settings, room: inputs.Room) -> None:
+    """Turns the payload into what the models take: pixels for each, or token ids. Raises BadInput.
+
+    `room` is entered with the pixels that are about to be decoded.
+    """
     if task.takes == "text":
         if len(request.payload) > TEXT_BYTES_MAX:
             raise BadInput(f"payload: a text of {len(request.payload)} bytes; allowed: {TEXT_BYTES_MAX}")
@@ -409,17 +430,19 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings) ->
         if not len(request.rows):
             raise BadInput(f"meta within: no taxon of this label set: {', '.join(unknown)[:200]}")
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}
-    request.pixels = _pixels(task, request, recipes, settings)
+    request.pixels = _pixels(task, request, recipes, settings, room)
     if request.labels:
         prompts = [request.template.replace("{}", label) for label in request.labels]
         request.tokens = models.ask("clip").backend.tokenize(prompts)
 
 
-def _pixels(task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings) -> dict[str, Any]:
+def _pixels(
+    task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings, room: inputs.Room
+) -> dict[str, Any]:
     kind = request.meta.get("lumen.input.kind", "") or "raw"
     if kind == "raw":
         limit = settings.lumen_max_megapixels * 1_000_000
-        pictures = inputs.decode_image(request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft)
+        pictures = inputs.decode_image(request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft, room)
         return {name: pictures[recipe] for name, recipe in recipes.items()}
     recipe = recipes[task.models[0]]
     if kind != "tensor" or not task.tensor or not recipe.tensor_id:

@@ -1,5 +1,5 @@
 """What a daemon that nobody watches keeps of itself: a journal of payloads that crash it, counts of its traffic for a
-line a minute and for Prometheus, how far a download is, and the form of its log.
+line a minute and for Prometheus, how far a download is, its memory, and the form of its log.
 
 Knows nothing of gRPC, models or tasks.
 """
@@ -12,17 +12,20 @@ import json
 import logging
 import os
 import re
+import socket
+import socketserver
 import sys
 import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from wsgiref import simple_server
 
 import machine
 from inputs import BadInput
@@ -281,14 +284,13 @@ class Traffic:
 
 
 def serve_metrics(traffic: Traffic, host: str, port: int) -> None:
-    """Answers Prometheus on a thread of its own. Raises ImportError without prometheus-client, OSError for the port."""
-    from prometheus_client import CollectorRegistry, start_http_server
+    """Answers Prometheus on threads of its own. Raises ImportError without prometheus-client, OSError for the port."""
+    from prometheus_client import CollectorRegistry, make_wsgi_app
 
     registry = CollectorRegistry()
     registry.register(traffic)
-    server, _ = start_http_server(port, host, registry)
-    handler: Any = server.RequestHandlerClass
-    handler.timeout = 10  # seconds, of a scraper that says nothing
+    server = simple_server.make_server(host, port, make_wsgi_app(registry), ScrapeServer, _Quiet)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     log.info("metrics on %s port %d", host, server.server_port)
 
 
@@ -331,6 +333,47 @@ def _bytes_on_disk(path: Path) -> int:
     return min(stat.st_size, stat.st_blocks * 512) if hasattr(stat, "st_blocks") else stat.st_size
 
 
+class _Quiet(simple_server.WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are no news."""
+
+
+class ScrapeServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
+    """So many scrapers at a time, each for so long: who speaks slowly, or opens many connections, holds nothing."""
+
+    SCRAPERS_MAX = 8
+    SCRAPE_S = 10
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], *rest: Any) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._places = threading.BoundedSemaphore(self.SCRAPERS_MAX)
+        super().__init__(address, *rest)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        def hang_up() -> None:
+            with suppress(OSError):  # it was done at this moment
+                request.shutdown(socket.SHUT_RDWR)
+
+        patience = threading.Timer(self.SCRAPE_S, hang_up)
+        patience.daemon = True
+        patience.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            patience.cancel()
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a scraper left", exc_info=True)
+
+
 # --- the log ----------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +397,34 @@ class JournalLines(logging.Formatter):
         if not record.name.startswith("lumen"):  # a library's
             text = f"{record.name}: {text}"
         return "\n".join(f"<{priority}>{line}" for line in text.splitlines())
+
+
+class Brevity(logging.Filter):
+    """Lets each kind of line through so many times a minute: the log of a board lies on an SD card, and a stranger can
+    cause as many lines as he likes. What is asked for with --log-level debug is not cut, nor are errors of our own."""
+
+    PER_MINUTE = 20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # -> since when, how many
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = record.name.startswith("lumen")
+        if record.levelno < logging.INFO or (ours and record.levelno >= logging.ERROR):
+            return True
+        kind, now = (record.name, str(record.msg)[:80]), time.monotonic()
+        since, count = self._seen.get(kind, (now, 0))
+        if now - since > 60:
+            if count > self.PER_MINUTE:
+                record.msg = f"{record.msg} (and {count - self.PER_MINUTE} more like it, which are left out)"
+            since, count = now, 0
+        if len(self._seen) > 1000:
+            self._seen.clear()
+        self._seen[kind] = since, count + 1
+        if count + 1 == self.PER_MINUTE:
+            record.msg = f"{record.msg} (more like it are left out for a minute)"
+        return count < self.PER_MINUTE
 
 
 class JSONLines(logging.Formatter):
