@@ -4859,7 +4859,8 @@ class Machine:
     """A network namespace with a cable to the switch, unless it has no address."""
 
     def __init__(self, lan: Lan, name: str) -> None:
-        self.lan, self.name, self.inside = lan, name, ("ip", "netns", "exec", name)
+        self.lan, self.name = lan, name
+        self.inside: tuple[str, ...] = ("ip", "netns", "exec", name)
         lan.ip("netns", "add", name)
         self.ip("link", "set", "lo", "up")
 
@@ -5293,20 +5294,31 @@ def vectors(answers: Iterable[client.Result | client.LumenError]) -> list[list[f
     return found
 
 
-def demo_daemon(data: Path, port: int = 0, **settings: Any) -> Node:
-    data.mkdir(exist_ok=True)
-    (data / "names.json").write_text('["a fox"]')
-    settings = {**ON_LAN, "CLIP_MDNS_TYPE": "off", "CLIP_LABELS": data / "names.json", **settings}
-    return Node(data, ("--port", str(port)), **settings).ready()
+@pytest.fixture
+def demo_daemon(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Starts a daemon with the demo's images and texts, by the name of its data folder."""
+    nodes = []
+
+    def start(name: str, port: int = 0) -> Node:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "names.json").write_text('["a fox"]')
+        settings = {**ON_LAN, "CLIP_MDNS_TYPE": "off", "CLIP_LABELS": tmp_path / name / "names.json"}
+        nodes.append(Node(tmp_path / name, ("--port", str(port)), **settings))
+        return nodes[-1].ready()
+
+    yield start
+    for node in nodes:
+        node.process.kill()
+        node.process.wait()
 
 
 def test_a_daemon_that_dies_in_the_middle_loses_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    demo_daemon: Callable[..., Node], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: an import of a night, or some of its pictures, or whose vector is whose."""
     monkeypatch.setattr(client, "AHEAD", 32)  # they wait for us
     monkeypatch.setattr(client, "RETURN_SECONDS", 0.3)
-    nodes = [demo_daemon(tmp_path / name) for name in "ab"]
+    nodes = [demo_daemon(name) for name in "ab"]
     clients = [client.LumenClient(node.address) for node in nodes]
     requests = pictures(300)
     expected = vectors(clients[0].infer_many(requests))
@@ -5318,7 +5330,7 @@ def test_a_daemon_that_dies_in_the_middle_loses_nothing(
             nodes[killed].process.kill()
             nodes[killed].stop()
             port = int(nodes[killed].address.rpartition(":")[2])
-            nodes[killed] = demo_daemon(tmp_path / "ab"[killed], port)
+            nodes[killed] = demo_daemon("ab"[killed], port)
             killed += 1
             time.sleep(1)
     assert vectors(found) == expected
@@ -5331,10 +5343,10 @@ def test_a_daemon_that_dies_in_the_middle_loses_nothing(
 
 
 def test_a_daemon_with_another_model_is_left_out_of_an_index(
-    onnx_node: Node, tmp_path: Path, album: Path, capfd: pytest.CaptureFixture[str]
+    onnx_node: Node, demo_daemon: Callable[..., Node], tmp_path: Path, album: Path
 ) -> None:
     """Lost otherwise: an index whose vectors cannot be compared, and nobody who knows."""
-    other = demo_daemon(tmp_path / "data")
+    other = demo_daemon("data")
     several = f"{onnx_node.address},{other.address}"
     for addresses in (("--address", several), ("--address", onnx_node.address, "--address", other.address)):
         run = run_client("clip_image_embed", str(album), *addresses, "--out", str(tmp_path / "v.npz"))
@@ -5456,6 +5468,46 @@ def test_twenty_daemons_on_one_machine_are_twenty(lan: Lan, tmp_path: Path) -> N
         node.process.terminate()
     assert [node.process.wait(30) for node in nodes.values()] == [0] * 20
     assert all(node.stop() == 0 and re.search(r": [1-9]\d* requests, 0 errors", node.log) for node in nodes.values())
+
+
+def core_seconds(process: subprocess.Popen[str]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.spread
+@pytest.mark.timeout(900)
+def test_two_daemons_with_a_core_each_against_one(request: pytest.FixtureRequest, lan: Lan, tmp_path: Path) -> None:
+    """Lost otherwise: the figure in the README. Prints it: pytest -s -m spread"""
+    cores = sorted(os.sched_getaffinity(0))
+    if "spread" not in request.config.option.markexpr:
+        pytest.skip("wants two quiet cores for three minutes; run it with: python -m pytest -s -m spread")
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    big: Path = request.getfixturevalue("big")
+    (tmp_path / "photo.jpg").write_bytes(encoded(picture(RED, (640, 480)), quality=90))
+    nodes = []
+    for i in (0, 1):
+        board = lan.machine(f"10.77.0.{i + 1}")
+        board.inside += ("taskset", "-c", str(cores[i]))
+        nodes.append(board.daemon(tmp_path / board.name, CLIP_MODEL=big / "onnx"))
+    for node in nodes:
+        node.wait_for(r"mDNS: .*_lumen")
+    desk, count, rounds = lan.machine("10.77.0.3"), 160, 3
+    before = sum(core_seconds(node.process) for node in nodes)
+    command = [*desk.inside, sys.executable, "-c", SPREAD, str(tmp_path / "photo.jpg"), "discover", str(count)]
+    run = subprocess.run([*command, *["1", "2"] * rounds], capture_output=True, text=True, cwd=ROOT, check=True)
+    used = sum(core_seconds(node.process) for node in nodes) - before
+    reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(reports[1]["addresses"]) == 2
+    one, two = (count / min(report["seconds"] for report in reports[i::2]) for i in (0, 1))
+    client_ms = max(report["cpu"] for report in reports) / count * 1e3
+    print(
+        f"\none daemon {one:.1f} pictures a second, two {two:.1f}: {two / one:.2f} times; core ms of a picture: ",
+        end="",
+    )
+    print(f"daemon {used / (count + 4) / 2 / rounds * 1e3:.0f}, client {client_ms:.1f}; {len(cores)} cores")
+    assert two / one >= 1.8
 
 
 # --- another processor -------------------------------------------------------------------------------------------
