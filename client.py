@@ -468,6 +468,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
     parser.add_argument("--topk", metavar="K")
     parser.add_argument("--labels", metavar="A,B,...", help="own labels of clip_classify; @FILE has one a line")
+    parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon's own, for clip_classify")
     parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
     parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
@@ -512,6 +513,7 @@ def door_of(options: argparse.Namespace, addresses: Sequence[str]) -> Door:
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
     """The options as request meta. Raises OSError if a label file cannot be read."""
     meta = {"topk": options.topk, "label_format": options.label_format, "prompt_template": options.prompt_template}
+    meta["label_set"] = options.label_set
     if options.labels:
         text: str = options.labels
         own = Path(text[1:]).read_text("utf-8").splitlines() if text.startswith("@") else text.split(",")

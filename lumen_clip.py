@@ -40,7 +40,9 @@ from doors import Beacon
 from engine import Engine
 from inputs import BackendError
 from labels import LabelError, LabelSet
+from labelsets import Maker, OwnSets
 from loading import SpeciesLoader
+from scenes import SceneSet, read_scenes
 from service import Daemon, start_server
 from settings import VERSION, SettingError, Settings, demo_environment
 from tasks import Model, Models
@@ -67,6 +69,8 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
     loader: SpeciesLoader | None = None
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
     sets: dict[str, LabelSet | Species] = {}
+    own = None
+    scenes = read_scenes(settings.lumen_scenes)  # before anything that takes long
     notices: list[str] = []
     for name in loaded:
         if settings.backend_of(name) == "none":
@@ -89,7 +93,11 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
             notices.append(backend.notice)
             log.warning("%s: %s", backend.model_id, backend.notice)
         if name == "clip":
-            sets |= _label_sets(backend, folder, settings, say)
+            maker, encode = Maker(folder, backend.model_id, backend.dim, backend.logit_scale), encoding(backend)
+            sets["classes"] = _classes(backend, encode, folder, settings, say)
+            sets["scenes"] = SceneSet(scenes, maker.vectors("scenes", scenes.choices, encode), backend.logit_scale)
+            own = OwnSets(settings.lumen_data_dir / "labels", maker, labels.TEMPLATES[settings.clip_templates])
+            own.look(encode, compute=False)
             continue
         loader = SpeciesLoader(settings.bioclip_labels, model, folder, settings.lumen_data_dir, engine)
         if species := loader.at_once(say):
@@ -97,16 +105,19 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
             # Only bioclip_embed asks for it from here on, and BioCLIP-2's takes half a gigabyte. People who search do
             # so with CLIP's, which stays.
             backend.rest_text()
-    models = Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size)
-    return models, loader
+    return Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, own), loader
 
 
-def _label_sets(backend: Backend, folder: Path, settings: Settings, say: Callable[[str], None]) -> dict[str, LabelSet]:
-    """CLIP's; `folder` keeps what belongs to this model on this runtime."""
+def encoding(backend: Backend) -> labels.Encode:
+    """Texts to vectors on this thread, while the inference thread does not run yet."""
+    return lambda texts: backend.encode_text(backend.tokenize(texts))
+
+
+def _classes(
+    backend: Backend, encode: labels.Encode, folder: Path, settings: Settings, say: Callable[[str], None]
+) -> LabelSet:
+    """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime."""
     watched = partial(watch.download, say)
-
-    def encode(texts: list[str]) -> labels.Vectors:
-        return backend.encode_text(backend.tokenize(texts))
 
     own = settings.clip_labels
     names = labels.class_names(settings.lumen_data_dir, own, watched)
@@ -121,11 +132,7 @@ def _label_sets(backend: Backend, folder: Path, settings: Settings, say: Callabl
         sorted((settings.lumen_data_dir / "clip").glob("*_imagenet_vectors.npz")),
         lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
     )
-    scenes = labels.label_vectors(labels.SCENES, labels.SCENE_RECIPE, encode)
-    return {
-        "classes": LabelSet(names, found.vecs, backend.logit_scale),
-        "scenes": LabelSet(labels.SCENES, scenes, backend.logit_scale),
-    }
+    return LabelSet(names, found.vecs, backend.logit_scale)
 
 
 def notify(state: str) -> None:

@@ -531,6 +531,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         """From now on requests are answered."""
         self._models = models
         self.engine.thread.start()
+        if models.own and models.clip:
+            models.own.watch(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def drain(self) -> None:
@@ -671,6 +673,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if "bioclip" in loaded:
             there = f"{len(models.species):,} species" if models.species else "none"
             extra["bioclip_labels"] = str(models.progress or there)
+        if "clip" in loaded and models.own:
+            extra |= models.own.facts()
         return pb.Capability(
             service_name=service,
             model_ids=[back.model_id for back in backs.values()],

@@ -121,6 +121,7 @@ class Settings:
     clip_labels: str = _setting("")  # "": ImageNet-1k
     bioclip_labels: str = _setting("")  # "": TreeOfLife-10M
     clip_templates: int = _setting(7, _templates)
+    lumen_scenes: str = _setting("")  # "": scenes.TABLE
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
     clip_mdns_uuid: str = _setting("")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ import backends
 import inputs
 import labels
 from backends import Backend
-from engine import TENSOR_MIME, Answer, Engine, Line, Steps
+from engine import TENSOR_MIME, Answer, Engine, Job, Line, Steps
 from inputs import BadInput, Preprocess
-from labels import LabelSet
+from labels import Encode, LabelError, LabelSet
+from labelsets import OwnSet, OwnSets
+from scenes import SceneSet
 from settings import Settings
 from taxa import LABEL_FORMATS, RANKS, Ask, Species
 from treeoflife import Progress
@@ -80,6 +83,24 @@ class Model:
             self._known.popitem(last=False)
         return [found[key] for key in keys]
 
+    def encoder(self, engine: Engine) -> Encode:
+        """Encodes prompts on the inference thread, among everybody's work, for another thread that waits for them."""
+
+        def encode(texts: list[str]) -> labels.Vectors:
+            tokens, rows = self.backend.tokenize(texts), []
+
+            def steps() -> Steps:
+                rows.extend((yield from self.embed(tokens, self.prompts)))
+                return Answer("", b"", {})
+
+            job = Job("", time.monotonic(), "", 0)
+            job.steps = steps()
+            engine.submit(job)
+            job.answer.result()
+            return np.stack(rows)
+
+        return encode
+
 
 class NotReady(Exception):
     """Something is asked for that is not there yet; the text is for the client."""
@@ -95,12 +116,15 @@ class Models:
         bioclip: Model | None,
         sets: Mapping[str, LabelSet | Species],  # "classes", "scenes", "species"
         batch_size: int,
+        own: OwnSets | None = None,
     ) -> None:
-        self.clip, self.bioclip = clip, bioclip
+        self.clip, self.bioclip, self.own = clip, bioclip, own
         self.species: Species | None = None
         self.progress: Progress | None = None  # of species that are not there yet
         self._engine, self._batch_size = engine, batch_size
         self._lines = {name: self._line(name, labelset) for name, labelset in sets.items()}
+        self._own_line = engine.line("own sets scoring", self._own_scorer, batch_size, Line.SCORING)
+        self._scenes = sets.get("scenes")
         if isinstance(species := sets.get("species"), Species):
             self.species = species
 
@@ -117,6 +141,10 @@ class Models:
 
     def _line(self, name: str, labelset: LabelSet | Species) -> Line:
         return self._engine.line(f"{name} scoring", self._scorer(labelset), self._batch_size, Line.SCORING)
+
+    @staticmethod
+    def _own_scorer(items: list[Any]) -> Sequence[Any]:
+        return [own.answer(vector, k, min_score) for vector, own, k, min_score in items]
 
     @staticmethod
     def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
@@ -143,9 +171,19 @@ class Models:
         there = [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
         return [task for task in there if self.species or not task.only_species]
 
+    @property
+    def scenes(self) -> SceneSet:
+        """The set of a task that is offered."""
+        assert isinstance(self._scenes, SceneSet)
+        return self._scenes
+
     def best(self, labelset: str, vector: Any, ask: int | Ask) -> Generator[Any, Any, Any]:
         """Step: the k best labels of a built-in set, or what is asked of the species."""
         return (yield self._lines[labelset], [(vector, ask)])[0]
+
+    def best_of_set(self, own: OwnSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
+        """Step: the best of an operator's set, and the score of none of these."""
+        return (yield self._own_line, [(vector, own, request.topk, request.min_score)])[0]
 
     def best_of_own(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best of the labels that the caller brought."""
@@ -168,6 +206,7 @@ class Request:
 
     topk: int = 0
     labels: tuple[str, ...] = ()
+    label_set: str = ""
     template: str = ""
     label_format: str = "lineage"
     rank: str = "species"
@@ -177,6 +216,7 @@ class Request:
 
     rows: Any = None  # of the species within those taxa, int64 in order; None: all
     unknown_taxa: int = 0
+    own: OwnSet | None = None  # what `label_set` names
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
     tokens: Any = None  # int64 [n, context_length]: the text, or the caller's labels
 
@@ -184,11 +224,16 @@ class Request:
 def clip_classify(models: Models, request: Request) -> Steps:
     clip = models.ask("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
+    if request.own:
+        best, none = yield from models.best_of_set(request.own, vector, request)
+        answer = _labels_answer(best, clip, "clip_classification")
+        answer.meta.update(label_set=request.own.name, none_score=f"{none:.6f}")
+        return answer
     if request.labels:
         best = yield from models.best_of_own(vector, request)
     else:
         best = yield from models.best("classes", vector, request.topk)
-    return _labels_answer(best, clip, "clip_classification")
+    return _labels_answer([pair for pair in best if pair[1] >= request.min_score], clip, "clip_classification")
 
 
 def bioclip_classify(models: Models, request: Request) -> Steps:
@@ -207,10 +252,10 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 def smart_classify(models: Models, request: Request) -> Steps:
     clip = models.ask("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
-    scene = yield from models.best("scenes", vector, 1)
-    if scene[0][0] in labels.ANIMAL_SCENES:
+    scene = models.scenes.settle((yield from models.best("scenes", vector, len(models.scenes))))
+    if scene is None:
         return (yield from bioclip_classify(models, request))
-    return _labels_answer(scene, clip, "scene_classification")
+    return _labels_answer([scene], clip, "scene_classification")
 
 
 def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
@@ -306,8 +351,8 @@ def read_meta(task: Task, request: Request) -> None:
     meta = request.meta
     if task.topk:
         request.topk = next((_topk(key, meta[key]) for key in TOPK_KEYS if key in meta), task.topk)
-    if task.own_labels and "labels" in meta:
-        request.labels = _own_labels(meta["labels"])
+    if task.own_labels:
+        _read_label_meta(request)
     if task.takes == "text" or request.labels:
         default = "a photo of a {}." if request.labels else "{}"
         request.template = meta.get("prompt_template", default)
@@ -320,6 +365,16 @@ def read_meta(task: Task, request: Request) -> None:
         request.as_tensor = kind == "tensor"
     if task.species:
         _read_species_meta(request)
+
+
+def _read_label_meta(request: Request) -> None:
+    meta = request.meta
+    request.label_set = meta.get("label_set", "")
+    request.min_score = _min_score(meta, 0.0)
+    if "labels" in meta:
+        if request.label_set:
+            raise BadInput("meta label_set: it is given with labels; allowed: one of the two")
+        request.labels = _own_labels(meta["labels"])
 
 
 def _read_species_meta(request: Request) -> None:
@@ -429,11 +484,26 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         request.unknown_taxa = len(unknown)
         if not len(request.rows):
             raise BadInput(f"meta within: no taxon of this label set: {', '.join(unknown)[:200]}")
+    if request.label_set:
+        request.own = _own_set(request, models)
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings, room)
     if request.labels:
         prompts = [request.template.replace("{}", label) for label in request.labels]
         request.tokens = models.ask("clip").backend.tokenize(prompts)
+
+
+def _own_set(request: Request, models: Models) -> OwnSet:
+    """As it is now: a file that changes while the request waits is none of its business."""
+    try:
+        if models.own is None:
+            raise LabelError("there are no label sets here")
+        own = models.own.get(request.label_set)
+    except LabelError as error:
+        raise BadInput(f"meta label_set: {error}") from None
+    if "min_score" not in request.meta:
+        request.min_score = own.threshold
+    return own
 
 
 def _pixels(
