@@ -1,7 +1,8 @@
 """Image and text towers: OpenCLIP on torch, and ONNX Runtime; `npu` has the third.
 
 Owns the models, where their files come from, and how this machine runs them best. Knows nothing of gRPC, settings or
-label sets. `tokenize` may run on any thread; `encode_images` and `encode_text` belong to the inference thread alone.
+label sets. `tokenize` may run on any thread, `encode_images` on as many at once as there are lanes; `encode_text`
+belongs to the inference thread alone.
 
 Between layers a picture is uint8 RGB `[n, size, size, 3]`. Mean and std live behind `encode_images`.
 Heavy libraries are imported by the class that needs them, so an edge device never sees torch.
@@ -13,6 +14,7 @@ import base64
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -38,7 +40,7 @@ from inputs import (
     decode_image,
     true_length,
 )
-from machine import replace_file, step_back, usable_cores
+from machine import replace_file, usable_cores
 
 log = logging.getLogger("lumen.backends")
 # From 1.29 on ONNX Runtime tells its maker who runs what, unless this is set before it is imported.
@@ -51,7 +53,9 @@ Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
+TUNING = 2  # the way in which it is tried
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
+LONGEST_SPLIT_S = 1.0  # what another picture may have to wait for; a text takes the core from it
 # What the default models were read at; another repository is taken at its main branch.
 REVISIONS = {
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "1a25a446712ba5ee05982a381eed697ef9b435cf",
@@ -107,6 +111,7 @@ class Backend(Protocol):
     self_test_cosine: float | None  # what `self_test` found here, or None if there is nothing golden
     npu: str  # what of an NPU runs, for people, or ""
     refusal: str  # why an NPU that was asked for is not used, or ""
+    lanes: int  # how many `encode_images` may run at once, each on a core of its own; 1: on all that there are
     space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -122,7 +127,11 @@ class Backend(Protocol):
         """The ways in which this machine can run a batch of images; the first is the one in use at the start."""
 
     def arrange(self, arrangement: str) -> None:
-        """Takes up one of `arrangements`: "split", see `Pieces`, or "whole", all cores on each operator in turn."""
+        """Takes up one of `arrangements`: "split", a batch on each core, or "whole", one on all of them.
+
+        Split batches do not wait for each other at every operator, nor for a core that decodes. At ViT-B-32 size that
+        is worth a tenth, and a third where the batch is fixed at one. A picture that comes alone has one core alone.
+        """
 
     def rest_text(self) -> None:
         """Gives the text tower's memory back until a text comes, where the tower can be had back in a second or two."""
@@ -191,7 +200,7 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
 
     `most` bounds the batch. What was found is kept as `tuning.json` in `folder`.
     """
-    key = json.dumps([_processor(), usable_cores(), backend.runtime, backend.space, most, *_versions()])
+    key = json.dumps([TUNING, _processor(), usable_cores(), backend.runtime, backend.space, most, *_versions()])
     path = folder / "tuning.json"
     try:
         kept = json.loads(path.read_text())
@@ -212,7 +221,7 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
 
 
 def _try_out(backend: Backend, most: int) -> Tuning:
-    """The fastest that takes no longer than LONGEST_BATCH_S; of nearly equal ones the smallest batch.
+    """The fastest that takes no longer than others may have to wait; of nearly equal ones the smallest batch.
 
     Another arrangement than the first has to be a tenth faster: the trial runs alone, and where decoding competes for
     the cores, threads that wait for each other at every operator lose up to half (measured with torch).
@@ -221,27 +230,36 @@ def _try_out(backend: Backend, most: int) -> Tuning:
     found: list[Tuning] = []
     for arrangement in reversed(backend.arrangements()):  # ends with the first, so that it is in use
         backend.arrange(arrangement)
+        longest = LONGEST_BATCH_S if backend.lanes == 1 else LONGEST_SPLIT_S
         for size in sizes:
-            seconds = _seconds_of_a_batch(backend, size)
-            if size == 1 or seconds <= LONGEST_BATCH_S:
-                found.append(Tuning(arrangement, size, round(size / seconds, 2)))
-            if seconds > LONGEST_BATCH_S:
+            seconds = seconds_of_a_batch(backend, size)
+            if size == 1 or seconds <= longest:
+                found.append(Tuning(arrangement, size, round(backend.lanes * size / seconds, 2)))
+            if seconds > longest:
                 break
     best = max(found, key=lambda t: t.images_per_s * (1.1 if t.arrangement == backend.arrangements()[0] else 1))
     equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.96 * best.images_per_s]
     return min(equal, key=lambda t: t.batch_size)
 
 
-def _seconds_of_a_batch(backend: Backend, size: int) -> float:
+def seconds_of_a_batch(backend: Backend, size: int) -> float:
+    """The median, with a batch in each lane. On a core of its own core time is what counts: other programs, which
+    are busy while a machine boots, take none of it."""
     side = backend.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-    backend.encode_images(pixels)
-    taken: list[float] = []
-    while not taken or sum(taken) < 0.4:
-        started = time.perf_counter()
+    clock = time.perf_counter if backend.lanes == 1 else time.thread_time
+
+    def run(_: int) -> list[float]:
         backend.encode_images(pixels)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        taken: list[float] = []
+        while not taken or sum(taken) < 0.4:
+            started = clock()
+            backend.encode_images(pixels)
+            taken.append(clock() - started)
+        return taken
+
+    with ThreadPoolExecutor(backend.lanes) as threads:
+        return statistics.median(itertools.chain(*threads.map(run, range(backend.lanes))))
 
 
 def _processor() -> str:
@@ -373,29 +391,6 @@ def _is_whole(folder: Path, marker: Path) -> bool:
         return False
 
 
-class Pieces:
-    """The arrangement `split`: a batch of images in equal pieces, each on a core of its own.
-
-    Pieces do not wait for each other at every operator, nor for a core that decodes. At ViT-B-32 size that is worth a
-    tenth, and a third where the batch is fixed at one. A picture that comes alone has one core alone.
-    """
-
-    def __init__(self, begin: Callable[[], object] = lambda: None) -> None:
-        """`begin` is called on each of the threads first."""
-
-        def start() -> None:
-            step_back(5)
-            begin()
-
-        self._cores = usable_cores()
-        self._threads = ThreadPoolExecutor(self._cores, "piece", start)
-
-    def run(self, encode: Callable[[Pixels], Vectors], pixels: Pixels) -> Vectors:
-        size = -(-len(pixels) // self._cores)
-        pieces = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        return np.concatenate(list(self._threads.map(encode, pieces)))
-
-
 class TorchBackend:
     """OpenCLIP on torch: CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given."""
 
@@ -403,6 +398,9 @@ class TorchBackend:
 
     def __init__(self, options: ModelOptions) -> None:
         _needs(("torch", "open_clip"), options)
+        # Threads that spin while they wait for each other take the cores from what they wait for: a text among
+        # other work cost up to ten times its core time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import open_clip
         import torch
 
@@ -501,18 +499,13 @@ class TorchBackend:
         return tokens
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        if self._pieces:
-            return self._pieces.run(self._encode_piece, pixels)
-        self._take_all_cores()
-        return self._encode_piece(pixels)
-
-    def _encode_piece(self, pixels: Pixels) -> Vectors:
+        self._use_cores(self._cores if self.lanes == 1 else 1)
         with self._torch.inference_mode():
             x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
             return unit_rows(x.float().cpu().numpy())
 
     def encode_text(self, tokens: Tokens) -> Vectors:
-        self._take_all_cores()
+        self._use_cores(self._cores)
         with self._torch.inference_mode():
             if self.causal:
                 tokens = tokens[:, : true_length(tokens)]
@@ -524,15 +517,15 @@ class TorchBackend:
         return ("split",) if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
 
     def arrange(self, arrangement: str) -> None:
-        self._pieces = Pieces(lambda: self._torch.set_num_threads(1)) if arrangement == "split" else None
+        self.lanes = self._cores if arrangement == "split" else 1
 
     def rest_text(self) -> None:
         """Keeps it: both towers are one model here, and OpenCLIP takes long to build it again."""
 
-    def _take_all_cores(self) -> None:
+    def _use_cores(self, count: int) -> None:
         """torch counts threads for each thread that calls it; a new one begins with what another set last."""
-        if self._torch.get_num_threads() != self._cores:
-            self._torch.set_num_threads(self._cores)
+        if self._torch.get_num_threads() != count:
+            self._torch.set_num_threads(count)
 
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
@@ -585,6 +578,7 @@ class ONNXRTBackend:
     """
 
     npu = refusal = ""
+    lanes = 1
     _form = "onnxrt"  # of a download; see `fetch_repository`
 
     def __init__(self, options: ModelOptions) -> None:
@@ -693,10 +687,9 @@ class ONNXRTBackend:
         return ("split", "whole") if on_cpu and usable_cores() > 1 else ("whole",)
 
     def arrange(self, arrangement: str) -> None:
-        threads = 1 if arrangement == "split" else usable_cores()
+        self.lanes = usable_cores() if arrangement == "split" else 1
         self._image: Any = None  # not two at a time
-        self._image = self._session(self.image_path, "ONNX_IMAGE", threads)
-        self._pieces = Pieces() if arrangement == "split" else None
+        self._image = self._session(self.image_path, "ONNX_IMAGE", usable_cores() // self.lanes)
 
     def _session(self, path: Path, variable: str, threads: int) -> Any:
         import onnxruntime
@@ -723,9 +716,6 @@ class ONNXRTBackend:
         return self._tokenizer(texts)
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        return self._pieces.run(self._encode_piece, pixels) if self._pieces else self._encode_piece(pixels)
-
-    def _encode_piece(self, pixels: Pixels) -> Vectors:
         return self._run(self._image, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
 
     def rest_text(self) -> None:

@@ -1,4 +1,4 @@
-"""The inference thread and the decode threads: who waits for what, what runs as one batch, and in which order.
+"""The inference thread, its lanes and the decode threads: who waits for whom, what runs as one batch, in which order.
 
 A task is a generator that yields `(line, items)` and gets the items' results; it knows nothing of threads or batches.
 Nothing here knows gRPC, models or tasks. Only the inference thread advances a task.
@@ -33,8 +33,11 @@ class Line:
 
     SCORING, TEXT, BULK = range(3)
 
-    def __init__(self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int) -> None:
+    def __init__(
+        self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int, spread: bool
+    ) -> None:
         self.name, self.run, self.batch_size, self.kind = name, run, batch_size, kind
+        self.spread = spread  # a batch of it keeps one core busy, so that each lane may run one
         self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
 
 
@@ -101,30 +104,56 @@ class _Step:
         self.error: Exception | None = None
 
 
+Batch = list[tuple[_Step, int]]
+
+
 class Engine:
-    """The one inference thread. No timer: a batch is what has gathered while the last one ran."""
+    """The one inference thread, and a lane for each core. No timer: a batch is what has gathered while the last ran.
+
+    The inference thread runs most batches itself. Those of a line that is spread it hands to lanes, so that no core
+    waits until another has finished its part, and a text need not wait for pictures: it takes the cores from the lanes.
+    """
 
     def __init__(
         self,
         holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
         traffic: Traffic | None = None,
+        lanes: int = 1,
     ) -> None:
         """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
         self._traffic = traffic or Traffic(())
-        self.busy_since: float | None = None  # when the batch that runs now began, by time.monotonic()
+        self._began: dict[int, float] = {}  # by thread: when the batch that it runs now began, by time.monotonic()
         self.failed_in_a_row = 0  # batches of which not one item had a result
         self._holding = holding or (lambda digests: nullcontext())
         self._changed = threading.Condition()
         self._lines: list[Line] = []
         self._new: list[Job] = []
+        self._free = lanes
+        self._handed: queue.SimpleQueue[tuple[Line, Batch]] = queue.SimpleQueue()  # to the lanes
+        self._ended: list[tuple[Line, Batch, Sequence[Any]]] = []  # by the lanes, with the results
         self._serial = itertools.count()  # keeps the order of items that are due together
         self._text_ran_last = False
         self._stopping = False
         self.thread = threading.Thread(target=self._loop, name="inference", daemon=True)
+        self._lanes = [threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(lanes)]
 
-    def line(self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int) -> Line:
-        self._lines.append(Line(name, run, batch_size, kind))
+    def line(
+        self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int, spread: bool = False
+    ) -> Line:
+        self._lines.append(Line(name, run, batch_size, kind, spread))
         return self._lines[-1]
+
+    def start(self) -> None:
+        for thread in (self.thread, *self._lanes):
+            thread.start()
+
+    def is_alive(self) -> bool:
+        return all(thread.is_alive() for thread in (self.thread, *self._lanes))
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the oldest batch that runs now began, by time.monotonic()."""
+        return min(self._began.copy().values(), default=None)
 
     def submit(self, job: Job) -> None:
         with self._changed:
@@ -141,19 +170,26 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                while not (self._new or self._stopping or any(line.waiting for line in self._lines)):
+                while not (self._new or self._ended or self._stopping or self._ready()):
                     self._changed.wait()
                 if self._stopping:
                     return
                 new, self._new = self._new, []
+                ended, self._ended = self._ended, []
             for job in new:
                 self._advance(job, None)
-            if line := self._choose():
-                self._run(line)
+            self._free += len(ended)
+            for line, batch, results in ended:
+                self._settle(line, batch, results)
+            if chosen := self._choose():
+                self._begin(chosen)
+
+    def _ready(self) -> list[Line]:
+        return [line for line in self._lines if line.waiting and (self._free or not line.spread)]
 
     def _choose(self) -> Line | None:
         """Scoring first, for it ends what has begun; text next, but never twice while others wait; then by due time."""
-        waiting = [line for line in self._lines if line.waiting]
+        waiting = self._ready()
         if not waiting:
             return None
         kinds = {line.kind for line in waiting}
@@ -182,21 +218,45 @@ class Engine:
                 step.results[position] = item
                 heapq.heappush(line.waiting, (job.due, next(self._serial), step, position))
 
-    def _run(self, line: Line) -> None:
-        batch: list[tuple[_Step, int]] = []
-        while line.waiting and len(batch) < line.batch_size:
+    def _begin(self, line: Line) -> None:
+        """Runs a line's next batch here, or has a lane run it."""
+        size = min(line.batch_size, -(-len(line.waiting) // self._free)) if line.spread else line.batch_size
+        batch: Batch = []
+        while line.waiting and len(batch) < size:
             _, _, step, position = heapq.heappop(line.waiting)
             if not step.job.answer.cancelled():  # nobody waits for it any more
                 batch.append((step, position))
         if not batch:
             return
+        if line.spread:
+            self._free -= 1
+            self._handed.put((line, batch))
+        else:
+            self._settle(line, batch, self._run(line, batch))
+
+    def _lane(self) -> None:
+        machine.step_back(5)
+        while True:
+            line, batch = self._handed.get()
+            results = self._run(line, batch)
+            with self._changed:
+                self._ended.append((line, batch, results))
+                self._changed.notify()
+            del batch, results  # which would hold pictures until the next batch comes
+
+    def _run(self, line: Line, batch: Batch) -> Sequence[Any]:
         items = [step.results[position] for step, position in batch]
         digests = list(dict.fromkeys(step.job.digest for step, _ in batch if step.job.digest))
-        self.busy_since = time.monotonic()
+        thread = threading.get_ident()
+        self._began[thread] = time.monotonic()
         with self._holding(digests):
             results = self._results(line, items)
-        self.busy_since = None
-        self._traffic.ran(line.name, len(items))
+        del self._began[thread]
+        return results
+
+    def _settle(self, line: Line, batch: Batch, results: Sequence[Any]) -> None:
+        """Takes the tasks of a batch that has run on."""
+        self._traffic.ran(line.name, len(batch))
         failed = all(isinstance(result, Exception) for result in results)
         self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
         for (step, position), result in zip(batch, results, strict=True):
@@ -241,6 +301,6 @@ class DecodePool:
             thread.join(timeout=5)
 
     def _loop(self) -> None:
-        machine.step_back(10)
+        machine.step_back(4)  # before the lanes: a batch is as large as what is decoded by then
         while (work := self._work.get()[2]) is not None:
             work()

@@ -513,7 +513,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.settings = settings
         self.journal = Journal()
         self.traffic = Traffic(TASKS)
-        self.engine = Engine(self.journal.holding, self.traffic)
+        self.engine = Engine(self.journal.holding, self.traffic, machine.usable_cores())
         self.decoders = DecodePool(min(machine.usable_cores(), 4))
         self.budget = Budget(4 * settings.lumen_max_request_mb << 20)  # bytes of requests until they are prepared
         self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders: of one picture or of several
@@ -530,7 +530,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     def serve(self, models: Models) -> None:
         """From now on requests are answered."""
         self._models = models
-        self.engine.thread.start()
+        self.engine.start()
         if models.own and models.clip:
             models.own.watch(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -569,8 +569,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         """What is wrong with the inference thread, or ""."""
         engine, limit = self.engine, self.settings.lumen_hang_s
         busy_since = engine.busy_since
-        if not engine.thread.is_alive():
-            return "the inference thread has died"
+        if not engine.is_alive():
+            return "an inference thread has died"
         if busy_since is not None and time.monotonic() - busy_since > limit:
             return f"a batch has been running for over {limit} s (LUMEN_HANG_S)"
         if engine.failed_in_a_row >= FAILURES_MAX:
@@ -667,6 +667,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
                 extra[f"{name}_npu"] = back.npu or f"refused: {back.refusal}"
             if back.self_test_cosine is not None:
                 extra[f"{name}_self_test"] = f"{back.self_test_cosine:.7f}"
+            extra[f"{name}_lanes"] = str(back.lanes)
             extra[f"{name}_batch_size"] = str(loaded[name].image.batch_size)
             if tuning := loaded[name].tuning:
                 extra[f"{name}_images_per_s"] = f"{tuning.images_per_s:.1f}"

@@ -58,7 +58,7 @@ class Model:
             return list(vectors)
 
         images_at_once = tuning.batch_size if tuning else batch_size
-        self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK)
+        self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1)
         self.text = engine.line(f"{name} text", texts, batch_size, Line.TEXT)
         self.prompts = engine.line(f"{name} prompts", texts, batch_size, Line.BULK)
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the inference thread's alone

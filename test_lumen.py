@@ -61,6 +61,7 @@ import backends
 import client
 import doctor
 import doors
+import engine
 import export
 import inputs
 import labels
@@ -868,6 +869,7 @@ class Watched:
         self.gate = threading.Event()
         self.gate.set()
         self.busy = threading.Event()
+        self.text_gate = self.gate
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -875,7 +877,7 @@ class Watched:
     def _note(self, kind: str, count: int) -> None:
         self.batches.append((kind, count))
         self.busy.set()
-        assert self.gate.wait(30)
+        assert (self.text_gate if kind == "text" else self.gate).wait(30)
 
     def encode_images(self, pixels: Any) -> Any:
         self._note("image", len(pixels))
@@ -889,13 +891,14 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tiny_onnx: Path, tmp_path: Path) -> Iterator[tuple[Watched, Any]]:
-    """A daemon inside this process, on a real socket, around a watched model."""
+def watched(tiny_onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Watched, Any]]:
+    """A daemon inside this process, on a real socket, around a watched model; one batch at a time but for lanes."""
     settings = Settings(
         lumen_data_dir=tmp_path, clip_backend="onnxrt", bioclip_backend="none", clip_model=str(tiny_onnx)
     )
     daemon = service.Daemon(settings)
     backend = Watched(backends.create_backend(settings.options("clip")))
+    backend.arrange(getattr(request, "param", "whole"))
     names = ["an animal", "a landscape"]
     vectors = labels.label_vectors(
         names, labels.SCENE_RECIPE, lambda texts: backend.encode_text(backend.tokenize(texts))
@@ -2802,7 +2805,7 @@ sys.path.insert(0, "@ROOT@")
 import numpy as np
 import backends, inputs, lumen_clip
 
-decode, encode = inputs.decode_image, backends.ONNXRTBackend._encode_piece
+decode, encode = inputs.decode_image, backends.ONNXRTBackend.encode_images
 
 def decode_or_crash(data, *rest, **more):
     if data.endswith(b"CRASH"):
@@ -2823,7 +2826,7 @@ def encode_or_worse(backend, pixels):
     return encode(backend, pixels)
 
 inputs.decode_image = decode_or_crash
-backends.ONNXRTBackend._encode_piece = encode_or_worse
+backends.ONNXRTBackend.encode_images = encode_or_worse
 sys.exit(lumen_clip.main())
 """
 
@@ -2983,14 +2986,14 @@ def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable
 def test_what_is_no_vector_is_never_sent_as_one(watched: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Lost otherwise: an index with rows that poison every search."""
     backend, stub = watched
-    whole = backend._backend._encode_piece
+    whole = backend._backend.encode_images
 
     def broken(pixels: Any) -> Any:
         rows = whole(pixels)
         made = {"short rows": rows[:, :-1], "too few rows": rows[:-1], "zeros": rows * 0, "NaN": rows * np.nan}[fault]
         return made if fault in ("short rows", "too few rows") else backends.unit_rows(made)
 
-    monkeypatch.setattr(backend._backend, "_encode_piece", broken)
+    monkeypatch.setattr(backend._backend, "encode_images", broken)
     response = one(stub, "clip_image_embed", encoded(picture(RED)))
     assert response.error.code == pb.ERROR_CODE_INTERNAL and not response.result
     monkeypatch.undo()
@@ -6442,18 +6445,73 @@ def test_the_last_block_computes_the_one_token_that_is_read(tiny: Path, tiny_onn
     assert not [node.op_type for node in graph.node if set(node.input) <= weights]
 
 
-def test_pieces_on_all_cores_give_what_one_batch_gives(tiny_onnx: Path, tiny_immich: Path) -> None:
+def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path, tiny_immich: Path) -> None:
     """Lost otherwise: vectors that depend on how many pictures came along, or on how a machine was tuned."""
     pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()]][:7])
-    for folder in (tiny_onnx, tiny_immich):
-        backend = load(folder)
-        found = {}
+    torch = backends.TorchBackend(backends.ModelOptions("CLIP", "torch", str(tiny), tiny))
+    for backend in (load(tiny_onnx), load(tiny_immich), torch):
+        found = []
         for arrangement in backend.arrangements():
             backend.arrange(arrangement)
-            found[arrangement] = backend.encode_images(pixels)
-            assert found[arrangement].shape == (7, backend.dim)
+            with concurrent.futures.ThreadPoolExecutor(backend.lanes) as lanes:  # at once
+                found += list(lanes.map(backend.encode_images, [pixels] * backend.lanes))
         alone = np.concatenate([backend.encode_images(row[None]) for row in pixels])
-        assert all(np.allclose(vectors, alone, atol=1e-5) for vectors in found.values())
+        assert all(vectors.shape == (7, backend.dim) and np.allclose(vectors, alone, atol=1e-5) for vectors in found)
+
+
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
+@pytest.mark.parametrize("watched", ["split"], indirect=True)
+def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> None:
+    """Lost otherwise: a search that stutters whenever a phone uploads; and the core that waits for the others."""
+    backend, stub = watched
+    lanes = machine.usable_cores()
+    photos = [encoded(picture(RED, seed=i), "PNG") for i in range(40)]
+    photos[20] = encoded(Image.new("RGB", (300, 300), "white"), "PNG")
+    backend.text_gate = threading.Event()  # open, whatever pictures do
+    backend.text_gate.set()
+    backend.gate.clear()
+    bulk = (pb.InferRequest(task="clip_image_embed", payload=photo) for photo in photos)
+    with concurrent.futures.ThreadPoolExecutor(1) as clients:
+        imported = clients.submit(lambda: list(stub.Infer(bulk, timeout=60)))
+        wait_until(lambda: [kind for kind, _ in backend.batches].count("image") == lanes)  # each core has its own
+        for i in range(3):
+            assert one(stub, "clip_embed", f"dog {i}".encode()).result
+        time.sleep(0.3)
+        assert [kind for kind, _ in backend.batches].count("image") == lanes  # and no more than that
+        assert backend.daemon.engine.busy_since is not None
+        backend.gate.set()
+        answers = imported.result()
+    assert [bool(answer.result) for answer in answers] == [i != 20 for i in range(40)]
+    assert max(count for kind, count in backend.batches if kind == "image") == 8
+    wait_until(lambda: backend.daemon.engine.busy_since is None)
+
+
+def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
+    """Lost otherwise: half a machine, while the other half works on a batch of eight."""
+    sizes: list[int] = []
+    gate = threading.Event()
+
+    def held(items: list[Any]) -> list[Any]:
+        sizes.append(len(items))
+        assert gate.wait(10)
+        return items
+
+    made = engine.Engine(lanes=4)
+    line = made.line("image", held, 8, engine.Line.BULK, spread=True)
+
+    def steps() -> engine.Steps:
+        return engine.Answer("", str((yield line, [1])[0]).encode(), {})
+
+    jobs = [engine.Job(str(i), time.monotonic(), "", 0) for i in range(20)]
+    for job in jobs:
+        job.steps = steps()
+        made.submit(job)
+    made.start()
+    wait_until(lambda: len(sizes) == 4)
+    assert sizes == [5, 5, 5, 5]
+    gate.set()
+    assert all(job.answer.result(10).content == b"1" for job in jobs)
+    made.stop()
 
 
 def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
@@ -6463,10 +6521,10 @@ def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
     backend = load(tiny_onnx)
     first = backends.tuned(backend, 4, tmp_path)
     assert 1 <= first.batch_size <= 4 and first.images_per_s > 0 and first.arrangement in backend.arrangements()
-    monkeypatch.setattr(backends, "_seconds_of_a_batch", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda *_: pytest.fail("tried again"))
     assert backends.tuned(backend, 4, tmp_path) == first
     slow = {1: 0.1, 2: 0.12, 3: 0.36}  # seconds of a batch of so many
-    monkeypatch.setattr(backends, "_seconds_of_a_batch", lambda _, size: slow[size])
+    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda _, size: slow[size])
     assert backends.tuned(backend, 3, tmp_path).batch_size == 2  # another bound, so tried again; 3 would take too long
     monkeypatch.setattr(backends, "_versions", lambda: ["onnxruntime 99"])
     slow[2] = 0.36
