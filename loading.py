@@ -47,7 +47,8 @@ class SpeciesLoader:
         """The species, if they are there or few; before the inference thread runs. Raises LabelError."""
         backend = self._model.backend
         if treeoflife.is_folder(self._source):
-            return self._species(treeoflife.ready_made(Path(self._source), backend.dim, self._encode))
+            note = self._folder / vectorfile.NOTE
+            return self._species(treeoflife.ready_made(Path(self._source), backend.dim, self._encode, note))
         if self._source == treeoflife.SOURCES[1]:
             recipe, digest = treeoflife.PUBLISHED, treeoflife.REVISION_200M
         else:

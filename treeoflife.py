@@ -155,10 +155,11 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
 # --- a set that is there ----------------------------------------------------------------------------------------
 
 
-def ready_made(folder: Path, dim: int, encode: Encode) -> TextVectors:
-    """What an earlier `labels.py build` left in a folder of one's own. Raises LabelError."""
+def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
+    """What an earlier `labels.py build` left in a folder of one's own, which need not be ours to write: `note`
+    remembers that its checksums were read. Raises LabelError."""
     try:
-        found = vectorfile.load(folder / vectorfile.FILE)
+        found = vectorfile.load(folder / vectorfile.FILE, note=note)
     except (OSError, vectorfile.Damaged) as error:
         raise LabelError(f"BIOCLIP_LABELS={folder}: {vectorfile.FILE} cannot be used ({error})") from error
     if found is None or found.names is None or found.depth is None or found.meta is None:
@@ -368,7 +369,7 @@ def info(folder: Path) -> list[str]:
 
 def verify(folder: Path) -> list[str]:
     """All that is wrong with a folder, read from the first byte to the last. Raises LabelError."""
-    (folder / "text_vectors.checked.json").unlink(missing_ok=True)
+    (folder / vectorfile.NOTE).unlink(missing_ok=True)
     found = _opened(folder)  # which reads the checksums
     assert found.names is not None and found.depth is not None and found.meta
     wrong = []

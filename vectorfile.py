@@ -43,6 +43,7 @@ Progress = Callable[[int, int], None]  # (labels done, labels in all)
 
 CACHE_FORMAT = 1
 FILE = "text_vectors.npz"
+NOTE = "text_vectors.checked.json"
 SHARD_LABELS = 2048  # computed labels that are kept together; what a kill may cost
 HALF_PRECISION_BYTES = 256 << 20  # a larger float32 matrix is stored as float16 and mapped; logits move by 0.0025
 BLOCK = 8192  # rows that are converted at a time: 25 MB of float32 at 768 dimensions
@@ -244,10 +245,10 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, wanted: Mapping[str, Any] | None = None) -> TextVectors | None:
+def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None = None) -> TextVectors | None:
     """What `path` holds if its meta has what is `wanted`, or None. Raises FileNotFoundError, and Damaged.
 
-    A large file is mapped, and its checksums are read but once.
+    A large file is mapped, and its checksums are read but once: `note` remembers that, by default beside it.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -256,7 +257,7 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None) -> TextVectors | N
             if wanted and any(meta.get(name) != value for name, value in wanted.items()):
                 log.info("%s was made for another model, label file or recipe", path)
                 return None
-            _check_sums(archive, path)
+            _check_sums(archive, path, note or path.with_name(NOTE))
             arrays = {name: _array(file, path, info) for name, info in members.items() if name != "meta"}
         return _text_vectors(arrays, meta)
     except (FileNotFoundError, Damaged):
@@ -305,10 +306,10 @@ def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
     return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
-def _check_sums(archive: zipfile.ZipFile, path: Path) -> None:
+def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
     """Compares a file with its checksums unless that was done since it was written: 2 GB take a board half a minute."""
-    status, note = path.stat(), path.with_name("text_vectors.checked.json")
-    seen = [status.st_size, status.st_mtime_ns]
+    status = path.stat()
+    seen = [str(path.resolve()), status.st_size, status.st_mtime_ns]
     large = status.st_size > HALF_PRECISION_BYTES
     if large and note.exists() and json.loads(note.read_text()) == seen:
         return
@@ -316,6 +317,7 @@ def _check_sums(archive: zipfile.ZipFile, path: Path) -> None:
         raise Damaged(f"the checksum of {damaged}")
     if large:
         try:
+            note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(seen))
         except OSError as error:
             log.debug("cannot note that %s was checked (%s)", path, error)
