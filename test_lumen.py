@@ -5921,7 +5921,7 @@ def test_compose_keeps_a_container_up_and_its_caches(podman: Podman, tmp_path: P
     subprocess.run([compose.with_name("pip"), "install", "-q", "podman-compose==1.6.0"], check=True)
     # A network of its own stands in for the host's, whose port may be taken.
     host = subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up; exec sleep 900"])
-    podman.environment["LUMEN_ARGS"] = "--demo"
+    podman.environment["LUMEN_OPTIONS"] = "--demo"
     try:
         time.sleep(1)
         podman.network = ("nsenter", f"--net=/proc/{host.pid}/ns/net")
@@ -5948,7 +5948,7 @@ def test_compose_keeps_a_container_up_and_its_caches(podman: Podman, tmp_path: P
     finally:
         podman.run(compose, "down", "-v", check=False)
         podman.network = ()
-        del podman.environment["LUMEN_ARGS"]
+        del podman.environment["LUMEN_OPTIONS"]
         host.kill()
         host.wait()
 
