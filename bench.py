@@ -8,12 +8,16 @@
 
 Weights are random, of true size, built once and kept in `data/bench`. Nothing is fetched. Two limits stand beside
 each rate: `model`, the raw model on ready inputs at its best, measured just before and after the row; and `cores`,
-what the machine would do if decoding and the model took their core time and nothing else took any.
+what the machine would do if decoding and the model took their core time and nothing else took any. The clients run on
+the same cores, in a process of their own, and as thin as a client can be; `client` is what they take. The last column
+is decoding and the model as a share of all core time that was spent, which does not hang on what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import collections
 import io
 import itertools
 import json
@@ -33,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import numpy as np
 from google.protobuf import empty_pb2
 from numpy.typing import NDArray
@@ -46,6 +51,7 @@ from gen import ml_service_pb2_grpc as pb_grpc
 
 HERE = Path(__file__).resolve().parent
 IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has under way
+INFER = "/home_native.v1.Inference/Infer"
 LIBRARY = 40_000  # photographs
 TEXTS = 10_000  # different ones, more than a daemon remembers, of equal length: each digit is one token
 
@@ -72,6 +78,8 @@ class Row:
     cores_per_s: float = 0.0
     memory_mb: float = 0.0
     core_ms: float = 0.0  # the daemon's, of one request
+    client_ms: float = 0.0  # the clients' core time of one request
+    spent_well: float = 0.0  # what decoding and the model take, as a share of both
 
     def cells(self) -> list[str]:
         def share(limit: float) -> str:
@@ -79,11 +87,13 @@ class Row:
 
         times = [f"{value:.0f}" for value in (self.p50_ms, self.p95_ms, self.p99_ms)]
         rest = [f"{self.memory_mb:.0f}" if self.memory_mb else "", f"{self.core_ms:.1f}" if self.core_ms else ""]
+        rest += [f"{self.client_ms:.1f}", f"{self.spent_well:.2f}" if self.core_ms and self.spent_well else ""]
         rates = [f"{self.per_s:.1f}", share(self.model_per_s), share(self.cores_per_s)]
         return [self.case, str(self.clients), *rates, *times, *rest]
 
 
-HEAD = ["case", "clients", "per s", "model (ratio)", "cores (ratio)", "p50 ms", "p95", "p99", "MB", "core ms"]
+HEAD = ["case", "clients", "per s", "model (ratio)", "cores (ratio)", "p50 ms", "p95", "p99", "MB", "core ms", "client"]
+HEAD += ["share"]
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ class Limits:
         self.backend, self.cores, self._seconds = backend, machine.usable_cores(), seconds
         self._cases = {case.name: case for case in cases}
         self._threads = ThreadPoolExecutor(self.cores)
-        ways = list(self._onnx_ways(backend) if isinstance(backend, backends.ONNXRTBackend) else self._torch_ways())
+        ways = list((self._onnx_ways if isinstance(backend, backends.ONNXRTBackend) else self._torch_ways)(backend))
         self._best_size, self._best = max(ways, key=lambda way: rate(way[1], way[0], seconds))
 
     def _ready_pixels(self) -> Iterator[NDArray[np.uint8]]:
@@ -141,12 +151,25 @@ class Limits:
         for size in (1, 2, 4, 8, 16):
             yield np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
 
-    def _torch_ways(self) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """(batch size, run) of each way to run the model that might be the best."""
-        for pixels in self._ready_pixels():
-            yield len(pixels), partial(self.backend.encode_images, pixels)
+    def _on_each_core(self, run: Callable[[], Any]) -> None:
+        list(self._threads.map(lambda _: run(), range(self.cores)))
 
-    def _onnx_ways(self, backend: backends.ONNXRTBackend) -> Iterator[tuple[int, Callable[[], Any]]]:
+    def _torch_ways(self, backend: Any) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """OpenCLIP's own `encode_image` on ready tensors: all threads on one batch, and a batch on each core."""
+        import torch
+
+        def encode(ready: Any, threads: int) -> None:
+            if torch.get_num_threads() != threads:  # counted for each thread
+                torch.set_num_threads(threads)
+            with torch.inference_mode():
+                backend.model.encode_image(ready)
+
+        for pixels in self._ready_pixels():
+            ready = torch.from_numpy(backends.normalize(pixels, backend.preprocess))
+            yield len(pixels), partial(encode, ready, self.cores)
+            yield len(pixels) * self.cores, partial(self._on_each_core, partial(encode, ready, 1))
+
+    def _onnx_ways(self, backend: Any) -> Iterator[tuple[int, Callable[[], Any]]]:
         """All threads on one batch with ONNX Runtime's own settings, and a batch on each core."""
         import onnxruntime
 
@@ -156,13 +179,10 @@ class Limits:
         one_core = onnxruntime.InferenceSession(str(backend.image_path), alone)
         name, fixed = whole.get_inputs()[0].name, whole.get_inputs()[0].shape[0]
 
-        def on_each_core(pixels: NDArray[np.uint8]) -> None:
-            list(self._threads.map(lambda _: one_core.run(None, {name: pixels}), range(self.cores)))
-
         for pixels in self._ready_pixels():
             if not isinstance(fixed, int) or len(pixels) == fixed:
                 yield len(pixels), partial(whole.run, None, {name: pixels})
-                yield len(pixels) * self.cores, partial(on_each_core, pixels)
+                yield len(pixels) * self.cores, partial(self._on_each_core, partial(one_core.run, None, {name: pixels}))
 
     def images_per_s(self) -> float:
         return rate(self._best, self._best_size, self._seconds)
@@ -220,7 +240,8 @@ class Server:
             self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
             address = self._wait()
         self.address = address
-        self.stub = self.connect()
+        options = [("grpc.max_receive_message_length", -1)]
+        self.stub: Any = pb_grpc.InferenceStub(grpc.insecure_channel(address, options))
 
     def _wait(self) -> str:
         assert self.process and self.process.stderr
@@ -234,21 +255,13 @@ class Server:
                 return f"127.0.0.1:{port}"
         raise SystemExit("bench: the daemon did not start:\n" + "".join(self.said))
 
-    def connect(self) -> Any:
-        """A stub with a connection of its own, as another client would have."""
-        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        return pb_grpc.InferenceStub(grpc.insecure_channel(self.address, options))
-
     def memory_mb(self) -> float:
         if not self.process:
             return 0.0
         return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024  # type: ignore[index]
 
     def core_s(self) -> float:
-        if not self.process:
-            return 0.0
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return core_s_of(self.process.pid) if self.process else 0.0
 
     def stop(self) -> None:
         if self.process:
@@ -256,69 +269,99 @@ class Server:
             self.process.wait()
 
 
-class Client:
-    """One stream with a bounded number of requests under way; notes when each was sent and answered."""
-
-    def __init__(self, stub: Any, requests: Iterator[pb.InferRequest], in_flight: int) -> None:
-        self._stub, self._requests = stub, requests
-        self._room = threading.Semaphore(in_flight)
-        self._sent: list[float] = []
-        self._over = False
-        self.times: list[tuple[float, float]] = []  # (answered at, seconds)
-
-    def stop(self) -> None:
-        self._over = True
-        self._room.release()
-
-    def _messages(self) -> Iterator[pb.InferRequest]:
-        while True:
-            self._room.acquire()
-            if self._over:
-                return
-            self._sent.append(time.perf_counter())
-            yield next(self._requests)
-
-    def run(self) -> None:
-        for response in self._stub.Infer(self._messages()):
-            if response.error.message:
-                raise RuntimeError(response.error.message)
-            now = time.perf_counter()
-            self.times.append((now, now - self._sent[len(self.times)]))
-            self._room.release()
+def core_s_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def load(server: Server, cases: Sequence[Case], clients: int, seconds: float) -> Row:
+class Clients:
+    """So many at once, in a process of their own, each with a connection, a stream and a few requests under way."""
+
+    numbers = 0  # of the texts that were sent so far, by all
+
+    def __init__(self, address: str, cases: Sequence[Case], count: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._over = spawn.Event()
+        self._found, theirs = spawn.Pipe(duplex=False)
+        arguments = (address, cases, count, Clients.numbers, self._over, theirs)
+        self._process = spawn.Process(target=ask_on_and_on, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._found.recv():  # True with the first answer
+            raise SystemExit("bench: the clients did not get an answer")
+
+    def core_s(self) -> float:
+        return core_s_of(self._process.pid or 0)
+
+    def stop(self) -> list[tuple[float, float]]:
+        """(answered at, seconds) of each answer."""
+        self._over.set()
+        answers, numbers = self._found.recv()
+        Clients.numbers += numbers
+        self._process.join()
+        return list(answers)
+
+
+def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, over: Any, found: Any) -> None:
+    """The process of `Clients`. Requests are bytes before it begins, and one thread serves all the streams."""
+    numbers, answers = itertools.count(number), list[tuple[float, float]]()
+
+    async def ask(first: int) -> None:
+        ready, sent = requests(cases, numbers, first), collections.deque[float]()
+        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        channel: Any = grpc.aio.insecure_channel(address, options)
+        async with channel:
+            call = channel.stream_stream(INFER, response_deserializer=pb.InferResponse.FromString)()
+            for _ in range(IN_FLIGHT[count]):
+                sent.append(time.perf_counter())
+                await call.write(next(ready))
+            while sent:
+                response = await call.read()
+                if response.error.message:
+                    raise RuntimeError(response.error.message)
+                now = time.perf_counter()
+                if not answers:
+                    found.send(True)
+                answers.append((now, now - sent.popleft()))
+                if not over.is_set():
+                    sent.append(time.perf_counter())
+                    await call.write(next(ready))
+            await call.done_writing()
+            await call.code()
+
+    async def ask_all() -> None:
+        await asyncio.gather(*map(ask, range(count)))
+
+    asyncio.run(ask_all())
+    found.send((answers, next(numbers) - number))
+
+
+def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> Row:
     """Closed-loop load; what is counted was answered after the first quarter."""
-    started = [Client(server.connect(), requests(cases, first), IN_FLIGHT[clients]) for first in range(clients)]
-    with ThreadPoolExecutor(clients) as threads:
-        running = [threads.submit(client.run) for client in started]
-        time.sleep(seconds / 4)
-        begin, core = time.perf_counter(), server.core_s()
-        time.sleep(seconds)
-        end, core = time.perf_counter(), server.core_s() - core
-        for client in started:
-            client.stop()
-        for end_of in running:
-            end_of.result()
-    answers = np.array(sorted(answer for client in started for answer in client.times if begin <= answer[0] < end))
+    clients = Clients(server.address, cases, count)
+    time.sleep(seconds / 4)
+    begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
+    time.sleep(seconds)
+    end, core, client = time.perf_counter(), server.core_s() - core, clients.core_s() - client
+    answers = np.array(sorted(answer for answer in clients.stop() if begin <= answer[0] < end))
     if len(np.unique(answers)) < 8:
         raise SystemExit(f"bench: hardly an answer within {seconds} s; --seconds gives it longer")
     p50, p95, p99 = (1000 * float(q) for q in np.percentile(answers[:, 1], (50, 95, 99)))
     # Answers come in batches. The slope of their count does not hang on how many batches the window's edges cut off.
     per_s = float(np.polyfit(answers[:, 0] - begin, np.arange(len(answers)), 1)[0])
-    return Row(
-        "", clients, per_s, p50, p95, p99, memory_mb=server.memory_mb(), core_ms=1000 * core / (per_s * (end - begin))
-    )
+    core, client = (1000 * spent / (per_s * (end - begin)) for spent in (core, client))
+    return Row("", count, per_s, p50, p95, p99, memory_mb=server.memory_mb(), core_ms=core, client_ms=client)
 
 
-NUMBERS = itertools.count()  # of texts, over the whole run
-
-
-def requests(cases: Sequence[Case], first: int = 0) -> Iterator[pb.InferRequest]:
-    """For ever, the cases in turn, begun with the one numbered `first`."""
+def requests(cases: Sequence[Case], numbers: Iterator[int], first: int = 0) -> Iterator[bytes]:
+    """For ever, the cases in turn, begun with the one numbered `first`, as they go over the wire."""
+    pictures = {case.name: message(case, b"") for case in cases if case.task == "clip_image_embed"}
     for case in itertools.islice(itertools.cycle(cases), first % len(cases), None):
-        payload = case.payload if case.task == "clip_image_embed" else text_of(case, next(NUMBERS))
-        yield pb.InferRequest(task=case.task, payload=payload)
+        yield pictures.get(case.name) or message(case, text_of(case, next(numbers)))
+
+
+def message(case: Case, text: bytes) -> bytes:
+    return bytes(pb.InferRequest(task=case.task, payload=text or case.payload).SerializeToString())
 
 
 def text_of(case: Case, number: int) -> bytes:
@@ -362,6 +405,8 @@ def measure_cases(
             after = limits_of(case)
             row.case = case.name
             row.model_per_s, row.cores_per_s = (statistics.mean(pair) for pair in zip(before, after, strict=True))
+            if limits:
+                row.spent_well = 1000 * limits.cores / row.cores_per_s / (row.core_ms + row.client_ms)
             before = after
             rows.append(row)
             print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
@@ -371,10 +416,10 @@ def measure_cases(
 def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], seconds: float) -> dict[str, float]:
     """A text alone, then a text while an import of photographs keeps the daemon busy; milliseconds."""
     by_name = {case.name: case for case in cases}
-    texts = requests([by_name["short text"]])
+    texts = (text_of(by_name["short text"], number) for number in itertools.count(TEXTS // 2))
 
     def ask() -> float:
-        text = next(texts)
+        text = pb.InferRequest(task="clip_embed", payload=next(texts))
         started = time.perf_counter()
         list(server.stub.Infer(iter([text])))
         return 1000 * (time.perf_counter() - started)
@@ -383,25 +428,22 @@ def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], 
     alone = [ask() for _ in range(100)]
     found = {"text, idle daemon: p50": statistics.median(alone)}
     if limits:
-        tokens = limits.backend.tokenize([next(texts).payload.decode()])
+        tokens = limits.backend.tokenize([next(texts).decode()])
         found["raw forward of that text"] = 1000 / rate(partial(limits.backend.encode_text, tokens), 1, seconds / 4)
-    importing = Client(server.stub, requests([by_name["640 px JPEG"]]), IN_FLIGHT[1])
-    thread = threading.Thread(target=importing.run)
-    thread.start()
+    importing = Clients(server.address, [by_name["640 px JPEG"]], 1)
     time.sleep(seconds / 2)
     busy, until = [], time.perf_counter() + 3 * seconds
     while time.perf_counter() < until:
         busy.append(ask())
         time.sleep(0.05)
-    importing.stop()
-    thread.join()
+    at = [answered for answered, _ in importing.stop()]
     p50, p95 = np.percentile(busy, (50, 95))
     extra = server.stub.GetCapabilities(empty_pb2.Empty()).extra
-    at = [answered for answered, _ in importing.times]
     per_s = (len(at) - 1) / (at[-1] - at[0])
     found |= {"text during an import: p50": float(p50), "text during an import: p95": float(p95)}
     if "clip_batch_size" in extra:
-        found["one image batch"] = 1000 * int(extra["clip_batch_size"]) / per_s
+        at_once = int(extra["clip_batch_size"]) * int(extra["clip_lanes"])
+        found["one image batch"] = 1000 * at_once / per_s
     return found
 
 
@@ -443,7 +485,9 @@ def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
         started, recipe = time.process_time(), backend.preprocess
         pixels = np.stack([inputs.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
         took = time.process_time() - started
-        return np.concatenate([backend.encode_images(pixels[i : i + 4]) for i in range(0, len(pixels), 4)]), took
+        with ThreadPoolExecutor(backend.lanes) as lanes:
+            pieces = [pixels[i : i + 4] for i in range(0, len(pixels), 4)]
+            return np.concatenate(list(lanes.map(backend.encode_images, pieces))), took
 
     full, took = vectors(False)
     lines = [f"full decode of {len(files)} JPEG files: {1000 * took / len(files):.0f} core ms each"]
@@ -462,8 +506,7 @@ def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
 
 def measure_int8(options: argparse.Namespace) -> str:
     """int8 against fp32, turn and turn about on ready pixels, each in each arrangement that the machine offers."""
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), np.uint8)
-    both = {}
+    both: dict[str, backends.Backend] = {}
     for precision in ("fp32", "int8"):
         options.precision = precision
         both[precision] = open_backend(options, build_model(options.data_dir, options))
@@ -474,7 +517,7 @@ def measure_int8(options: argparse.Namespace) -> str:
             backend.arrange(arrangement)
         for _ in range(7):
             for precision, backend in both.items():
-                rates[precision].append(rate(partial(backend.encode_images, pixels), len(pixels), options.seconds / 8))
+                rates[precision].append(4 * backend.lanes / backends.seconds_of_a_batch(backend, 4))
         ratio = statistics.median(small / full for full, small in zip(*rates.values(), strict=True))
         fp32, int8 = (statistics.median(found) for found in rates.values())
         lines.append(f"{arrangement}: fp32 {fp32:.1f} images/s, int8 {int8:.1f}: {ratio:.2f} times as fast")
@@ -636,6 +679,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def open_backend(options: argparse.Namespace, model: str) -> backends.Backend:
+    if options.backend == "torch":
+        import torch  # noqa: F401  # before the backend says how its threads shall wait: the limit is torch as it comes
     return backends.create_backend(backends.ModelOptions("CLIP", options.backend, model, options.data_dir))
 
 
