@@ -71,6 +71,7 @@ STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
 WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
 READING_S = 0.5  # of a message that is on its way, when memory is short
+KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
 LOBBY_PLACES = 8
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
@@ -742,9 +743,9 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.keepalive_permit_without_calls", 1),
             # A peer that is gone is noticed within 40 s; without ping_timeout_ms it takes 90.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.http2.ping_timeout_ms", 10_000),
+            ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_S),
+            ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_PATIENCE_S),
+            ("grpc.http2.ping_timeout_ms", 1000 * KEEPALIVE_PATIENCE_S),
             # Of a connection. More than all may use; without it streams that are opened and reset pile up in gRPC.
             ("grpc.max_concurrent_streams", 4 * threads),
             ("grpc.max_allowed_incoming_connections", machine.files_for(CONNECTIONS_MAX, FILES_OF_OURS)),

@@ -2805,7 +2805,7 @@ sys.path.insert(0, "@ROOT@")
 import numpy as np
 import backends, inputs, lumen_clip
 
-decode, encode = inputs.decode_image, backends.ONNXRTBackend.encode_images
+decode, encode, fault = inputs.decode_image, backends.ONNXRTBackend.encode_images, os.environ.get("FAULT")
 
 def decode_or_crash(data, *rest, **more):
     if data.endswith(b"CRASH"):
@@ -2823,6 +2823,10 @@ def encode_or_worse(backend, pixels):
             raise RuntimeError("the model does not feel like it")
         if (means[:, 0] < 20).any() and (means[:, 2] > 200).any():
             ctypes.PyDLL(None).sleep(3600)  # a driver that holds the GIL as well
+        if (means.min(axis=1) > 100).any() and fault:
+            rows = encode(backend, pixels)
+            wrong = {"NaN": rows * np.nan, "zeros": rows * 0, "short rows": rows[:, :-1], "too few rows": rows[:-1]}
+            return wrong[fault] if "rows" in fault else backends.unit_rows(wrong[fault])
     return encode(backend, pixels)
 
 inputs.decode_image = decode_or_crash
@@ -2929,7 +2933,10 @@ def test_a_second_daemon_on_a_data_folder_is_told_and_serves(torch_node: Node, t
 def test_a_hung_model_ends_the_process_so_that_it_is_started_again(
     misbehaving: Callable[..., Node], tmp_path: Path
 ) -> None:
-    """Lost otherwise: a board that answers nothing until somebody pulls the plug; NPU drivers do hang."""
+    """Lost otherwise: a board that answers nothing until somebody pulls the plug; NPU drivers do hang.
+
+    Who waits is told at once that the daemon goes, rather than left to a deadline: so he can ask another.
+    """
     white = encoded(picture((255, 255, 255)), "PNG")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
@@ -2983,27 +2990,24 @@ def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable
 
 
 @pytest.mark.parametrize("fault", ["short rows", "too few rows", "zeros", "NaN"])
-def test_what_is_no_vector_is_never_sent_as_one(watched: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_what_is_no_vector_is_never_sent_as_one(misbehaving: Callable[..., Node], fault: str) -> None:
     """Lost otherwise: an index with rows that poison every search."""
-    backend, stub = watched
-    whole = backend._backend.encode_images
-
-    def broken(pixels: Any) -> Any:
-        rows = whole(pixels)
-        made = {"short rows": rows[:, :-1], "too few rows": rows[:-1], "zeros": rows * 0, "NaN": rows * np.nan}[fault]
-        return made if fault in ("short rows", "too few rows") else backends.unit_rows(made)
-
-    monkeypatch.setattr(backend._backend, "encode_images", broken)
-    response = one(stub, "clip_image_embed", encoded(picture(RED)))
-    assert response.error.code == pb.ERROR_CODE_INTERNAL and not response.result
-    monkeypatch.undo()
-    assert one(stub, "clip_image_embed", encoded(picture(RED))).result
+    node = misbehaving(FAULT=fault)
+    with outlived(node, r"internal error \w{8}$"):
+        response = node.ask("clip_image_embed", encoded(picture((140, 140, 140)), "PNG"))
+        assert response.error.code == pb.ERROR_CODE_INTERNAL and not response.result and not response.result_mime
+        number = re.fullmatch(r"internal error (\w{8}); the daemon's log says more", response.error.message)
+        assert number  # and nothing of the shape, the model or a path
+    assert f"internal error {number[1]}" in node.log  # by which the operator finds the story
+    assert node.stop() == 0
 
 
 def test_a_model_that_only_fails_is_started_again(misbehaving: Callable[..., Node]) -> None:
     """Lost otherwise: an NPU that went away, and a daemon that says SERVING to the end of days."""
     node = misbehaving()
     bad, good = encoded(picture((0, 230, 30)), "PNG"), encoded(picture(RED))
+    with outlived(node, r"internal error \w{8}$"):  # one failure is that request's alone
+        assert node.ask("clip_image_embed", bad).error.code == pb.ERROR_CODE_INTERNAL
     for payload in (bad, bad, good, bad, bad):  # a success in between shows that the model is well
         response = node.ask("clip_image_embed", payload)
         assert bool(response.result) == (payload is good)
@@ -3018,34 +3022,39 @@ def test_a_model_that_only_fails_is_started_again(misbehaving: Callable[..., Nod
 
 # An ordinary daemon whose patience is shorter, so that a test need not wait for minutes.
 IMPATIENT = """
-import json, os, sys
+import importlib, json, os, sys
 sys.path.insert(0, "@ROOT@")
-import lumen_clip, service
+import lumen_clip
 for name, value in json.loads(os.environ["CONSTANTS"]).items():
-    assert hasattr(service, name)
-    setattr(service, name, value)
+    module, _, constant = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), constant), name
+    setattr(importlib.import_module(module), constant, value)
 sys.exit(lumen_clip.main())
 """
-PATIENCE = {"CHUNK_IDLE_S": 2, "READER_IDLE_S": 2, "STREAM_IDLE_S": 90}
+PATIENCE = {"service.CHUNK_IDLE_S": 2, "service.READER_IDLE_S": 2, "service.STREAM_IDLE_S": 90}
+
+
+def impatient(folder: Path, constants: dict[str, Any]) -> dict[str, Any]:
+    """Of a Node: such a daemon's program and environment."""
+    script = folder / "impatient.py"
+    script.write_text(IMPATIENT.replace("@ROOT@", str(ROOT)))
+    return {"program": (sys.executable, str(script)), "CONSTANTS": json.dumps(constants)}
 
 
 @pytest.fixture(scope="module")
 def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
     """A daemon for the faults, which has had 64 streams at once, so that its pools have their threads."""
     folder = tmp_path_factory.mktemp("harsh")
-    (folder / "daemon.py").write_text(IMPATIENT.replace("@ROOT@", str(ROOT)))
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 8}
-    node = Node(
-        label_files(folder / "data"),
-        ("--log-level", "debug"),
-        (sys.executable, str(folder / "daemon.py")),
-        CONSTANTS=json.dumps(PATIENCE),
-        **settings,
-    ).ready()
+    settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
+    node = Node(label_files(folder / "data"), ("--log-level", "debug"), **settings).ready()
     release = threading.Event()
     calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(64)]
     assert all(next(call).result for call in calls)
-    waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]  # the spare threads as well
+    # The spare threads as well.
+    mirror = reflection_pb2_grpc.ServerReflectionStub(node.channel)
+    silent = [mirror.ServerReflectionInfo(held(reflection_pb2.ServerReflectionRequest(), release)) for _ in range(8)]
+    waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]
     for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
         with pytest.raises(grpc.RpcError):
             next(refused)
@@ -3054,6 +3063,8 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
             call.result()
     release.set()
     assert all(list(call) == [] for call in calls)
+    for call in silent:
+        call.cancel()
     yield node
     assert node.stop() == 0, node.log
 
@@ -3069,9 +3080,9 @@ def threads_and_files(node: Node) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def outlived(node: Node, named: str = "", within: float = 20) -> Iterator[None]:
+def outlived(node: Node, named: str = "", within: float = 20, times: int = 1) -> Iterator[None]:
     """The oracle of every fault: a good request is answered right within 2 s afterwards, threads and files are back
-    to what they were (within 2), and exactly one line of the log names the fault."""
+    to what they were (within 2), and exactly one line of the log names the fault (or each of so many)."""
     photo = encoded(picture(GREEN))
     expected = node.result("clip_image_embed", photo)["vector"]
     before, seen = threads_and_files(node), len(node.log)
@@ -3085,21 +3096,93 @@ def outlived(node: Node, named: str = "", within: float = 20) -> Iterator[None]:
     assert all(now <= then + 2 for now, then in zip(threads_and_files(node), before, strict=True)), (
         f"threads and files: {before} before, {threads_and_files(node)} after"
     )
-    lines = [line for line in node.log[seen:].splitlines() if named and re.search(named, line)]
-    assert len(lines) == bool(named), lines
+    if named:
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: len(re.findall(named, node.log[seen:])) >= times, within)
+        lines = [line for line in node.log[seen:].splitlines() if re.search(named, line)]
+        assert len(lines) == times, lines
 
 
 class RawPeer:
     """A client that speaks as much HTTP/2 as it takes to misbehave below gRPC."""
 
-    def __init__(self, node: Node) -> None:
+    HEADERS, RESET, SETTINGS, PING, GOODBYE, WINDOW = 1, 3, 4, 6, 7, 8
+
+    def __init__(self, node: Node, settings: bytes = b"") -> None:
         host, port = node.address.split(":")
         self.socket = socket.create_connection((host, int(port)), timeout=5)
-        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")  # preface, empty SETTINGS
+        self.windows = {0: 65535}  # bytes that the daemon takes: of the connection, and of each stream
+        self.seen: list[tuple[int, int]] = []  # kinds of frames and their streams
+        self._initial, self._unread = 65535, b""
+        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self.frame(self.SETTINGS, 0, 0, settings))
+
+    @staticmethod
+    def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+        return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+    def call(self, method: str, stream: int = 1, **more: str) -> None:
+        fields = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers"}
+        fields |= {"content-type": "application/grpc"} | {k.replace("_", "-"): v for k, v in more.items()}
+        texts = [(k.encode(), v.encode()) for k, v in fields.items()]
+        block = b"".join(bytes([0, len(k)]) + k + bytes([len(v)]) + v for k, v in texts)
+        self.socket.sendall(self.frame(self.HEADERS, 4, stream, block))
+        self.windows[stream] = self._initial
+
+    def send(self, data: bytes, stream: int = 1, seconds: float = 20) -> int:
+        """As much of a stream's data as the daemon takes; -> bytes."""
+        sent, deadline = 0, time.monotonic() + seconds
+        while sent < len(data) and time.monotonic() < deadline:
+            room = min(self.windows[0], self.windows[stream], 16384)
+            if room <= 0:
+                self.listen()
+                continue
+            part = data[sent : sent + room]
+            self.socket.sendall(self.frame(0, 0, stream, part))
+            sent += len(part)
+            self.windows[0] -= len(part)
+            self.windows[stream] -= len(part)
+        return sent
+
+    def listen(self) -> bool:
+        """Reads what has come, and answers as HTTP/2 wants it; -> False when the connection is over."""
+        try:
+            heard = self.socket.recv(1 << 16)
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        self._unread += heard
+        while len(self._unread) >= 9 and len(self._unread) >= 9 + int.from_bytes(self._unread[:3], "big"):
+            size = int.from_bytes(self._unread[:3], "big")
+            head, body, self._unread = self._unread[:9], self._unread[9 : 9 + size], self._unread[9 + size :]
+            kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
+            self.seen.append((kind, stream))
+            if kind == self.WINDOW:
+                self.windows[stream] = self.windows.get(stream, 0) + int.from_bytes(body, "big")
+            elif kind == self.SETTINGS and not flags & 1:
+                for i in range(0, size, 6):
+                    if body[i : i + 2] == b"\0\4":
+                        initial = int.from_bytes(body[i + 2 : i + 6], "big")
+                        for other in [other for other in self.windows if other]:
+                            self.windows[other] += initial - self._initial
+                        self._initial = initial
+                self.socket.sendall(self.frame(self.SETTINGS, 1, 0))
+            elif kind == self.PING and not flags & 1:
+                self.socket.sendall(self.frame(self.PING, 1, 0, body))
+        return bool(heard)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+INFER = f"/{SERVICE}/Infer"
 
 
 def test_a_slow_sender_loses_its_stream(harsh: Node) -> None:
-    """Lost otherwise: a thread for each camera that went out of reach in the middle of an upload."""
+    """Lost otherwise: a thread for each camera that went out of reach in the middle of an upload.
+
+    A byte a second is no silence: a phone at the end of the garden sends like that, and keeps its place.
+    """
     release = threading.Event()
     with outlived(harsh, "a stream ended: DEADLINE_EXCEEDED, no chunk for 2 s"):
         call = harsh.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a", total=3), release), timeout=60)
@@ -3124,34 +3207,50 @@ for _ in pb_grpc.InferenceStub(grpc.insecure_channel(sys.argv[1])).Infer(request
 @pytest.mark.timeout(180)
 def test_a_peer_that_froze_is_let_go_within_a_minute(harsh: Node) -> None:
     """Lost otherwise: a place for each phone that left the house; its kernel acknowledges, so TCP sees nothing."""
-    with outlived(harsh, within=60):
+    with outlived(harsh, "a client left its stream", within=60):
         client = subprocess.Popen(
             [sys.executable, "-c", FROZEN_CLIENT, harsh.address], cwd=ROOT, stdout=subprocess.PIPE
         )
         assert client.stdout and client.stdout.readline() == b"answered\n"
         client.send_signal(signal.SIGSTOP)
         files = threads_and_files(harsh)[1]
-        wait_until(lambda: threads_and_files(harsh)[1] < files, 60)  # keepalive: 30 s and 10 s
+        wait_until(lambda: threads_and_files(harsh)[1] < files, 60)  # service.KEEPALIVE_S and KEEPALIVE_PATIENCE_S
         client.kill()
         client.wait()
         client.stdout.close()
 
 
-def test_a_peer_that_never_reads_is_let_go(harsh: Node) -> None:
-    """Lost otherwise: a thread for ever; its pings are still answered."""
+@pytest.mark.parametrize("by", ["gRPC", "a socket"])
+def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
+    """Lost otherwise: a thread for ever; its pings are still answered (by gRPC, not by a socket whose window is full)."""
+    request = pb.InferRequest(task="clip_embed", payload=b"a dog")
     with outlived(harsh, "a stream ended: its client does not read"):
-        call = harsh.stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 20_000), timeout=60)
-        next(call)
+        if by == "gRPC":
+            call = harsh.stub.Infer(iter([request] * 20_000), timeout=60)
+            next(call)
+        else:
+            huge = b"\0\4\x7f\xff\xff\xff"  # of each stream's window: so it is TCP's that fills
+            peer = RawPeer(harsh, huge)
+            peer.call(INFER)
+            peer.socket.sendall(RawPeer.frame(RawPeer.WINDOW, 0, 0, b"\x7f\x00\x00\x00"))
+            message = request.SerializeToString()
+            framed = b"\0" + len(message).to_bytes(4, "big") + message
+            for _ in range(100):  # without a look at the windows, which are not full: the messages are small
+                with contextlib.suppress(TimeoutError):
+                    peer.socket.sendall(RawPeer.frame(0, 0, 1, framed * 15))
         time.sleep(12)  # the window fills, the reader is not there, and the daemon looks around every 4 s
-        with pytest.raises(grpc.RpcError) as error:
-            list(call)
-        assert error.value.code() is grpc.StatusCode.CANCELLED
+        if by == "gRPC":
+            with pytest.raises(grpc.RpcError) as error:
+                list(call)
+            assert error.value.code() is grpc.StatusCode.CANCELLED
+        else:
+            peer.close()
 
 
 def test_the_65th_stream_is_refused_at_once_among_a_thousand_connections(harsh: Node) -> None:
     """Lost otherwise: everybody's answers, by one guest with a script; or a board's memory."""
     before = resident_mb(harsh)
-    with outlived(harsh):
+    with outlived(harsh, "calls turned away since the start: .*the last: too many streams"):
         peers = [RawPeer(harsh) for _ in range(1000)]
         release = threading.Event()
         message = pb.InferRequest(task="clip_embed", payload=b"a")
@@ -3172,7 +3271,7 @@ def test_the_65th_stream_is_refused_at_once_among_a_thousand_connections(harsh: 
             end="",
         )
         print(f"1,000 connections and 64 streams: {grown:.0f} MB")
-        assert refused < 2 and grown < 100
+        assert refused < 2 and grown < 100 and np.median(waits) < 0.02  # the README has the figures of a quiet machine
         release.set()
         for peer in peers:
             peer.socket.close()
@@ -3200,7 +3299,7 @@ def test_lying_chunks_cost_no_memory(harsh: Node) -> None:
         {"meta": {"topk": "9" * 10_000}},
         {"meta": {"labels": "[" * 100_000}},
     ]
-    with outlived(harsh):
+    with outlived(harsh, "request .*, invalid_argument", times=2 * len(lies) - 2):
         for number, lie in enumerate(lies):
             fields = {"task": "clip_classify", "correlation_id": f"{number}", "payload": b"x", **lie}
             twice = [pb.InferRequest(**fields), pb.InferRequest(**fields)]
@@ -3290,7 +3389,7 @@ def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
     print(f"\nLUMEN_SEED={seed}")
     good = encoded(picture(RED, (96, 72)))
     expected = harsh.result("clip_image_embed", good)["vector"]
-    before, outcomes = resident_mb(harsh), {"answered": 0, "refused": 0}
+    before, seen, outcomes = resident_mb(harsh), len(harsh.log), {"answered": 0, "refused": 0}
     corpus = list(poisons().items()) + [(f"mutant {i}", data) for i, data in enumerate(mutants(2400, seed))]
     with outlived(harsh):
         for start in range(0, len(corpus), 60):
@@ -3310,23 +3409,28 @@ def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
                 assert not told or told.startswith("payload: "), response
                 outcomes["refused" if told else "answered"] += 1
     print(f"{outcomes}, {resident_mb(harsh) - before:.0f} MB more")
+    wait_until(lambda: harsh.log.count(", invalid_argument", seen) >= outcomes["refused"])
+    assert harsh.log.count(", invalid_argument", seen) == outcomes["refused"]  # a line for each
     assert min(outcomes.values()) > 100 and resident_mb(harsh) - before < 250
 
 
-@pytest.mark.parametrize("moment", ["queued", "running", "replying"])
+@pytest.mark.parametrize("moment", ["queued", "running", "replying", "at its deadline"])
 def test_a_client_that_leaves_takes_its_work_along(harsh: Node, moment: str) -> None:
     """Lost otherwise: an hour of work for a phone that has gone; or the places of those who left."""
     photo = encoded(picture(RED, (4000, 3000)), "PNG")  # a while to decode
     with outlived(harsh):
-        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (30 if moment == "queued" else 2)
-        call = harsh.stub.Infer(iter(requests), timeout=60)
+        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (2 if moment == "running" else 30)
+        call = harsh.stub.Infer(iter(requests), timeout=2 if moment == "at its deadline" else 60)
         if moment != "replying":
             wait_until(lambda: b" prepare " in (Path(harsh.data) / "in-flight").read_bytes())
         elif moment == "replying":
             call.cancel()
             call = harsh.stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 2000), timeout=60)
             assert next(call).result  # and 1,999 more are on their way
-        seen = len(harsh.log)
+        if moment == "at its deadline":
+            wait_until(lambda: call.code() is grpc.StatusCode.DEADLINE_EXCEEDED)  # nobody says goodbye then
+            time.sleep(1)  # for what has begun
+        seen = len(harsh.log) if moment != "at its deadline" else harsh.log.rindex("a client left its stream")
         call.cancel()
         time.sleep(1)
         done = len(re.findall(r"request .*, ok", harsh.log[seen:]))
@@ -3350,7 +3454,10 @@ def test_five_thousand_streams_leave_nothing_behind(harsh: Node) -> None:
 
 
 def test_without_file_descriptors_old_clients_are_served_and_new_ones_later(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: the photo app, whenever a scanner passes by."""
+    """Lost otherwise: the photo app, whenever a scanner passes by.
+
+    No line of the log names it: whoever is inside notices nothing, and who stands outside may be anybody.
+    """
     limited = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *Node.PROGRAM)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     node = Node(label_files(tmp_path), (), limited, **settings).ready()
@@ -3476,10 +3583,8 @@ def test_hostile_and_honest_load_for_half_an_hour(
     if "soak" not in request.config.option.markexpr:
         pytest.skip("takes half an hour; run it with: python -m pytest -s -m soak")
     minutes, seed = float(os.environ.get("LUMEN_SOAK_MINUTES", "30")), int(os.environ.get("LUMEN_SEED", "5"))
-    (tmp_path / "daemon.py").write_text(IMPATIENT.replace("@ROOT@", str(ROOT)))
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    program = (sys.executable, str(tmp_path / "daemon.py"))
-    node = Node(label_files(tmp_path / "data"), program=program, CONSTANTS=json.dumps(PATIENCE), **settings).ready()
+    node = Node(label_files(tmp_path / "data"), **impatient(tmp_path, PATIENCE), **settings).ready()
     photos = [encoded(picture(c, (640, 480))) for c in COLOURS.values()]
     texts = [f"a photo of thing {i}".encode() for i in range(200)]
     expected = {p: node.result("clip_image_embed", p)["vector"] for p in photos}
@@ -3742,15 +3847,9 @@ def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
 
 def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: the one trace of a night's trouble; or trust in it, to a client that sends line breaks."""
-    (tmp_path / "daemon.py").write_text(IMPATIENT.replace("@ROOT@", str(ROOT)))
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(
-        label_files(tmp_path / "data"),
-        ("--log-level", "debug", "--log-format", "json"),
-        (sys.executable, str(tmp_path / "daemon.py")),
-        CONSTANTS=json.dumps({"TRAFFIC_LOG_S": 4}),
-        **settings,
-    ).ready()
+    settings |= impatient(tmp_path, {"lumen_clip.TRAFFIC_LOG_S": 4})
+    node = Node(label_files(tmp_path / "data"), ("--log-level", "debug", "--log-format", "json"), **settings).ready()
     forged = 'x\n{"level": "CRITICAL", "message": "pwned"}\r\u2028'
     requests = [pb.InferRequest(task="clip_embed", payload=b"a dog", correlation_id="a") for _ in range(8)]
     requests += [pb.InferRequest(task=forged, payload=b"x", correlation_id=forged)]
