@@ -86,9 +86,7 @@ class Maker:
         found = vectorfile.load_or_none(self.folder / name / vectorfile.FILE, key.meta())
         return found.vecs if found and vectorfile.fits(found.vecs, texts, PROMPTS, encode) else None
 
-    def vectors(
-        self, name: str, choices: Choices, encode: Encode, progress: vectorfile.Progress = lambda done, total: None
-    ) -> NDArray[Any]:
+    def vectors(self, name: str, choices: Choices, encode: Encode, progress: vectorfile.Progress) -> NDArray[Any]:
         """float32 `[rows, dim]`, from the cache `name` or computed and kept there."""
         texts, key = self._key(choices)
         return vectorfile.cached_vectors(self.folder / name, texts, PROMPTS, encode, key, progress=progress).vecs
@@ -262,7 +260,7 @@ class OwnSets:
         states = sorted(self._states.items())
         facts = {"clip_label_sets": ",".join(name for name, state in states if state.own)}
         for name, state in states:
-            count = [f"{state.own.size} labels"] if state.own else []
+            count = [f"{state.own.size} label{'s' * (state.own.size != 1)}"] if state.own else []
             facts[f"clip_label_set.{name}"] = "; ".join(count + [state.note] * bool(state.note))
         return facts
 
@@ -337,12 +335,12 @@ class OwnSets:
             if len(paths) > 1:
                 raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
             file = read_set(paths[0], self._templates)
-            vectors = self._maker.at_hand(f"labels/{name}", file.choices, encode)
+            vectors = self._maker.at_hand(name, file.choices, encode)
             if vectors is None:
                 self._say(name, "its text vectors are being computed")
                 if not compute:
                     return False
-                vectors = self._maker.vectors(f"labels/{name}", file.choices, encode, progress)
+                vectors = self._maker.vectors(name, file.choices, encode, progress)
         except Changed:
             return False
         except LabelError as error:

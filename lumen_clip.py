@@ -40,7 +40,7 @@ from doors import Beacon
 from engine import Engine
 from inputs import BackendError
 from labels import LabelError, LabelSet
-from labelsets import Maker, OwnSets
+from labelsets import PROMPTS, Maker, OwnSets
 from loading import SpeciesLoader
 from scenes import SceneSet, read_scenes
 from service import Daemon, start_server
@@ -93,9 +93,12 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
             notices.append(backend.notice)
             log.warning("%s: %s", backend.model_id, backend.notice)
         if name == "clip":
-            maker, encode = Maker(folder, backend.model_id, backend.dim, backend.logit_scale), encoding(backend)
+            encode = encoding(backend)
             sets["classes"] = _classes(backend, encode, folder, settings, say)
-            sets["scenes"] = SceneSet(scenes, maker.vectors("scenes", scenes.choices, encode), backend.logit_scale)
+            if settings.backend_of("bioclip") != "none":
+                vectors = labels.label_vectors(scenes.choices.texts(), PROMPTS, encode)
+                sets["scenes"] = SceneSet(scenes, vectors, backend.logit_scale)
+            maker = Maker(folder / "labels", backend.model_id, backend.dim, backend.logit_scale)
             own = OwnSets(settings.lumen_data_dir / "labels", maker, labels.TEMPLATES[settings.clip_templates])
             own.look(encode, compute=False)
             continue

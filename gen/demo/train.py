@@ -44,6 +44,8 @@ import backends  # noqa: E402
 import export  # noqa: E402
 import inputs  # noqa: E402
 import labels  # noqa: E402
+import labelsets  # noqa: E402
+import scenes  # noqa: E402
 import taxa  # noqa: E402
 
 # npm packages of @iconify-json; README.md has their licences and versions.
@@ -192,6 +194,20 @@ _SCENE_OF_NAME: dict[str, str | None] = {
 
 def scene_of(one: Emoji) -> str | None:
     return _SCENE_OF_NAME[one.name] if one.name in _SCENE_OF_NAME else _SCENE_OF_KIND.get(one.kind)
+
+
+def way_of(one: Emoji, lineage: str | None) -> str | None:
+    """Of a drawing that BioCLIP should be asked about "animals", "plants" or "fungi"; of one that it should not
+    "others"; None: fruit, faces of cats and whatever else one can argue about."""
+    if scene_of(one) in (ANIMAL, BIRD, INSECT) or (lineage or "").startswith("Animalia/"):
+        return "animals"
+    if (lineage or "").startswith("Fungi/"):
+        return "fungi"
+    if one.kind.startswith("plant-") and one.name not in ("rosette", "empty nest", "nest with eggs"):
+        return "plants"
+    people = one.kind == "family" or (one.kind.startswith("person") and one.kind != "person-symbol")
+    dishes = one.kind in ("food-prepared", "food-asian", "food-sweet", "drink")
+    return "others" if scene_of(one) or people or dishes else None
 
 
 def read_taxa() -> tuple[list[str], dict[str, str]]:
@@ -515,10 +531,10 @@ def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     names = [one.name for one in emoji]
     best = ranked(names, labels.names_recipe(7))[:, :5]
     hits = best == np.array([names.index(one.name) for one in shown])[:, None]
-    scenes = [labels.SCENES[i] for i in ranked(list(labels.SCENES), labels.SCENE_RECIPE)[:, 0]]
+    told = [labels.SCENES[i] for i in ranked(list(labels.SCENES), labels.SCENE_RECIPE)[:, 0]]
     lineages, of_name = read_taxa()
     nearest = [lineages[i] for i in ranked(lineages, taxa.RECIPE)[:, 0]]
-    truths = [(found, truth) for found, one in zip(scenes, shown, strict=True) if (truth := scene_of(one))]
+    truths = [(found, truth) for found, one in zip(told, shown, strict=True) if (truth := scene_of(one))]
     species = [(found, of_name[one.name]) for found, one in zip(nearest, shown, strict=True) if one.name in of_name]
     return "\n".join(
         [
@@ -526,8 +542,29 @@ def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
             f"{len(names)} names; species {_share(species)} of {len(species)}, {len(lineages)} species",
             f"  scenes {_share(truths)} of {len(truths)}: "
             + ", ".join(f"{s!r} {_share([pair for pair in truths if pair[1] == s])}" for s in labels.SCENES),
+            "  to the species by the six scenes: "
+            + _ways([scene in (ANIMAL, BIRD, INSECT) for scene in told], shown, of_name),
+            "  to the species by scenes.TABLE: " + _ways(to_species(backend, images), shown, of_name),
         ]
     )
+
+
+def to_species(backend: backends.Backend, images: Any) -> list[bool]:
+    """Whether `smart_classify` asks BioCLIP of each of `[n, dim]` images."""
+    table = scenes.read_scenes("")
+    texts = table.choices.texts()
+    vectors = labels.label_vectors(texts, labelsets.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part)))
+    found = scenes.SceneSet(table, vectors, backend.logit_scale)
+    return [found.settle(found.top(row, len(found))) is None for row in found.probabilities(images)]
+
+
+def _ways(asked: list[bool], shown: list[Emoji], of_name: dict[str, str]) -> str:
+    ways = [way_of(one, of_name.get(one.name)) for one in shown]
+    groups = {
+        way: [went for went, its in zip(asked, ways, strict=True) if its == way]
+        for way in sorted({way for way in ways if way})
+    }
+    return ", ".join(f"{way} {np.mean(went):.1%} of {len(went)}" for way, went in groups.items())
 
 
 def _share(pairs: list[tuple[str, str]]) -> str:
