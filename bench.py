@@ -561,14 +561,19 @@ def measure_scoring(folder: Path, count: int = 867_455, dim: int = 768) -> str:
             "top 5": partial(species.answers, queries, [taxa.Ask(5)] * batch),
             "top 5 families": partial(species.answers, queries, [taxa.Ask(5, rank="family")] * batch),
         }
-        found: dict[str, list[float]] = {name: [] for name in runs}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(15):
             for name, run in runs.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 run()
-                found[name].append(time.perf_counter() - started)
-        times = (f"{name} {1000 * statistics.median(seconds):.0f} ms" for name, seconds in found.items())
-        told.append(f"batch of {batch}: " + ", ".join(times))
+                found[name].append((time.perf_counter() - started, time.process_time() - used))
+        medians = {
+            name: [1000 * statistics.median(kind) for kind in zip(*times, strict=True)] for name, times in found.items()
+        }
+        told.append(
+            f"batch of {batch}: "
+            + ", ".join(f"{n} {wall:.0f} ms ({core:.0f} core ms)" for n, (wall, core) in medians.items())
+        )
     told.append(f"anonymous memory: {anonymous_mb() - anonymous:.0f} MB more")
     return "\n".join(told)
 

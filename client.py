@@ -470,6 +470,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", metavar="A,B,...", help="own labels of clip_classify; @FILE has one a line")
     parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon's own, for clip_classify")
     parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
+    parser.add_argument("--rank", metavar="R", help="of species: kingdom to species, or auto")
+    parser.add_argument("--within", metavar="A,B,...", help="the only taxa that count; @FILE has one a line")
+    parser.add_argument("--min-score", metavar="P", help="leave labels under it out")
     parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--tls", action="store_true", help="the daemon speaks TLS; implied by the next four")
@@ -511,13 +514,13 @@ def door_of(options: argparse.Namespace, addresses: Sequence[str]) -> Door:
 
 
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
-    """The options as request meta. Raises OSError if a label file cannot be read."""
-    meta = {"topk": options.topk, "label_format": options.label_format, "prompt_template": options.prompt_template}
-    meta["label_set"] = options.label_set
-    if options.labels:
-        text: str = options.labels
-        own = Path(text[1:]).read_text("utf-8").splitlines() if text.startswith("@") else text.split(",")
-        meta["labels"] = json.dumps([label.strip() for label in own if label.strip()])
+    """The options as request meta. Raises OSError if a file of labels or taxa cannot be read."""
+    plain = ("topk", "label_format", "prompt_template", "label_set", "rank", "min_score")
+    meta = {name: getattr(options, name) for name in plain}
+    for name in ("labels", "within"):
+        if text := getattr(options, name):
+            own = Path(text[1:]).read_text("utf-8").splitlines() if text.startswith("@") else text.split(",")
+            meta[name] = json.dumps([item.strip() for item in own if item.strip()])
     given = {key: value for key, value in meta.items() if value is not None}
     return given | AS_TENSOR if options.task.endswith("_embed") else given
 

@@ -1,9 +1,6 @@
 """Label sets: names, prompts, scoring and top-k. `python labels.py build|info|verify` makes those of species.
 
-Knows nothing of models or gRPC: whoever builds a label set hands in a function that turns texts into vectors, and may
-hand in one that compares vectors faster than numpy does.
-Nothing here is unpickled, and every file is written beside its final name and then renamed, so a kill at any moment
-leaves the old file or the new one.
+Knows nothing of models or gRPC: whoever builds a label set hands in a function that turns texts into vectors.
 """
 
 from __future__ import annotations
