@@ -3846,8 +3846,8 @@ def test_a_disk_that_takes_nothing_costs_warnings(tmp_path: Path, tiny_onnx: Pat
         node = Node(data, **settings).ready()
         with outlived(node):
             pass
-        caches = {"cannot keep the text vectors": 2, "cannot keep the tuning": 1, "no crash journal": 1}
-        assert {said: node.log.count(said) for said in caches} == caches, node.log  # classes and scenes
+        for said in ("cannot keep the text vectors", "cannot keep the tuning", "no crash journal"):
+            assert node.log.count(said) == 1, node.log
         assert "Traceback" not in node.log
         assert len(node.result("clip_classify", encoded(picture(RED)))["labels"]) == 5
         assert node.stop() == 0
