@@ -365,9 +365,8 @@ class Stream:
             closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
         except grpc.RpcError:
             log.debug("a client left its stream")
-        except Exception:
-            log.exception("a stream's reader failed")
-            closing = Closing(grpc.StatusCode.INTERNAL, "internal error")
+        except Exception as error:
+            closing = Closing(grpc.StatusCode.INTERNAL, internal_error(error))
         finally:
             self._reading_since = None
             self._daemon.budget.give(self._held)
