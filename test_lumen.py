@@ -6612,6 +6612,7 @@ def podman(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         podman("rm", "--all", "--force", check=False)
         podman("rmi", "--all", "--force", check=False)
         podman("volume", "rm", "--all", "--force", check=False)
+        podman.run("umount", podman.folder / "store" / "overlay", check=False)  # Podman lays it over itself
         shutil.rmtree(podman.folder, ignore_errors=True)
 
 
