@@ -4044,18 +4044,6 @@ def served(node: Node, seconds: float = 5) -> None:
         assert answer.result
 
 
-@pytest.mark.parametrize("method", [HEALTH, f"/{SERVICE}/GetCapabilities", WATCH, MIRROR])
-def test_calls_whose_message_never_comes_hold_nothing(harsh: Node, method: str) -> None:
-    """Lost otherwise: everybody's answers, to a hundred calls that say nothing; gRPC gives each a thread for ever."""
-    with outlived(harsh):
-        peer = RawPeer(harsh)
-        for number in range(100):
-            peer.call(method, 2 * number + 1)
-        for _ in range(3):
-            served(harsh)
-        peer.close()
-
-
 def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: five minutes of everybody's time, again and again, to a guest who opens all streams."""
     settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=3) | impatient(tmp_path, {"service.WANTED_IDLE_S": 1.5})
