@@ -72,7 +72,7 @@ READER_IDLE_S = 60  # of a client that does not read its answer
 WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
 READING_S = 0.5  # of a message that is on its way, when memory is short
 KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
-LOBBY_PLACES = 8
+LOBBY_PLACES = 16
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
 ID_MAX = 1000  # characters of a correlation id
@@ -310,8 +310,9 @@ class Stream:
         """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
         silent = now - self._idle_since
         if self._yielding_since is not None:
-            if now - self._yielding_since > READER_IDLE_S:
+            if now - self._yielding_since > READER_IDLE_S and not self._gone:
                 log.info("a stream ended: its client does not read")
+                self._gone = True
                 self._context.cancel()
         elif self._in_work:
             return

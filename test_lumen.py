@@ -3387,7 +3387,8 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     assert all(next(call).result for call in calls)
     # The spare threads as well.
     mirror = reflection_pb2_grpc.ServerReflectionStub(node.channel)
-    silent = [mirror.ServerReflectionInfo(held(reflection_pb2.ServerReflectionRequest(), release)) for _ in range(8)]
+    question = reflection_pb2.ServerReflectionRequest()
+    silent = [mirror.ServerReflectionInfo(held(question, release)) for _ in range(service.LOBBY_PLACES)]
     waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]
     for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
         with pytest.raises(grpc.RpcError):
@@ -3558,7 +3559,7 @@ def test_a_peer_that_froze_is_let_go_within_a_minute(harsh: Node) -> None:
         client.stdout.close()
 
 
-@pytest.mark.parametrize("by", ["gRPC"])
+@pytest.mark.parametrize("by", ["gRPC", "a socket"])
 def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
     """Lost otherwise: a thread for ever. gRPC answers pings all the while; a socket whose window is full does not."""
     with outlived(harsh, "a stream ended: its client does not read"):
@@ -3996,7 +3997,9 @@ def test_hostile_and_honest_load_for_half_an_hour(
                         )
 
     def measured() -> tuple[float, int, int]:
-        """With all quiet, after the daemon has given back what it freed."""
+        """With all quiet, after the same work, when the daemon has given back what it freed."""
+        for asked in photos * 4 + texts[:24]:
+            node.result("clip_image_embed" if asked in photos else "clip_embed", asked)
         time.sleep(15)
         return resident_mb(node), *threads_and_files(node)
 
@@ -4044,6 +4047,19 @@ def served(node: Node, seconds: float = 5) -> None:
         assert answer.result
 
 
+@pytest.mark.parametrize("method", [HEALTH, f"/{SERVICE}/GetCapabilities", CHECK, WATCH, MIRROR])
+def test_calls_whose_message_never_comes_hold_nothing(harsh: Node, method: str) -> None:
+    """Lost otherwise: everybody's answers, to a hundred calls that say nothing; gRPC gives each a thread for ever."""
+    with outlived(harsh):
+        peer = RawPeer(harsh)
+        for number in range(100):
+            peer.call(method, 2 * number + 1)
+        time.sleep(1)  # each that comes sends the oldest away
+        for _ in range(3):
+            served(harsh)
+        peer.close()
+
+
 def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: five minutes of everybody's time, again and again, to a guest who opens all streams."""
     settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=3) | impatient(tmp_path, {"service.WANTED_IDLE_S": 1.5})
@@ -4063,6 +4079,32 @@ def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_o
         release.set()
     finally:
         assert node.stop() == 0
+
+
+def test_names_that_somebody_makes_up_are_not_remembered(harsh: Node) -> None:
+    """Lost otherwise: 20 MB for each question after the health of a service that does not exist, for ever."""
+    health, before = health_pb2_grpc.HealthStub(harsh.channel), resident_mb(harsh)
+    with outlived(harsh):
+        for number in range(8):
+            asked = health_pb2.HealthCheckRequest(service=str(number) * (20 << 20))
+            call = health.Watch(asked, timeout=20)
+            assert next(call).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            call.cancel()
+            with pytest.raises(grpc.RpcError) as error:
+                health.Check(asked, timeout=20)
+            assert error.value.code() is grpc.StatusCode.NOT_FOUND
+        wait_until(lambda: resident_mb(harsh) - before < 60, 15)
+        # Those who watch hold no thread, and are counted.
+        calls = []
+        for _ in range(64):
+            calls.append(health.Watch(health_pb2.HealthCheckRequest(service=SERVICE)))
+            assert next(calls[-1]).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            next(health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10))
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        served(harsh)
+        for call in calls:
+            call.cancel()
 
 
 def test_streams_that_are_opened_and_reset_at_once_hurt_nobody(harsh: Node) -> None:
@@ -4144,6 +4186,54 @@ def test_packed_messages_are_refused_unopened(harsh: Node) -> None:
         peer.close()
 
 
+def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: as much memory for each core as the largest picture takes."""
+    backend, stub = watched
+    backend.daemon.pixels = service.Budget(1_000_000)
+    backend.daemon.decoders = engine.DecodePool(2)
+    to_rgb, inside, together = inputs._to_rgb, threading.Semaphore(0), collections.Counter[int]()
+
+    def slowly(image: Image.Image) -> Image.Image:
+        inside.release()
+        time.sleep(0.3)
+        together[image.width] = max(together[image.width], inside._value)
+        inside.acquire()
+        return to_rgb(image)
+
+    monkeypatch.setattr(inputs, "_to_rgb", slowly)
+    for size in ((600, 1000), (500, 1000)):  # two of the first have no room at once
+        photo = encoded(picture(RED, size), "PNG")
+        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * 4
+        assert all(r.result for r in stub.Infer(iter(requests), timeout=30))
+    backend.daemon.decoders.stop()
+    assert together == {600: 1, 500: 2}
+
+
+def test_a_large_picture_costs_little_more_than_its_pixels(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: a gigabyte, to a file of a few kilobytes."""
+    node = Node(label_files(tmp_path), **one_model(tiny_onnx)).ready()
+    try:
+        served(node)
+        before, most, over = resident_mb(node), [0.0], threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.01):
+                most.append(resident_mb(node))
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        bomb = encoded(Image.new("RGBA", (6000, 5000), (1, 2, 3, 9)), "PNG", compress_level=1)
+        assert len(bomb) < 2_000_000
+        assert node.ask("clip_image_embed", bomb).result
+        over.set()
+        looking.join()
+        print(f"\n30 megapixels with alpha in {len(bomb) >> 10} kB: {max(most) - before:.0f} MB at most")
+        assert max(most) - before < 1.4 * 30 * 8  # the picture and what it becomes, at 4 bytes a pixel each
+    finally:
+        assert node.stop() == 0
+
+
+# A machine on which little more than the daemon has room.
 SMALL_MACHINE = """
 import sys
 sys.path.insert(0, "@ROOT@")
@@ -4157,6 +4247,37 @@ def memory():
 machine.memory = memory
 sys.exit(lumen_clip.main())
 """
+
+
+def test_messages_that_never_end_do_not_eat_the_machine(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the board, to a guest: gRPC keeps 64 MB of each message before anybody sees a byte of it."""
+    (tmp_path / "daemon.py").write_text(SMALL_MACHINE.replace("@ROOT@", str(ROOT)))
+    program = (sys.executable, str(tmp_path / "daemon.py"))
+    node = Node(label_files(tmp_path / "data"), program=program, **one_model(tiny_onnx)).ready()
+    try:
+        release = threading.Event()  # gRPC's threads, which are made when they are needed, are none of ours
+        calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(24)]
+        assert all(next(call).result for call in calls)
+        release.set()
+        assert all(list(call) == [] for call in calls)
+        before, most = resident_mb(node), 0.0
+        with outlived(node, r"memory is short \(-?\d+ MB left\): ended \d+ streams"):
+            peers = [RawPeer(node) for _ in range(20)]
+            for peer in peers:
+                peer.call(INFER)
+                peer.send(b"\0" + (60 << 20).to_bytes(4, "big"))
+            for _ in range(30):  # a megabyte of each in turn: 600 MB, were they kept
+                for peer in peers:
+                    if (RawPeer.HEADERS, 1) not in peer.seen:  # the end of the stream
+                        peer.send(bytes(1 << 20), seconds=2)
+                most = max(most, resident_mb(node) - before)
+            served(node)
+            for peer in peers:
+                peer.close()
+        print(f"\n600 MB of messages that never end: {most:.0f} MB at most")
+        assert most < 350
+    finally:
+        assert node.stop() == 0
 
 
 def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
@@ -4220,13 +4341,7 @@ def test_scrapers_that_dawdle_hold_nothing(tmp_path: Path, tiny_onnx: Path) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {
-        "CLIP_BACKEND": "onnxrt",
-        "CLIP_MODEL": tiny_onnx,
-        "BIOCLIP_BACKEND": "none",
-        "LUMEN_METRICS_PORT": port,
-    }
-    settings |= impatient(tmp_path, {"watch.ScrapeServer.SCRAPE_S": 2})
+    settings = one_model(tiny_onnx, LUMEN_METRICS_PORT=port) | impatient(tmp_path, {"watch.ScrapeServer.SCRAPE_S": 2})
     node = Node(label_files(tmp_path / "data"), **settings).ready()
     try:
         served(node)
@@ -4269,6 +4384,29 @@ for name in ("Infer", "GetCapabilities", "StreamCapabilities", "Health"):
 doors.health.HealthServicer.Check = breaks(doors.health.HealthServicer.Check)
 sys.exit(lumen_clip.main())
 """
+
+
+def test_no_exception_tells_a_client_what_is_inside(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: a path, a name or a secret, to whoever finds the fault that lets it out."""
+    (tmp_path / "daemon.py").write_text(BROKEN.replace("@ROOT@", str(ROOT)))
+    program = (sys.executable, str(tmp_path / "daemon.py"))
+    node = Node(label_files(tmp_path / "data"), program=program, **one_model(tiny_onnx)).ready()
+    check = health_pb2_grpc.HealthStub(node.channel).Check
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: node.infer(pb.InferRequest(task="clip_embed", payload=b"x")),
+        lambda: node.stub.GetCapabilities(Empty(), timeout=10),
+        lambda: list(node.stub.StreamCapabilities(Empty(), timeout=10)),
+        lambda: node.stub.Health(Empty(), timeout=10),
+        lambda: check(health_pb2.HealthCheckRequest(), timeout=10),
+    )
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as error:
+            call()
+        said = re.fullmatch(r"internal error (\w{8}); the daemon's log says more", error.value.details())
+        assert error.value.code() is grpc.StatusCode.INTERNAL and said, error.value.details()
+        node.wait_for(f"internal error {said[1]}\nTraceback")
+    assert node.log.count("RuntimeError: /etc/secret is not what I thought") == len(calls)
+    assert node.stop() == 0
 
 
 # --- fuzzing ------------------------------------------------------------------------------------------------------
