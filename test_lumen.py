@@ -3876,6 +3876,87 @@ def test_a_disk_that_takes_nothing_costs_warnings(tmp_path: Path, tiny_onnx: Pat
         subprocess.run(["umount", data], check=True)
 
 
+CACHES = {
+    "cut at 0": "is damaged (",
+    "cut at 5": "is damaged (",
+    "cut at 50": "is damaged (",
+    "cut in half": "is damaged (",
+    "without its last byte": "is damaged (",
+    "with a byte flipped": "is damaged (",
+    "of another type": "is damaged (",
+    "of another model": "was made for another model, label file or recipe",
+    "of another label file": "was made for another model, label file or recipe",
+    "of other weights": "belong to another model or recipe (cosine",
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_that_is_not_right_is_made_anew(harsh: Node, tmp_path: Path, tiny_onnx: Path, cache: str) -> None:
+    """Lost otherwise: the start, by a tired disk; or every answer, by vectors that belong to something else."""
+    kept = next(Path(harsh.data).rglob(vectorfile.FILE))  # harsh has the same model and labels
+    right = vectorfile.load(kept)
+    assert right and right.meta
+    data = label_files(tmp_path)
+    path = data / kept.relative_to(harsh.data)
+    path.parent.mkdir(parents=True)
+    raw = bytearray(kept.read_bytes())
+    cuts = {"cut at 0": 0, "cut at 5": 5, "cut at 50": 50, "cut in half": len(raw) // 2}
+    cuts["without its last byte"] = len(raw) - 1
+    key = vectorfile.CacheKey(**{name: right.meta[name] for name in vectorfile.CacheKey.__dataclass_fields__})
+    expected = [row["label"] for row in harsh.result("clip_classify", encoded(picture(RED)), topk="1000")["labels"]]
+    if cache in cuts:
+        path.write_bytes(raw[: cuts[cache]])
+    elif cache == "with a byte flipped":
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+    elif cache == "of another type":
+        with zipfile.ZipFile(path, "w") as archive:
+            vectorfile._add(archive, "vecs", right.vecs.astype(np.float64))
+            vectorfile._add(archive, "meta", np.frombuffer(json.dumps(key.meta()).encode(), np.uint8))
+    elif cache == "of another label file":
+        path.write_bytes(raw)
+        (data / "clip" / "imagenet_class_names.json").write_text(json.dumps(IMAGENET | {"7": "something new"}))
+        expected = ["something new" if label == IMAGENET["7"] else label for label in expected]
+    else:
+        model = "another" if cache == "of another model" else key.model_id
+        vectorfile.save(path.parent, dataclasses.replace(key, model_id=model), [np.roll(right.vecs, 1, axis=1)])
+    node = Node(data, **one_model(tiny_onnx)).ready()
+    with outlived(node):
+        found = [row["label"] for row in node.result("clip_classify", encoded(picture(RED)), topk="1000")["labels"]]
+        assert sorted(found) == sorted(expected)
+        assert cache == "of another label file" or found == expected
+    assert node.log.count(CACHES[cache]) == 1 and node.log.count("computing the text vectors of 1000 labels") == 1
+    assert node.stop() == 0 and "Traceback" not in node.log
+    rebuilt = vectorfile.load(path)
+    assert rebuilt and rebuilt.meta
+    assert cache == "of another label file" or np.allclose(rebuilt.vecs, right.vecs, atol=1e-6)
+    assert not list(path.parent.glob(".*"))  # nothing lies about
+
+
+def test_a_daemon_that_is_killed_while_it_builds_goes_on_where_it_was(
+    harsh: Node, tmp_path: Path, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: a night of a board's work at each power cut. (Two hundred kills of the builder alone: above.)"""
+    settings = one_model(tiny_onnx) | impatient(tmp_path, {"vectorfile.SHARD_LABELS": 40})
+    data, rng, shards = label_files(tmp_path / "data"), np.random.default_rng(4), set[str]()
+    for _ in range(6):
+        node = Node(data, **settings)
+        node.wait_for("computing the text vectors|ready: ")
+        time.sleep(float(rng.uniform(0, 0.25)))
+        node.process.kill()
+        node.stop()
+        left = {path.name for path in data.rglob(".building/*.npz")}
+        assert shards <= left or next(data.rglob(vectorfile.FILE), None)
+        shards |= left
+    assert shards
+    node = Node(data, **settings).ready()
+    with outlived(node):
+        photo = encoded(picture(RED))
+        assert node.result("clip_classify", photo) == harsh.result("clip_classify", photo)
+    assert node.stop() == 0
+    assert not list(data.rglob(".building")) and not list(data.rglob("*.tmp"))
+
+
 @pytest.mark.parametrize("moment", ["idle", "twice", "loading"])
 def test_told_to_stop_it_stops(tmp_path: Path, tiny_onnx: Path, moment: str) -> None:
     """Lost otherwise: 90 seconds at each shutdown of the board. (Under load: the test above.)"""
