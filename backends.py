@@ -53,7 +53,7 @@ Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
-TUNING = 2  # the way in which it is tried
+TUNING = 3  # the way in which it is tried
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
 LONGEST_SPLIT_S = 1.0  # what another picture may have to wait for; a text takes the core from it
 # What the default models were read at; another repository is taken at its main branch.
@@ -238,7 +238,7 @@ def _try_out(backend: Backend, most: int) -> Tuning:
             if seconds > longest:
                 break
     best = max(found, key=lambda t: t.images_per_s * (1.1 if t.arrangement == backend.arrangements()[0] else 1))
-    equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.96 * best.images_per_s]
+    equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.985 * best.images_per_s]
     return min(equal, key=lambda t: t.batch_size)
 
 

@@ -3756,7 +3756,8 @@ def test_a_client_that_leaves_takes_its_work_along(harsh: Node, moment: str) -> 
     """Lost otherwise: an hour of work for a phone that has gone; or the places of those who left."""
     photo = encoded(picture(RED, (4000, 3000)), "PNG")  # a while to decode
     with outlived(harsh):
-        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (2 if moment == "running" else 30)
+        begun = len(harsh.log)
+        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (2 if moment == "running" else 200)
         call = harsh.stub.Infer(iter(requests), timeout=2 if moment == "at its deadline" else 60)
         if moment != "replying":
             wait_until(lambda: b" prepare " in (Path(harsh.data) / "in-flight").read_bytes())
@@ -3773,7 +3774,7 @@ def test_a_client_that_leaves_takes_its_work_along(harsh: Node, moment: str) -> 
         done = len(re.findall(r"request .*, ok", harsh.log[seen:]))
         assert done < (200 if moment == "replying" else 4)
         if moment != "replying":  # whose requests may all have their answers
-            assert re.search(r"request .*, cancelled", harsh.log[seen:])
+            assert re.search(r"request .*, cancelled", harsh.log[begun:])  # told by another thread, perhaps before
 
 
 def test_five_thousand_streams_leave_nothing_behind(harsh: Node) -> None:
