@@ -3766,15 +3766,14 @@ def test_a_client_that_leaves_takes_its_work_along(harsh: Node, moment: str) -> 
             call = harsh.stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 2000), timeout=60)
             assert next(call).result  # and 1,999 more are on their way
         if moment == "at its deadline":
-            wait_until(lambda: call.code() is grpc.StatusCode.DEADLINE_EXCEEDED)  # nobody says goodbye then
-            time.sleep(1)  # for what has begun
-        seen = len(harsh.log) if moment != "at its deadline" else harsh.log.rindex("a client left its stream")
+            assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # nobody says goodbye then
+        seen = len(harsh.log)
         call.cancel()
         time.sleep(1)
         done = len(re.findall(r"request .*, ok", harsh.log[seen:]))
-        assert done < (200 if moment == "replying" else 4)
+        assert done < (200 if moment == "replying" else 6)  # what had begun
         if moment != "replying":  # whose requests may all have their answers
-            assert re.search(r"request .*, cancelled", harsh.log[begun:])  # told by another thread, perhaps before
+            assert re.search(r"request .*, cancelled", harsh.log[begun:])
 
 
 def test_five_thousand_streams_leave_nothing_behind(harsh: Node) -> None:
