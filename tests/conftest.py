@@ -1,0 +1,249 @@
+"""What several files of tests share: models, daemons, hubs, networks. Each is made once."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import backends
+import export
+import labels
+import service
+import tasks
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+from settings import Settings
+from tests.board import Board, code_of
+from tests.hostile import PATIENCE, held, impatient
+from tests.hub import FakeHub
+from tests.kit import (
+    COLOURS,
+    DEMO,
+    IMAGENET,
+    SPECIES,
+    Drawing,
+    Node,
+    Watched,
+    encoded,
+    export_immich_from,
+    label_files,
+    picture,
+    shared,
+    train_tiny,
+)
+from tests.lan import Lan
+from tests.npu_double import FAKE_NPU
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model as an OpenCLIP folder."""
+    return shared(tmp_path_factory, "tiny", train_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    return shared(tmp_path_factory, "tiny-onnx", lambda folder: export.export(str(tiny), folder, model_id="tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_immich(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    return shared(tmp_path_factory, "tiny-immich", lambda folder: export_immich_from(tiny, folder))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Path) -> Any:
+    """OpenCLIP itself: (model, transform, tokenizer)."""
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny}")
+    return model.eval(), transform, open_clip.get_tokenizer(f"local-dir:{tiny}")
+
+
+@pytest.fixture(scope="session")
+def torch_node(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Node]:
+    data = label_files(tmp_path_factory.mktemp("torch-data"))
+    node = Node(data, CLIP_MODEL=tiny, BIOCLIP_MODEL=tiny, LUMEN_JPEG_DRAFT=0).ready()
+    yield node
+    assert node.stop() == 0, node.log
+
+
+@pytest.fixture(scope="session")
+def onnx_node(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, tiny_immich: Path) -> Iterator[Node]:
+    """An edge device: torch and open_clip cannot be imported at all."""
+    data = label_files(tmp_path_factory.mktemp("onnx-data"))
+    for name in ("torch", "open_clip", "torchvision"):
+        (data / f"{name}.py").write_text(f"raise ImportError('{name} does not exist on this device')")
+    node = Node(
+        data,
+        CLIP_BACKEND="onnxrt",
+        CLIP_MODEL=tiny_onnx,
+        BIOCLIP_MODEL=tiny_immich,
+        PYTHONPATH=data,
+        LUMEN_JPEG_DRAFT=0,
+    ).ready()
+    yield node
+    assert node.stop() == 0, node.log
+
+
+@pytest.fixture(params=["torch", "onnxrt"])
+def node(request: pytest.FixtureRequest) -> Node:
+    return request.getfixturevalue("torch_node" if request.param == "torch" else "onnx_node")  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def watched(tiny_onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Watched, Any]]:
+    """A daemon inside this process, on a real socket, around a watched model; one batch at a time but for lanes."""
+    settings = Settings(
+        lumen_data_dir=tmp_path, clip_backend="onnxrt", bioclip_backend="none", clip_model=str(tiny_onnx)
+    )
+    daemon = service.Daemon(settings)
+    backend = Watched(backends.create_backend(settings.options("clip")))
+    backend.arrange(getattr(request, "param", "whole"))
+    names = ["an animal", "a landscape"]
+    vectors = labels.label_vectors(
+        names, labels.SCENE_RECIPE, lambda texts: backend.encode_text(backend.tokenize(texts))
+    )
+    model = tasks.Model(backend, "clip", daemon.engine, 8)
+    sets = {"classes": labels.LabelSet(names, vectors, 100.0)}
+    server, port = service.start_server(daemon, "127.0.0.1", 0)
+    daemon.serve(tasks.Models(daemon.engine, model, None, sets, 8))
+    backend.daemon = daemon
+    backend.batches.clear()
+    backend.busy.clear()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield backend, pb_grpc.InferenceStub(channel)
+    backend.gate.set()
+    server.stop(0).wait()
+    daemon.decoders.stop()
+    daemon.engine.stop()
+
+
+@pytest.fixture
+def npu_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a stand-in for rknn-toolkit-lite2, which has no wheel for this machine; see FAKE_NPU."""
+    library = tmp_path / "library"
+    (library / "rknnlite").mkdir(parents=True)
+    (library / "rknnlite" / "__init__.py").touch()
+    (library / "rknnlite" / "api.py").write_text(FAKE_NPU)
+    monkeypatch.syspath_prepend(str(library))
+    for module in ("rknnlite", "rknnlite.api"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return library
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    label_repos = {
+        "datasets/huggingface/label-files": {"imagenet-1k-id2label.json": json.dumps(IMAGENET).encode()},
+        "datasets/imageomics/TreeOfLife-10M": {"embeddings/txt_emb_species.json": json.dumps(SPECIES).encode()},
+    }
+    hub = FakeHub(label_repos)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
+    """A daemon for the faults, which has had 64 streams at once, so that its pools have their threads."""
+    folder = tmp_path_factory.mktemp("harsh")
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 8}
+    settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
+    node = Node(label_files(folder / "data"), ("--log-level", "debug"), **settings).ready()
+    release = threading.Event()
+    calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(64)]
+    assert all(next(call).result for call in calls)
+    # The spare threads as well.
+    mirror = reflection_pb2_grpc.ServerReflectionStub(node.channel)
+    question = reflection_pb2.ServerReflectionRequest()
+    silent = [mirror.ServerReflectionInfo(held(question, release)) for _ in range(service.LOBBY_PLACES)]
+    waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]
+    for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
+        with pytest.raises(grpc.RpcError):
+            next(refused)
+    for call in waiting:
+        with contextlib.suppress(grpc.RpcError):  # too many at once are refused, too
+            call.result()
+    release.set()
+    assert all(list(call) == [] for call in calls)
+    for call in silent:
+        call.cancel()
+    yield node
+    assert node.stop() == 0, node.log
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    for i, colour in enumerate(COLOURS.values()):
+        path = tmp_path / "album" / f"{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(colour, (1600, 1200)), quality=98))
+    return tmp_path / "album"
+
+
+@pytest.fixture(scope="session")
+def drawings() -> list[Drawing]:
+    return [Drawing(**row) for row in json.loads(gzip.decompress((DEMO / "held_out.json.gz").read_bytes()))]
+
+
+@pytest.fixture
+def lan() -> Iterator[Lan]:
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2, for networks of its own")
+    made = Lan()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    """A board with the install of the README; LUMEN_BOOT_ROOT keeps the bare Debian for the next time."""
+    if "boot" not in request.config.option.markexpr:
+        pytest.skip("takes eight minutes; run it with: python -m pytest -s -m boot")
+    tools = ("debootstrap", "systemd-nspawn", "nsenter", "ip")
+    if os.geteuid() != 0 or not all(map(shutil.which, tools)):
+        pytest.skip(f"needs root and {', '.join(tools)} (Debian: debootstrap, systemd-container, iproute2)")
+    folder = tmp_path_factory.mktemp("board")
+    board = Board(Path(os.environ.get("LUMEN_BOOT_ROOT") or folder / "base"), folder)
+    try:
+        board.power_on()
+        install, *_ = code_of("On your board")
+        assert len(install.splitlines()) <= 8
+        for line in install.splitlines():
+            print(f"pi@board:~/lumen-clip$ {line}\n{board.run(line, user='pi')}")
+        yield board
+        print(journal := board.journal())
+        assert journal.count(" lumen-clip[") > 50 and "Traceback" not in journal and "blob data" not in journal
+    finally:
+        board.power_off()
+
+
+@pytest.fixture(scope="session")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A true ViT-B-32 with seeded random weights, as OpenCLIP weights and as an ONNX folder."""
+
+    def make(folder: Path) -> None:
+        import open_clip
+        import torch
+
+        folder.mkdir()
+        torch.manual_seed(0)
+        model = open_clip.create_model("ViT-B-32").eval()
+        torch.save(model.state_dict(), folder / "seeded.pt")
+        export.export(f"ViT-B-32:{folder / 'seeded.pt'}", folder / "onnx")
+        export.export(f"ViT-B-32:{folder / 'seeded.pt'}", folder / "int8", "int8")
+
+    return shared(tmp_path_factory, "big", make)

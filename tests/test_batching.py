@@ -1,0 +1,197 @@
+"""What runs together, in which order, and what waits for what."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+import backends
+import service
+import tasks
+from gen import ml_service_pb2 as pb
+from tests.kit import GREEN, RED, encoded, one, picture, wait_until
+
+
+def test_eight_clients_are_one_forward_pass_when_the_thread_is_busy(watched: Any) -> None:
+    """Lost otherwise: the throughput of a batch, which is what a shared daemon is for."""
+    backend, stub = watched
+    photo = encoded(picture(RED))
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        backend.gate.clear()
+        first = clients.submit(one, stub, "clip_image_embed", photo)
+        assert backend.busy.wait(10)
+        tasks = ["clip_image_embed", "clip_classify"] * 4  # of different tasks, too
+        waiting = [clients.submit(one, stub, task, photo) for task in tasks]
+        time.sleep(0.5)  # all eight are decoded by then
+        backend.gate.set()
+        assert first.result().result and all(f.result().result for f in waiting)
+    assert backend.batches == [("image", 1), ("image", 8)]
+
+
+def test_one_poison_image_in_a_batch_fails_alone(watched: Any) -> None:
+    """Lost otherwise: seven good photographs, and the reason of the eighth; and no client reads our paths."""
+    backend, stub = watched
+    photos = [encoded(picture(RED, seed=i), "PNG") for i in range(7)] + [
+        encoded(Image.new("RGB", (300, 300), "white"), "PNG")
+    ]
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        backend.gate.clear()
+        first = clients.submit(one, stub, "clip_image_embed", photos[0])
+        assert backend.busy.wait(10)
+        waiting = [clients.submit(one, stub, "clip_image_embed", photo) for photo in photos]
+        time.sleep(0.5)
+        backend.gate.set()
+        *good, bad = [f.result() for f in [first, *waiting]]
+    assert backend.batches[1] == ("image", 8) and all(r.result for r in good)
+    assert bad.error.code == pb.ERROR_CODE_INTERNAL and "secret" not in bad.error.message and not bad.result_mime
+    assert one(stub, "clip_image_embed", photos[0]).result
+
+
+def test_text_is_not_stuck_behind_a_bulk_import(watched: Any) -> None:
+    """Lost otherwise: search, for as long as somebody imports their holiday."""
+    backend, stub = watched
+    photo = encoded(picture(RED))
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        backend.gate.clear()
+        bulk = [pb.InferRequest(task="clip_image_embed", payload=photo) for _ in range(30)]
+        imported = clients.submit(lambda: list(stub.Infer(iter(bulk), timeout=30)))
+        assert backend.busy.wait(10)
+        query = clients.submit(one, stub, "clip_embed", b"a dog")
+        time.sleep(0.5)
+        backend.gate.set()
+        assert query.result().result and all(r.result for r in imported.result())
+    assert [kind for kind, _ in backend.batches].index("text") == 1
+
+
+def test_a_single_picture_overtakes_most_of_a_bulk_import(watched: Any) -> None:
+    """Lost otherwise: the person who looks at one photograph waits for ten thousand others."""
+    backend, stub = watched
+    bulk = [pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED, seed=i))) for i in range(60)]
+    done = []
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        backend.gate.clear()
+
+        def importing() -> None:
+            for response in stub.Infer(iter(bulk), timeout=30):
+                assert response.result
+                done.append(response)
+
+        imported = clients.submit(importing)
+        assert backend.busy.wait(10)
+        time.sleep(0.5)
+        single = clients.submit(one, stub, "clip_image_embed", encoded(picture(GREEN)))
+        time.sleep(0.2)
+        backend.gate.set()
+        assert single.result().result
+        assert len(done) <= 24, f"{len(done)} of the import went first"
+        imported.result()
+
+
+def test_work_whose_caller_has_left_is_not_run(watched: Any) -> None:
+    """Lost otherwise: the time of those who still wait."""
+    backend, stub = watched
+    backend.gate.clear()
+    first = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))]), timeout=30)
+    assert backend.busy.wait(10)
+    leaver = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))] * 8), timeout=30)
+    time.sleep(0.5)
+    leaver.cancel()
+    time.sleep(0.2)
+    backend.gate.set()
+    assert len(list(first)) == 1
+    assert one(stub, "clip_embed", b"a dog").result
+    assert [count for kind, count in backend.batches if kind == "image"] == [1]
+
+
+def test_a_vector_that_is_not_finite_never_leaves(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: an index with a NaN in it, which finds nothing any more."""
+    backend, stub = watched
+    monkeypatch.setattr(
+        backend._backend, "_run", lambda session, batch: backends.unit_rows(np.full((len(batch), 64), np.nan))
+    )
+    assert one(stub, "clip_embed", b"a dog").error.code == pb.ERROR_CODE_INTERNAL
+    monkeypatch.undo()
+    assert one(stub, "clip_embed", b"a dog").result
+
+
+def test_callers_labels_are_encoded_once(watched: Any) -> None:
+    """Lost otherwise: a forward pass a label for each photograph of an album."""
+    backend, stub = watched
+    own = json.dumps([f"thing {i}" for i in range(20)])
+    for _ in range(3):
+        assert one(stub, "clip_classify", encoded(picture(RED)), labels=own).result
+    assert sum(count for kind, count in backend.batches if kind == "text") == 20
+
+
+def test_a_search_that_comes_again_costs_nothing(watched: Any) -> None:
+    """Lost otherwise: a forward pass for each letter that a user types again."""
+    backend, stub = watched
+    first = one(stub, "clip_embed", b"a red bicycle")
+    assert one(stub, "clip_embed", b"  A red BICYCLE ").result == first.result  # the same tokens
+    assert [kind for kind, _ in backend.batches].count("text") == 1
+    assert one(stub, "clip_embed", b"a red bicycle, again").result != first.result
+    assert [kind for kind, _ in backend.batches].count("text") == 2
+
+
+def test_texts_are_forgotten_by_age(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a daemon that grows for ever, or one that answers wrongly once its memory is full."""
+    backend, stub = watched
+    monkeypatch.setattr(tasks, "TEXTS_KEPT", 4)
+    own = json.dumps([f"thing {i}" for i in range(6)])
+    before = one(stub, "clip_classify", encoded(picture(RED)), labels=own)
+    assert before.result and one(stub, "clip_classify", encoded(picture(RED)), labels=own).result == before.result
+    one(stub, "clip_embed", b"a dog")
+    done = len(backend.batches)
+    assert one(stub, "clip_embed", b"a dog").result and len(backend.batches) == done
+    for i in range(4):
+        one(stub, "clip_embed", f"cat {i}".encode())
+    done = len(backend.batches)
+    assert one(stub, "clip_embed", b"a dog").result and len(backend.batches) == done + 1
+
+
+def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: 64 forgotten streams are a daemon that serves nobody."""
+    backend, stub = watched
+    monkeypatch.setattr(service, "STREAM_IDLE_S", 0.2)
+    monkeypatch.setattr(service, "CHUNK_IDLE_S", 0.2)
+    release = threading.Event()
+
+    def held(message: pb.InferRequest) -> Iterator[pb.InferRequest]:
+        yield message
+        release.wait(30)
+
+    silent = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog")), timeout=30)
+    assert next(silent).result
+    unfinished = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog", total=2)), timeout=30)
+    time.sleep(0.5)
+    backend.daemon.check_streams()
+    for call, said in ((silent, "no request"), (unfinished, "no chunk")):
+        with pytest.raises(grpc.RpcError) as error:
+            next(call)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED and said in error.value.details()
+    release.set()
+
+
+def test_a_client_that_never_reads_loses_its_stream(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a thread for ever; pings are still answered, so keepalive is no help."""
+    backend, stub = watched
+    monkeypatch.setattr(service, "READER_IDLE_S", 0.3)
+    call = stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5000), timeout=60)
+    wait_until(lambda: bool(backend.daemon._streams))
+    [stream] = backend.daemon._streams
+    wait_until(lambda: stream._yielding_since is not None and time.monotonic() - stream._yielding_since > 0.4, 30)
+    backend.daemon.check_streams()
+    wait_until(lambda: not backend.daemon._streams)
+    assert one(stub, "clip_embed", b"a dog").result
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    assert error.value.code() is grpc.StatusCode.CANCELLED

@@ -1,0 +1,348 @@
+"""`client.py`, and being found by it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.empty_pb2 import Empty
+
+import doors
+import machine
+import watch
+from tests.hub import FakeHub, folder_content
+from tests.kit import KEPT, ROOT, Node, label_files, run_client
+
+
+def test_the_command_line_speaks_to_people_and_to_programs(onnx_node: Node, album: Path) -> None:
+    """Lost otherwise: the way in for everybody without a photo app."""
+    address, photo = onnx_node.address, str(album / "0" / "0.jpg")
+    assert Path(photo).stat().st_size > 1 << 20  # it is sent in chunks
+    run = run_client(
+        "clip_classify",
+        photo,
+        "--topk",
+        "3",
+        "--labels",
+        "an animal, a bird,a landscape",
+        "--prompt-template",
+        "a photo of {}",
+        address=address,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(r"\s*[\d.]+%  an animal\n(\s+[\d.]+%  .+\n){2}", run.stdout)
+    run = run_client("smart_classify", photo, "--json", address=address)
+    assert json.loads(run.stdout)["labels"][0]["label"].count("/") == 7
+    run = run_client("--json", "clip_embed", "a red bicycle", address=address)
+    assert json.loads(run.stdout)["dim"] == 64
+    assert run_client("clip_image_embed", "-", address=address, stdin=Path(photo).read_bytes()).returncode == 0
+    assert "clip: tiny on onnxrt (fp32)" in run_client("capabilities", address=address).stdout
+    assert run_client("health", address=address).stdout == "SERVING\n"
+
+
+def test_a_folder_goes_into_one_file_and_a_bad_photograph_is_named(
+    onnx_node: Node, album: Path, tmp_path: Path
+) -> None:
+    """Lost otherwise: an import that stops at the first broken file, or half an index."""
+    (album / "broken.jpg").write_bytes(b"not a picture")
+    run = run_client("clip_image_embed", str(album), "--out", str(tmp_path / "v.npz"), address=onnx_node.address)
+    assert run.returncode == 1 and "broken.jpg: payload: not an image" in run.stderr and "photo" in run.stderr
+    with np.load(tmp_path / "v.npz", allow_pickle=False) as file:
+        assert file["vectors"].shape == (6, 64) and file["vectors"].dtype == np.float32
+        assert [Path(p).name for p in file["paths"]] == ["0.jpg", "2.jpg", "4.jpg", "1.jpg", "3.jpg", "5.jpg"]
+        assert file["model_id"] == "tiny"
+        expected = onnx_node.result("clip_image_embed", Path(file["paths"][3]).read_bytes())["vector"]
+        assert file["vectors"][3] == pytest.approx(expected, abs=1e-5)
+    run = run_client("bioclip_classify", str(album), "--out", str(tmp_path / "v.jsonl"), address=onnx_node.address)
+    rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 and sum("error" in row for row in rows) == 1
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_mistake_at_the_command_line_is_one_line(onnx_node: Node, tmp_path: Path) -> None:
+    """Lost otherwise: a traceback for a typing error."""
+    for arguments, status, said in (
+        (("clip_classify", "nowhere.jpg"), 2, "nowhere.jpg: no such file or folder"),
+        (("clip_classify",), 2, "name at least one file or folder"),
+        (("clip_classify", str(tmp_path)), 2, "no pictures"),
+        (("clip_embed", "x", "--out", "x.csv"), 2, ".jsonl or .npz"),
+        (("clip_classify", __file__, "--out", "x.npz"), 2, "only embeddings"),
+        (("clip_classify", __file__, "--labels", "@nowhere"), 1, "nowhere"),
+        (("clip_embed", "x", "--topk", "0", "--address", "127.0.0.1:9"), 1, "127.0.0.1:9"),
+    ):
+        run = run_client(*arguments, address="" if "--address" in arguments else onnx_node.address)
+        assert run.returncode == status and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_the_client_runs_without_numpy_tqdm_and_zeroconf(onnx_node: Node, tmp_path: Path, album: Path) -> None:
+    """Lost otherwise: copying client.py and gen/ into another project."""
+    shutil.copytree(ROOT / "gen", tmp_path / "gen")
+    shutil.copy(ROOT / "client.py", tmp_path)
+    for name in ("numpy", "tqdm", "zeroconf", "PIL", "grpc_health", "google_crc32c"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')")
+    command = [sys.executable, "client.py", "clip_image_embed", str(album), "--json", "--address", onnx_node.address]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 6, run.stderr
+
+
+def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the photo app, which knows no address by heart."""
+    settings = {
+        "CLIP_BACKEND": "onnxrt",
+        "BIOCLIP_BACKEND": "none",
+        "CLIP_MODEL": tiny_onnx,
+        "ADVERTISE_IP": "127.0.0.1",
+    }
+    types = "_homenative-node._tcp.local.,_lumen._tcp.local."
+    name = f"lumen-test-{os.getpid()}"
+    found = []
+    for _ in range(2):
+        node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
+        run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
+        assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
+        found.append(_browse(name, "_homenative-node._tcp.local."))
+        assert _browse(name, "_lumen._tcp.local.").addresses == [socket.inet_aton("127.0.0.1")]
+        assert node.stop() == 0
+    properties = [{k.decode(): v.decode() for k, v in info.properties.items()} for info in found]
+    assert properties[0] == properties[1]  # the uuid is kept
+    assert properties[0] == {
+        "uuid": (tmp_path / "uuid").read_text().strip(),
+        "status": "ready",
+        "version": "1.0.0",
+        "v": "1.0.0",
+        "runtime": "onnxrt",
+    }
+    assert run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1").returncode == 1  # goodbye was said
+
+
+BROWSER = """
+import socket, sys, time, zeroconf
+found = zeroconf.Zeroconf(interfaces=[sys.argv[1]], ip_version=zeroconf.IPVersion.V4Only)
+info = found.get_service_info("_lumen._tcp.local.", sys.argv[2] + "._lumen._tcp.local.", 8000)
+print(info and [socket.inet_ntoa(address) for address in info.addresses])
+"""
+
+
+def test_a_network_that_comes_later_or_changes_is_announced_on(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: boards that start before their router, or that got another address, found by nobody."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+        pytest.skip("needs root, iproute2 and util-linux, for a network of its own")
+    name = f"lumen-later-{os.getpid()}"
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_NAME": name}
+    settings["CLIP_MDNS_TYPE"] = "_lumen._tcp.local."
+    node = Node(label_files(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
+    node.wait_for("ready: ")
+    inside = ("nsenter", "--target", str(node.process.pid), "--net")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run([*inside, "ip", *arguments], check=True)
+
+    try:
+        node.wait_for("no address that others could reach")
+        ip("link", "add", "eth9", "type", "veth", "peer", "name", "eth8")
+        for end in ("eth8", "eth9"):
+            ip("link", "set", end, "up")
+        for address, other in (("10.77.0.1", ""), ("10.77.0.2", "10.77.0.1")):
+            if other:
+                ip("address", "del", f"{other}/24", "dev", "eth9")
+            ip("address", "add", f"{address}/24", "dev", "eth9")
+            ip("route", "replace", "224.0.0.0/4", "dev", "eth9")
+            node.wait_for(rf"mDNS: {name}\._lumen\._tcp\.local\. at {address}:\d+", 30)
+            browse = [*inside, sys.executable, "-c", BROWSER, address, name]
+            seen = subprocess.run(browse, capture_output=True, text=True, timeout=30)
+            assert seen.stdout.strip() == str([address]), seen.stderr
+    finally:
+        assert node.stop() == 0, node.log
+
+
+def _browse(name: str, kind: str) -> Any:
+    from zeroconf import Zeroconf
+
+    browser = Zeroconf(interfaces=["127.0.0.1"])
+    try:
+        info = browser.get_service_info(kind, f"{name}.{kind}", 3000)
+        assert info is not None
+        return info
+    finally:
+        browser.close()
+
+
+def test_a_name_on_the_lan_is_taken_by_one_daemon_only(tmp_path: Path) -> None:
+    """Lost otherwise: an address that nobody can reach."""
+    assert doors.advertised_ip("127.0.0.1") is None
+    assert doors.advertised_ip("192.168.7.7") == "192.168.7.7"
+    assert doors.is_own("127.0.0.1") and not doors.is_own("192.0.2.77")
+    first = doors.kept_uuid(tmp_path)
+    assert first == doors.kept_uuid(tmp_path)
+
+
+def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: units that start after us find nobody."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(60)
+        settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
+        node = Node(label_files(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", **settings).bound()
+        said: list[str] = []
+        while not said or not said[-1].startswith("READY=1"):
+            said.append(supervisor.recv(4096).decode())
+        # Clients are told so too: no path.
+        assert said[0] == f"EXTEND_TIMEOUT_USEC=300000000\nSTATUS=loading {tiny_onnx.name} (onnxrt)"
+        assert node.result("clip_embed", b"a dog")
+        assert node.stop() == 0
+        assert supervisor.recv(4096) == b"STOPPING=1"
+
+
+def test_a_start_is_given_time_for_as_long_as_it_gets_on(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
+    """Lost otherwise: a first start that systemd ends in the middle of its download, or one that hangs for ever."""
+    files = hub.repos["org/model"] = folder_content(tiny_onnx)
+    whole = round(sum(map(len, files.values())) / 1e6)
+    hub.pace = 4_000_000
+    hub.stall_after = {"textual/model.onnx": 11_000_000}  # the hub's client writes 10 MB at a time
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": "hf-hub:org/model"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        node = Node(label_files(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", HF_ENDPOINT=hub.url, **settings).bound()
+        assert hub.stalled.wait(60)
+        time.sleep(2.5)  # what came last is told
+        supervisor.settimeout(0.1)
+        said: list[str] = []
+        with contextlib.suppress(TimeoutError):
+            while True:
+                said.append(supervisor.recv(4096).decode())
+        assert all(text.startswith("EXTEND_TIMEOUT_USEC=300000000\nSTATUS=") for text in said)
+        told = [re.search(r"STATUS=downloading org/model: (\d+) of (\d+) MB$", text) for text in said]
+        megabytes = [int(match[1]) for match in told if match]
+        assert len(megabytes) >= 2 and megabytes == sorted(megabytes) and megabytes[-1] >= 9
+        assert {int(match[2]) for match in told if match} == {whole}
+        with pytest.raises(grpc.RpcError) as error:
+            node.stub.GetCapabilities(Empty())
+        assert error.value.details() == f"not ready: downloading org/model: {megabytes[-1]} of {whole} MB"
+        supervisor.settimeout(3)
+        with pytest.raises(TimeoutError):
+            supervisor.recv(4096)  # nothing comes, so nothing is said
+        assert node.stop() == 0
+
+
+def test_a_terminal_has_bars_and_the_journal_has_lines(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: a journal of carriage returns, or hours of a label build in front of a silent screen."""
+    terminal, child = os.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": str(tiny_onnx)}
+    environment = {**{k: v for k, v in os.environ.items() if k in KEPT}, **settings, "CLIP_MDNS_TYPE": "off"}
+    environment |= {"LUMEN_DATA_DIR": str(label_files(tmp_path)), "CLIP_TEMPLATES": "1", "LUMEN_TUNE": "0"}
+    process = subprocess.Popen((*Node.PROGRAM, "--port", "0"), env=environment, stderr=child)
+    os.close(child)
+    shown = b""
+    while b"ready: " not in shown and process.poll() is None:
+        shown += os.read(terminal, 4096)
+    process.terminate()
+    assert process.wait(30) == 0 and b"\rtext vectors: 100%" in shown, shown
+    os.close(terminal)
+
+    read, write = os.pipe()
+    stream = f"{os.fstat(write).st_dev}:{os.fstat(write).st_ino}"
+    for value, said in ((stream, "<3>CLIP_BACKEND=x: "), ("1:2", "lumen-clip: CLIP_BACKEND=x: ")):
+        environment |= {"JOURNAL_STREAM": value, "CLIP_BACKEND": "x"}
+        run = subprocess.run(Node.PROGRAM, env=environment, stderr=write)
+        assert run.returncode == 2 and os.read(read, 4096).decode().startswith(said)
+    os.close(read)
+    os.close(write)
+    for level, name, line in (
+        (logging.INFO, "lumen.labels", "<6>all is well\n<6>so far"),
+        (logging.CRITICAL, "zeroconf", "<2>zeroconf: all is well\n<2>so far"),
+    ):
+        record = logging.LogRecord(name, level, "", 0, "all is %s\nso far", ("well",), None)
+        assert watch.JournalLines().format(record) == line
+
+
+FOREIGN_CLIENT = r"""
+const [proto, address, photo] = process.argv.slice(2);
+const fs = require("fs"), grpc = require("@grpc/grpc-js"), loader = require("@grpc/proto-loader");
+const service = grpc.loadPackageDefinition(loader.loadSync(proto, { keepCase: true, longs: Number })).home_native.v1;
+const client = new service.Inference(address, grpc.credentials.createInsecure());
+function infer(messages) {
+  return new Promise((resolve, reject) => {
+    const call = client.Infer();
+    call.on("error", reject);
+    call.on("data", (answer) => { call.end(); resolve(answer); });  // half-closes only after the answer, as old SDKs do
+    messages.forEach((message) => call.write(message));
+  });
+}
+function capabilities() {
+  return new Promise((resolve, reject) => {
+    const found = [], call = client.StreamCapabilities({});
+    call.on("error", reject);
+    call.on("data", (c) => found.push([c.service_name, c.protocol_version]));
+    call.on("end", () => resolve(found));
+  });
+}
+(async () => {
+  const data = fs.readFileSync(photo), size = 65536, total = Math.ceil(data.length / size), messages = [];
+  for (let seq = 0; seq < total; seq++)
+    messages.push({ task: "clip_image_embed", payload_mime: "image/webp", seq, total, offset: seq * size,
+                    payload: data.subarray(seq * size, (seq + 1) * size), meta: { service: "clip" } });
+  const image = await infer(messages);
+  const query = { task: "clip_embed", payload_mime: "text/plain; charset=utf-8", payload: Buffer.from("a bird") };
+  const text = await infer([query]);
+  console.log(JSON.stringify({ total, mime: image.result_mime, image: JSON.parse(image.result),
+                               text: JSON.parse(text.result), capabilities: await capabilities() }));
+  client.close();
+})().catch((error) => { console.error(error); process.exit(1); });
+"""
+
+
+@pytest.mark.node
+def test_a_foreign_client_gets_the_same_answers(
+    onnx_node: Node, tmp_path_factory: pytest.TempPathFactory, album: Path
+) -> None:
+    """Lost otherwise: every client that is not Python's gRPC."""
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed, which brings the foreign gRPC client")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "foreign.js").write_text(FOREIGN_CLIENT)
+    subprocess.run(
+        ["npm", "install", "--silent", "@grpc/grpc-js@1", "@grpc/proto-loader@0.8"], cwd=folder, check=True, timeout=120
+    )
+    photo = album / "1" / "1.jpg"
+    command = ["node", "foreign.js", str(ROOT / "ml_service.proto"), onnx_node.address, str(photo)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["total"] > 10 and answer["mime"] == "application/json;schema=embedding_v1"
+    assert answer["capabilities"] == [["clip", "1.0"], ["bioclip", "1.0"]]
+    assert answer["image"]["vector"] == pytest.approx(
+        onnx_node.result("clip_image_embed", photo.read_bytes())["vector"], abs=1e-6
+    )
+    assert answer["text"]["vector"] == pytest.approx(onnx_node.result("clip_embed", b"a bird")["vector"], abs=1e-6)
+
+
+def test_a_quota_on_cores_is_respected(tmp_path: Path) -> None:
+    """Lost otherwise: a container with half a core, in which eight threads fight for it."""
+    have = len(os.sched_getaffinity(0))
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    inner = groups / "system.slice" / "lumen-clip.service"
+    inner.mkdir(parents=True)
+    own.write_text("4:memory:/old\n0::/system.slice/lumen-clip.service\n")
+    assert machine.usable_cores(groups, own) == have
+    for quota, cores in (("max 100000", have), ("100000 100000", 1), ("20000 100000", 1), ("9900000 100000", have)):
+        (inner / "cpu.max").write_text(quota)
+        assert machine.usable_cores(groups, own) == cores
+    (inner / "cpu.max").write_text("max 100000")
+    (inner.parent / "cpu.max").write_text("100000 100000")  # a parent's quota holds too
+    assert machine.usable_cores(groups, own) == 1
+    assert machine.usable_cores(groups, tmp_path / "absent") == have

@@ -1,0 +1,243 @@
+"""Crashes, hangs, and a model that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from gen import ml_service_pb2 as pb
+from tests.hostile import outlived
+from tests.kit import GREEN, RED, ROOT, SERVICE, Node, encoded, label_files, picture, wait_until
+
+# A daemon whose native code misbehaves on demand: no model of ours does so by itself.
+MISBEHAVING = """
+import ctypes, os, sys, time
+sys.path.insert(0, "@ROOT@")
+import numpy as np
+import backends, inputs, lumen_clip
+
+decode, encode, fault = inputs.decode_image, backends.ONNXRTBackend.encode_images, os.environ.get("FAULT")
+
+def decode_or_crash(data, *rest, **more):
+    if data.endswith(b"CRASH"):
+        ctypes.string_at(0)
+    return decode(data, *rest, **more)
+
+def encode_or_worse(backend, pixels):
+    means = pixels.reshape(len(pixels), -1, 3).mean(axis=1)
+    if backend.self_test_cosine is not None:  # it has started
+        if (means.max(axis=1) < 20).any():  # black
+            os.abort()
+        if (means.min(axis=1) > 235).any():  # white
+            time.sleep(3600)
+        if (means[:, 0] < 20).any() and (means[:, 1] > 200).any():
+            raise RuntimeError("the model does not feel like it")
+        if (means[:, 0] < 20).any() and (means[:, 2] > 200).any():
+            ctypes.PyDLL(None).sleep(3600)  # a driver that holds the GIL as well
+        if (means.min(axis=1) > 100).any() and fault:
+            rows = encode(backend, pixels)
+            wrong = {"NaN": rows * np.nan, "zeros": rows * 0, "short rows": rows[:, :-1], "too few rows": rows[:-1]}
+            return wrong[fault] if "rows" in fault else backends.unit_rows(wrong[fault])
+    return encode(backend, pixels)
+
+inputs.decode_image = decode_or_crash
+backends.ONNXRTBackend.encode_images = encode_or_worse
+sys.exit(lumen_clip.main())
+"""
+
+
+@pytest.fixture
+def misbehaving(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
+    """Starts such a daemon, always on the same data folder."""
+    (tmp_path / "daemon.py").write_text(MISBEHAVING.replace("@ROOT@", str(ROOT)))
+    data = label_files(tmp_path / "data")
+
+    def start(**environment: Any) -> Node:
+        settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", **environment}
+        return Node(data, program=(sys.executable, str(tmp_path / "daemon.py")), **settings).ready()
+
+    return start
+
+
+def sent_in_one_batch(node: Node, *payloads: bytes) -> None:
+    """Sends them over one stream, whose end is the daemon's."""
+    requests = (pb.InferRequest(task="clip_image_embed", payload=payload, correlation_id="x") for payload in payloads)
+    with pytest.raises(grpc.RpcError):
+        list(node.stub.Infer(requests, timeout=60))
+
+
+REFUSED = "payload: the daemon crashed over these bytes before, so they are refused"
+
+
+def test_a_picture_that_crashes_the_decoder_does_so_once(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: the night's import, restarted again and again at the same photograph."""
+    poison, good = encoded(picture(RED)) + b"CRASH", encoded(picture(GREEN))
+    node = misbehaving()
+    sent_in_one_batch(node, good, poison, good)
+    assert node.process.wait(20) == -signal.SIGSEGV
+
+    node = misbehaving()
+    [told] = [line for line in node.log.splitlines() if "refused from now on" in line]
+    assert f"sha-256 {hashlib.sha256(poison).hexdigest()[:16]}" in told and "on 1 payloads" in told
+    assert "the last run crashed: Fatal Python error: Segmentation fault" in node.log
+    assert node.ask("clip_image_embed", poison).error.message == REFUSED
+    assert node.ask("clip_image_embed", good).result  # which was at hand as well
+    assert node.stop() == 0
+    node = misbehaving()
+    assert "the last run" not in node.log and node.ask("clip_image_embed", poison).error.message == REFUSED
+    assert node.stop() == 0
+
+
+def test_pictures_of_a_batch_that_crashed_get_a_second_chance(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: good photographs that were refused for ever because they ran beside a bad one."""
+    poison, good = encoded(picture((0, 0, 0)), "PNG"), encoded(picture(GREEN))
+
+    def crash(*payloads: bytes) -> None:
+        node = misbehaving(LUMEN_TUNE="0")
+        sent_in_one_batch(node, *payloads)
+        assert node.process.wait(20) == -signal.SIGABRT
+
+    crash(poison)  # alone, so there is no doubt
+    node = misbehaving()
+    assert node.ask("clip_image_embed", poison).error.message == REFUSED
+    assert node.ask("clip_image_embed", good).result
+    assert node.stop() == 0
+    journal = Path(node.data) / "suspects.json"
+    (suspect,) = json.loads(journal.read_text())
+    assert suspect == hashlib.sha256(poison).hexdigest()
+
+    # As in a batch of two.
+    journal.write_text(json.dumps({suspect: 1, hashlib.sha256(good).hexdigest(): 1}))
+    node = misbehaving()
+    assert node.ask("clip_image_embed", good).result
+    assert list(json.loads(journal.read_text())) == [suspect]
+    assert node.stop() == 0
+
+
+def test_being_killed_is_held_against_no_picture(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: every photograph in work whenever the power fails."""
+    slow = encoded(picture((255, 255, 255)), "PNG")
+    node = misbehaving()
+    call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=slow)]))
+    digest = hashlib.sha256(slow).hexdigest().encode()
+    wait_until(lambda: b"batch " + digest in (Path(node.data) / "in-flight").read_bytes())
+    node.process.kill()
+    node.process.wait(10)
+    call.cancel()
+    node = misbehaving()
+    assert "ended while it worked on 1 payloads; refused from now on: none" in node.log
+    suspects = Path(node.data) / "suspects.json"
+    assert json.loads(suspects.read_text()) == {digest.decode(): 1}  # a second time without an answer would tell
+    assert node.ask("clip_image_embed", encoded(picture(RED))).result
+    assert node.stop() == 0
+
+
+def test_a_second_daemon_on_a_data_folder_is_told_and_serves(torch_node: Node, tiny_onnx: Path) -> None:
+    """Lost otherwise: the first one's journal, overwritten by the second."""
+    before = (Path(torch_node.data) / "in-flight").stat().st_ino
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
+    node = Node(Path(torch_node.data), **settings).ready()
+    assert node.log.count("another daemon uses this folder") == 1 and node.ask("clip_embed", b"a dog").result
+    assert node.stop() == 0 and (Path(torch_node.data) / "in-flight").stat().st_ino == before
+
+
+def test_a_hung_model_ends_the_process_so_that_it_is_started_again(
+    misbehaving: Callable[..., Node], tmp_path: Path
+) -> None:
+    """Lost otherwise: a board that answers nothing until somebody pulls the plug; NPU drivers do hang.
+
+    Who waits is told at once that the daemon goes, rather than left to a deadline: so he can ask another.
+    """
+    white = encoded(picture((255, 255, 255)), "PNG")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        beats: list[float] = []
+
+        def supervise() -> None:
+            with contextlib.suppress(OSError):
+                while said := supervisor.recv(4096):
+                    beats.extend([time.monotonic()] * (said == b"WATCHDOG=1"))
+
+        threading.Thread(target=supervise, daemon=True).start()
+        node = misbehaving(LUMEN_HANG_S="2", NOTIFY_SOCKET=tmp_path / "notify", WATCHDOG_USEC="600000")
+        wait_until(lambda: len(beats) > 2)
+        call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=white)]))
+        watch = health_pb2_grpc.HealthStub(node.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            next(call)
+        assert error.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert node.process.wait(10) == 1
+        assert node.log.count("a batch has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+    node = misbehaving()
+    assert node.ask("clip_image_embed", encoded(picture(GREEN))).result and node.stop() == 0
+
+
+def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable[..., Node], tmp_path: Path) -> None:
+    """Lost otherwise: a board whose driver holds the GIL; no line of Python can help then, only systemd."""
+    blue = encoded(picture((0, 30, 230)), "PNG")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        beats: list[float] = []
+
+        def supervise() -> None:
+            with contextlib.suppress(OSError):
+                while said := supervisor.recv(4096):
+                    beats.extend([time.monotonic()] * (said == b"WATCHDOG=1"))
+
+        threading.Thread(target=supervise, daemon=True).start()
+        node = misbehaving(NOTIFY_SOCKET=tmp_path / "notify", WATCHDOG_USEC="1000000")
+        wait_until(lambda: len(beats) > 2)
+        call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=blue)]), timeout=60)
+        wait_until(lambda: time.monotonic() - beats[-1] > 3, 30)  # here systemd loses its patience
+        node.process.send_signal(signal.SIGABRT)
+        assert node.process.wait(20) == -signal.SIGABRT
+        call.cancel()
+    node = misbehaving()
+    assert "the last run crashed: Fatal Python error: Aborted" in node.log
+    assert node.ask("clip_image_embed", blue).error.message == REFUSED
+    assert node.ask("clip_image_embed", encoded(picture(RED))).result and node.stop() == 0
+
+
+@pytest.mark.parametrize("fault", ["short rows", "too few rows", "zeros", "NaN"])
+def test_what_is_no_vector_is_never_sent_as_one(misbehaving: Callable[..., Node], fault: str) -> None:
+    """Lost otherwise: an index with rows that poison every search."""
+    node = misbehaving(FAULT=fault)
+    with outlived(node, r"internal error \w{8}$"):
+        response = node.ask("clip_image_embed", encoded(picture((140, 140, 140)), "PNG"))
+        assert response.error.code == pb.ERROR_CODE_INTERNAL and not response.result and not response.result_mime
+        number = re.fullmatch(r"internal error (\w{8}); the daemon's log says more", response.error.message)
+        assert number  # and nothing of the shape, the model or a path
+    assert f"internal error {number[1]}" in node.log  # by which the operator finds the story
+    assert node.stop() == 0
+
+
+def test_a_model_that_only_fails_is_started_again(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: an NPU that went away, and a daemon that says SERVING to the end of days."""
+    node = misbehaving()
+    bad, good = encoded(picture((0, 230, 30)), "PNG"), encoded(picture(RED))
+    with outlived(node, r"internal error \w{8}$"):  # one failure is that request's alone
+        assert node.ask("clip_image_embed", bad).error.code == pb.ERROR_CODE_INTERNAL
+    for payload in (bad, bad, good, bad, bad):  # a success in between shows that the model is well
+        response = node.ask("clip_image_embed", payload)
+        assert bool(response.result) == (payload is good)
+        assert payload is good or re.fullmatch(
+            r"internal error \w+; the daemon's log says more", response.error.message
+        )
+    node.ask("clip_image_embed", bad)
+    assert node.process.wait(20) == 1 and "3 batches failed in a row; leaving" in node.log

@@ -1,0 +1,179 @@
+"""TLS, tokens, and what strangers are told."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from google.protobuf.empty_pb2 import Empty
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+from tests.kit import SERVICE, Node, label_files, run_client
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of a daemon on loopback, of a client, and of the authority that signed both; a token."""
+    folder = tmp_path_factory.mktemp("papers")
+    authority, stranger = trustme.CA(), trustme.CA()
+    for name, made in (
+        ("server", authority.issue_cert("localhost", "127.0.0.1")),
+        ("client", authority.issue_cert("photos.example.org")),
+        ("stranger", stranger.issue_cert("photos.example.org")),
+    ):
+        made.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+        made.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    (folder / "token").write_text("a-token-that-nobody-guesses\n")
+    (folder / "token").chmod(0o600)
+    return folder
+
+
+def closed(papers: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:
+    tls = {"LUMEN_TLS_CERT": papers / "server.pem", "LUMEN_TLS_KEY": papers / "server.key"}
+    model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
+    return Node(label_files(data), **model, **tls, **environment).ready()
+
+
+def test_with_tls_only_those_who_speak_it_are_served(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: a household's pictures, to whoever listens on its network."""
+    node = closed(papers, tiny_onnx, tmp_path)
+    try:
+        seen = run_client("clip_embed", "a dog", "--ca", str(papers / "ca.pem"), address=node.address)
+        assert seen.returncode == 0, seen.stderr
+        plain = run_client("clip_embed", "a dog", "--timeout", "5", address=node.address)
+        assert plain.returncode == 1 and plain.stderr.count("client.py: ") == 1
+        other = run_client("clip_embed", "x", "--tls", "--timeout", "5", address=node.address)  # whom it does not trust
+        assert other.returncode == 1 and other.stderr.count("client.py: ") == 1 and "Traceback" not in other.stderr
+        by_name = ("--ca", str(papers / "ca.pem"), "--server-name", "localhost")
+        assert run_client("health", *by_name, address=node.address).stdout == "SERVING\n"
+    finally:
+        assert node.stop() == 0 and "Traceback" not in node.log
+
+
+def test_with_a_client_ca_only_its_clients_are_served(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the difference between a guest's laptop and one's own phone."""
+    node = closed(papers, tiny_onnx, tmp_path, LUMEN_TLS_CLIENT_CA=papers / "ca.pem")
+
+    def ask(name: str) -> subprocess.CompletedProcess[str]:
+        own = ("--cert", str(papers / f"{name}.pem"), "--key", str(papers / f"{name}.key")) if name else ()
+        arguments = ("clip_embed", "a dog", "--timeout", "5", "--ca", str(papers / "ca.pem"), *own)
+        return run_client(*arguments, address=node.address)
+
+    try:
+        assert [ask(name).returncode for name in ("client", "", "stranger")] == [0, 1, 1]
+    finally:
+        assert node.stop() == 0
+
+
+def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
+    papers: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    """Lost otherwise: the places of those who may enter, to a guest who opens streams and says nothing."""
+    token = (papers / "token").read_text().strip()
+    node = closed(papers, tiny_onnx, tmp_path, LUMEN_TOKEN_FILE=papers / "token")
+    trusted = grpc.ssl_channel_credentials((papers / "ca.pem").read_bytes())
+    release = threading.Event()
+
+    def silent() -> Iterator[pb.InferRequest]:
+        release.wait(60)
+        yield from ()
+
+    try:
+        with grpc.secure_channel(node.address, trusted) as channel:
+            stub = pb_grpc.InferenceStub(channel)
+            strangers = [stub.Infer(silent(), timeout=30) for _ in range(200)]
+            for call in strangers:
+                with pytest.raises(grpc.RpcError) as error:
+                    next(call)
+                assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            wrong = [("authorization", f"Bearer {token[:-1]}"), ("authorization", token), ("authorization", "Bearer ")]
+            for metadata in ([], [wrong[0]], [wrong[1]], [wrong[2]], wrong):
+                for ask in (stub.Health, stub.GetCapabilities, lambda *a, **k: list(stub.StreamCapabilities(*a, **k))):
+                    with pytest.raises(grpc.RpcError) as error:
+                        ask(Empty(), timeout=10, metadata=metadata)
+                    assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            listed = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
+            )
+            with pytest.raises(grpc.RpcError):
+                next(listed)
+            # Supervisors ask the standard health service, and have no token.
+            check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE))
+            assert check.status == health_pb2.HealthCheckResponse.SERVING
+            # All the while, whoever has the token is served.
+            right = [("authorization", f"Bearer {token}")]
+            request = pb.InferRequest(task="clip_embed", payload=b"a dog")
+            [response] = stub.Infer(iter([request]), timeout=10, metadata=right)
+            assert response.result
+        own = ("--ca", str(papers / "ca.pem"), "--token-file", str(papers / "token"))
+        for arguments in (("clip_embed", "a dog"), ("capabilities",), ("health",)):
+            seen = run_client(*arguments, *own, address=node.address)
+            assert seen.returncode == 0, seen.stderr
+        assert run_client("health", "--ca", str(papers / "ca.pem"), address=node.address).stdout == "SERVING\n"
+        without = run_client("clip_embed", "a dog", "--ca", str(papers / "ca.pem"), address=node.address)
+        assert without.returncode == 1 and "unauthenticated" in without.stderr
+    finally:
+        release.set()
+        assert node.stop() == 0
+    assert token not in node.log and "turned away" in node.log
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"LUMEN_TLS_CERT": "server.pem"}, "LUMEN_TLS_CERT=.*server.pem: needs LUMEN_TLS_KEY as well"),
+        ({"LUMEN_TLS_KEY": "server.key"}, "LUMEN_TLS_KEY=.*server.key: needs LUMEN_TLS_CERT as well"),
+        ({"LUMEN_TLS_CLIENT_CA": "ca.pem"}, "LUMEN_TLS_CLIENT_CA=.*ca.pem: needs LUMEN_TLS_CERT as well"),
+        (
+            {"LUMEN_TLS_CERT": "nowhere", "LUMEN_TLS_KEY": "server.key"},
+            "LUMEN_TLS_CERT=.*nowhere: No such file or directory",
+        ),
+        (
+            {"LUMEN_TLS_CERT": "server.pem", "LUMEN_TLS_KEY": "client.key"},
+            "LUMEN_TLS_CERT=.*: not a PEM certificate that LUMEN_TLS_KEY is the key of",
+        ),
+        (
+            {"LUMEN_TLS_CERT": "server.pem", "LUMEN_TLS_KEY": "server.key", "LUMEN_TLS_CLIENT_CA": "token"},
+            "LUMEN_TLS_CLIENT_CA=.*token: not a PEM certificate",
+        ),
+        ({"LUMEN_TOKEN_FILE": "nowhere"}, "LUMEN_TOKEN_FILE=.*nowhere: No such file or directory"),
+        ({"LUMEN_TOKEN_FILE": "short"}, "LUMEN_TOKEN_FILE=.*short: allowed: one token of 16 printable"),
+        ({"LUMEN_TOKEN_FILE": "token"}, "LUMEN_TOKEN_FILE=.*token: without LUMEN_TLS_CERT the token would travel"),
+    ],
+)
+def test_doors_that_cannot_be_closed_end_the_start(
+    papers: Path, tmp_path: Path, settings: dict[str, str], said: str
+) -> None:
+    """Lost otherwise: a daemon that stands open though its operator believes it closed."""
+    (papers / "short").write_text("secret\n")
+    environment = {name: papers / value for name, value in settings.items()}
+    node = Node(tmp_path, ("--host", "0.0.0.0"), **environment)
+    assert node.process.wait(60) == 2
+    node.stop()
+    assert re.match(f"lumen-clip: {said}", node.log) and node.log.count("\n") == 1
+
+
+def test_on_loopback_a_token_needs_no_tls(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: several users of one machine, kept apart without certificates."""
+    model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
+    node = Node(label_files(tmp_path), **model, LUMEN_TOKEN_FILE=papers / "token").ready()
+    try:
+        assert run_client("clip_embed", "x", address=node.address).returncode == 1
+        own = ("--token-file", str(papers / "token"))
+        assert run_client("clip_embed", "x", *own, address=node.address).returncode == 0
+        # The client does not send it in the clear to others.
+        abroad = run_client("clip_embed", "x", *own, address="192.0.2.1:50051")
+        assert abroad.returncode == 2 and "would travel in the clear" in abroad.stderr
+    finally:
+        assert node.stop() == 0

@@ -1,0 +1,53 @@
+"""What the README says, and lint and types."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+import tasks
+from settings import Settings
+from tests.kit import ROOT
+
+
+def test_the_readmes_table_of_settings_is_the_programs() -> None:
+    """Lost otherwise: a setting that nobody can find, or one that does nothing."""
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = {name: default.strip("`") for name, default, _ in rows}
+    shown = {"tuple": lambda v: ",".join(v), "bool": lambda v: str(int(v))}
+    expected = {}
+    for setting in dataclasses.fields(Settings):
+        default = setting.default
+        text = shown.get(type(default).__name__, str)(default)
+        expected[setting.name.upper()] = text
+    expected |= {
+        "LUMEN_DATA_DIR": "data",
+        "CLIP_MAX_BATCH_SIZE": "BATCH_SIZE",
+        "BIOCLIP_MAX_BATCH_SIZE": "BATCH_SIZE",
+        "BIOCLIP_BACKEND": "CLIP_BACKEND",
+    }
+    assert table == expected
+
+
+def test_every_capability_of_the_table_is_in_the_readme() -> None:
+    """Lost otherwise: a task that nobody knows of."""
+    text = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in text for name in tasks.TASKS)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy", *sorted(p.name for p in ROOT.glob("*.py")), "gen/demo/train.py", "tests"),
+    ],
+)
+def test_lint_and_types(command: tuple[str, ...]) -> None:
+    """Lost otherwise: the reader's trust."""
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

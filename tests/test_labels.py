@@ -1,0 +1,635 @@
+"""Label sets, the tree of life, and the files of their vectors."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.empty_pb2 import Empty
+
+import backends
+import labels
+import taxa
+import treeoflife
+import vectorfile
+from gen import ml_service_pb2 as pb
+from tests.hub import FakeHub
+from tests.kit import (
+    IMAGENET,
+    RED,
+    ROOT,
+    SPECIES,
+    Node,
+    Texts,
+    encoded,
+    label_files,
+    load,
+    picture,
+    wait_until,
+)
+
+
+def test_templates_are_openclips_own() -> None:
+    """Lost otherwise: scores that can be compared with published ones."""
+    import open_clip
+
+    assert {t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES} == set(labels.TEMPLATES[80])
+    assert [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES] == list(labels.TEMPLATES[7])
+    assert len(labels.TEMPLATES[80]) == 80
+
+
+def test_label_vectors_equal_openclips_classifier(reference: Any, tiny: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the accuracy that averaged templates bring."""
+    import open_clip
+
+    backend = backends.create_backend(backends.ModelOptions("CLIP", "torch", str(tiny), tmp_path))
+    names = ["tench", "great white shark", "toilet tissue, toilet paper"]
+    ours = labels.label_vectors(
+        names, labels.imagenet_recipe(7), lambda texts: backend.encode_text(backend.tokenize(texts))
+    )
+    expected = open_clip.build_zero_shot_classifier(
+        reference[0], reference[2], ["tench", "great white shark", "toilet tissue"], open_clip.SIMPLE_IMAGENET_TEMPLATES
+    )
+    assert np.allclose(ours, expected.numpy().T, atol=1e-5)
+
+
+def test_species_prompts_are_bioclips_captions() -> None:
+    """Lost otherwise: species accuracy; BioCLIP never saw an article or a Python list in training."""
+    fox, fish, rose = (taxa.species_prompts(taxa.lineage(0, row)) for row in SPECIES[:3])
+    assert fox == ["a photo of Animalia Chordata Mammalia Carnivora Canidae Vulpes vulpes with common name red fox."]
+    assert fish == [
+        "a photo of Animalia Chordata Cypriniformes Cyprinidae Carassius auratus with common name Goldfish."
+    ]
+    assert rose == ["a photo of Plantae Tracheo-phyta Magnoliopsida Rosales Rosaceae Rosa canina."]
+
+
+def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: the right answer, or the app's insert, which wants each label once."""
+    rng = np.random.default_rng(0)
+    vectors = backends.unit_rows(rng.normal(size=(5000, 16)))
+    names = [f"label {i // 2}" for i in range(5000)]
+    labelset = labels.LabelSet(names, vectors.astype(np.float16), 20.0)
+    for row in labelset.probabilities(vectors[:20]):
+        assert row.sum() == pytest.approx(1, abs=1e-4)
+        expected: dict[str, float] = {}
+        for i in np.argsort(-row, kind="stable"):
+            expected.setdefault(names[i], float(row[i]))
+        for k, block in itertools.product((1, 7, 100, 2500), (16, 256)):
+            monkeypatch.setattr(labels, "TOP_BLOCK", block)
+            assert labelset.top(row, k) == list(expected.items())[:k]
+    same = labels.LabelSet(["same"] * 100, vectors[:100], 1.0)
+    assert len(same.top(same.probabilities(vectors[:1])[0], 5)) == 1
+
+
+class TreeOfLife:
+    """A tree of twelve thousand species whose vectors are alike within a genus, and float32 brute force on them."""
+
+    SCALE = 100.0
+
+    def __init__(self, folder: Path) -> None:
+        rng = np.random.default_rng(4)
+        count, dim = 12_000, 96
+        rows = []
+        for i in range(count):
+            genus, family, order = i // 6, i // 60, i // 600
+            ranks = [
+                "Animalia" if i < 9000 else "Plantae",
+                f"P{order // 5}",
+                f"C{order // 2}",
+                f"O{order}",
+                f"F{family}",
+            ]
+            if i % 97 == 0:
+                ranks[2] = ""  # as in thousands of fish
+            epithet = f"e{i % 6}" if i % 1000 else "e1"  # twelve species stand twice
+            rows.append([[*ranks, f"G{genus}", epithet], f"name {i}" if i % 3 else ""])
+        self.names = sorted(taxa.lineage(i, row) for i, row in enumerate(rows))
+        tops = rng.normal(size=(count // 6, dim)) + 0.7 * rng.normal(size=dim)
+        self.rows = backends.unit_rows(np.repeat(tops, 6, axis=0) + 0.7 * rng.normal(size=(count, dim)))
+        self.rows[:, 7] += 2  # as CLIP has: one dimension that is larger than the rest
+        self.rows = backends.unit_rows(self.rows)
+        key = vectorfile.CacheKey("model", "recipe", "sha", count, dim)
+        blocks = [self.rows[start : start + 5000] for start in range(0, count, 5000)]
+        vectorfile.save(folder, key, blocks, self.names, taxa.depths(self.names))
+        self.path = folder / vectorfile.FILE
+        self.stored = vectorfile.load(self.path, key.meta())
+        assert self.stored and self.stored.names
+        self.species = taxa.Species(self.stored.names, self.stored, self.SCALE)
+
+    def queries(self, count: int) -> Any:
+        rng = np.random.default_rng(5)
+        near = self.rows[rng.integers(0, len(self.rows), count)]
+        return backends.unit_rows(near + rng.uniform(0.02, 0.25, (count, 1)) * rng.normal(size=near.shape))
+
+    def brute_force(self, queries: Any) -> tuple[Any, Any]:
+        """Cosines and probabilities in float32 of the rows that are stored."""
+        assert self.stored
+        cosines = queries @ self.stored.vecs.astype(np.float32).T
+        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) * np.float32(self.SCALE))
+        return cosines, weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture(params=["scanned", "small"])
+def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TreeOfLife:
+    if request.param == "scanned":  # as of 100,000 species on
+        monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+        monkeypatch.setattr(vectorfile, "SCAN_ROWS", 1000)
+    tree = TreeOfLife(tmp_path)
+    assert tree.stored and bool(tree.stored.scan) == (request.param == "scanned")
+    return tree
+
+
+def test_a_large_set_is_answered_as_by_brute_force_in_float32(
+    tree_of_life: TreeOfLife, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the right species, for speed. 2,000 queries; the bytes that are scanned decide nothing."""
+    species = tree_of_life.species
+    monkeypatch.setattr(species, "_twins", 0)  # row by row
+    queries, worst = tree_of_life.queries(2000), 0.0
+    for start in range(0, len(queries), 8):
+        part = queries[start : start + 8]
+        cosines, probabilities = tree_of_life.brute_force(part)
+        for k, found, row, p in zip(
+            (1, 5, 100) * 3,
+            species.answers(part, [taxa.Ask(k) for k in (1, 5, 100, 1, 5, 100, 1, 5)]),
+            cosines,
+            probabilities,
+            strict=False,
+        ):
+            expected: dict[str, int] = {}
+            for i in np.argsort(-row, kind="stable")[: k + 10]:
+                expected.setdefault(tree_of_life.names[i], i)
+            assert len(found.labels) == k
+            for (label, score), (name, at) in zip(found.labels, expected.items(), strict=False):
+                # float32 adds up in no fixed order: what it cannot tell apart may stand either way round.
+                assert label == name or abs(row[expected[label]] - row[at]) < 1e-6
+                worst = max(worst, abs(score - float(p[at])))
+    assert worst < 1e-3, worst
+
+
+def test_ranks_are_summed_as_pybioclip_does(tree_of_life: TreeOfLife) -> None:
+    """Lost otherwise: "some finch" where no single finch is certain, and agreement with BioCLIP's own library."""
+    from bioclip.predict import Rank, TreeOfLifeClassifier
+    from torch import from_numpy
+
+    pybioclip = TreeOfLifeClassifier.__new__(TreeOfLifeClassifier)
+    rows = [name.replace("*", "").split("/") for name in tree_of_life.names]
+    vars(pybioclip).update(txt_names=[[slots[:7], slots[7]] for slots in rows], _subset_txt_names=None)
+    queries = tree_of_life.queries(4)
+    _, probabilities = tree_of_life.brute_force(queries)
+    for rank in taxa.RANKS[:-1]:
+        asks = [taxa.Ask(5, rank=rank)] * len(queries)
+        for found, p in zip(tree_of_life.species.answers(queries, asks), probabilities, strict=True):
+            theirs = pybioclip.format_grouped_probs("picture", from_numpy(p), Rank[rank.upper()], k=5)
+            assert [score for _, score in found.labels] == pytest.approx([row["score"] for row in theirs], abs=1e-3)
+            known = {}
+            for row in theirs:
+                slots = [row[name] or "*" for name in taxa.RANKS[: taxa.RANKS.index(rank) + 1]]
+                known["/".join(slots + ["*"] * (8 - len(slots)))] = row["score"]
+            for label, score in found.labels:  # the fifth and the sixth may be as likely as each other
+                assert score == pytest.approx(known.get(label, min(known.values())), abs=1e-3)
+    for found, p in zip(tree_of_life.species.answers(queries, [taxa.Ask(3)] * 4), probabilities, strict=True):
+        theirs = pybioclip.format_species_probs("picture", from_numpy(p), k=3)
+        assert found.labels[0][1] >= theirs[0]["score"] - 1e-3  # ours adds up rows of one species
+
+
+def test_the_deepest_rank_that_is_certain_enough_is_answered(tree_of_life: TreeOfLife) -> None:
+    """Lost otherwise: a wrong species where the right genus was known."""
+    queries = tree_of_life.queries(60)
+    certain = [taxa.Ask(3, rank="auto", min_score=0.35)] * len(queries)
+    found = tree_of_life.species.answers(queries, certain)
+    assert len({answer.rank for answer in found}) > 2
+    for query, answer in zip(queries, found, strict=True):
+        assert answer.labels[0][1] >= 0.35 and len(answer.labels) > 1  # with runners-up
+        for deeper in taxa.RANKS[taxa.RANKS.index(answer.rank) + 1 :]:
+            [best] = tree_of_life.species.answers(query[None], [taxa.Ask(1, rank=deeper)])
+            assert best.labels[0][1] < 0.351 or best.labels[0][0].split("/")[taxa.RANKS.index(deeper)] == "*"
+    assert tree_of_life.species.answers(queries[:1], [taxa.Ask(3, rank="auto", min_score=1.0)])[0].rank != "species"
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (("Plantae",), lambda slots: slots[0] == "Plantae"),
+        (("animalia",), lambda slots: slots[0] == "Animalia"),
+        (("Animalia/P0/C1",), lambda slots: slots[:3] == ["Animalia", "P0", "C1"]),
+        (("G700", "F3", "g35", "f3"), lambda slots: slots[5] in ("G700", "G35") or slots[4] == "F3"),
+        (("G700 e3", "G701 e9", "G7"), lambda slots: slots[5:7] == ["G700", "e3"] or slots[5] == "G7"),
+    ],
+)
+def test_a_taxon_or_a_list_of_names_is_all_that_is_chosen_from(
+    tree_of_life: TreeOfLife, names: tuple[str, ...], rows: Callable[[list[str]], bool]
+) -> None:
+    """Lost otherwise: a garden in Europe is offered kangaroos. As if the other species were not in the set at all."""
+    inside, unknown = tree_of_life.species.tree.within(names)
+    assert unknown == [name for name in names if name == "G701 e9"]
+    assert inside.tolist() == [i for i, name in enumerate(tree_of_life.names) if rows(name.split("/"))]
+    queries = tree_of_life.queries(16)
+    cosines, _ = tree_of_life.brute_force(queries)
+    for rank in ("species", "family", "auto"):
+        found = tree_of_life.species.answers(queries, [taxa.Ask(3, rank=rank, within=inside)] * 16)
+        for answer, row in zip(found, cosines[:, inside], strict=True):
+            assert all(rows(label.split("/")) or rank != "species" for label, _ in answer.labels)
+            if rank == "species" and len(answer.labels) == 3:
+                weights = np.exp((row - row.max()) * 100)
+                assert answer.labels[0][1] == pytest.approx(weights.max() / weights.sum(), abs=1e-3) or answer.labels[
+                    0
+                ][1] > (weights.max() / weights.sum())
+
+
+def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: gigabytes of a small board's memory, and the seconds of reading them at every start."""
+    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    tree = TreeOfLife(tmp_path)
+    assert tree.stored and tree.stored.scan
+    for array in (tree.stored.vecs, tree.stored.scan.codes):
+        assert isinstance(array, np.memmap) and array.offset % 64 == 0 and array.ctypes.data % 64 == 0
+    with np.load(tree.path, allow_pickle=False) as plain:  # and is an npz like any other
+        assert np.array_equal(plain["vecs"], tree.stored.vecs) and plain["codes"].dtype == np.uint8
+    note = tmp_path / "text_vectors.checked.json"
+    assert note.exists()
+    whole = tree.path.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2, len(whole) * 4 // 5):
+        garbled = bytearray(whole)
+        garbled[at] ^= 1
+        tree.path.write_bytes(garbled)
+        with pytest.raises(vectorfile.Damaged):
+            vectorfile.load(tree.path)
+
+
+MANY = [  # more than are computed before the daemon is ready
+    [["Animalia", "Chordata", "Aves", "Passeriformes", f"Family{i // 30}", f"Genus{i // 5}", f"e{i % 5}"], f"bird {i}"]
+    for i in range(2100)
+]
+
+
+def species_of(tiny_onnx: Path, data: Path, source: Any = "", **more: Any) -> Node:
+    label_files(data)
+    model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}
+    return Node(data, **model, BIOCLIP_LABELS=source, **more)
+
+
+def bioclip_labels(node: Node) -> str:
+    return str(node.stub.GetCapabilities(Empty()).extra["bioclip_labels"])
+
+
+def test_species_come_while_the_rest_is_served_and_a_kill_costs_little(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: everything, for the days that a board computes the tree of life; and then all of it again."""
+    (tmp_path / "many.json").write_text(json.dumps(MANY))
+    photo = encoded(picture(RED))
+
+    def start() -> Node:
+        return species_of(tiny_onnx, tmp_path / "data", tmp_path / "many.json").ready()
+
+    node = start()
+    try:
+        said = bioclip_labels(node)
+        answer = node.ask("bioclip_classify", photo)
+        if "species" not in said:  # a fast machine may have them by now
+            assert ("many.json: " in said and " of 2,100 labels" in said) or "beginning" in said
+            assert (
+                answer.error.code == pb.ERROR_CODE_UNAVAILABLE and "species are not here yet: " in answer.error.message
+            )
+            assert "bioclip_classify" not in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
+        assert node.result("clip_classify", photo)["labels"] and node.result("bioclip_embed", b"a bird")["vector"]
+        wait_until(lambda: bool(list((tmp_path / "data").rglob(".building/*.npz"))), 120)
+        node.process.kill()
+        node.process.wait()
+        node = start()
+        wait_until(lambda: bioclip_labels(node) == "2,100 species", 120)
+        assert node.result("bioclip_classify", photo)["labels"][0]["label"].startswith("Animalia/Chordata/Aves/")
+        assert "bioclip_classify" in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
+    finally:
+        node.stop()
+    (tmp_path / "many.json").write_text(
+        "[" + json.dumps(MANY)[1:]
+    )  # the same bytes: nothing is computed or parsed again
+    node = start()
+    assert bioclip_labels(node) == "2,100 species" and "computing the text vectors of 2100" not in node.log
+    node.stop()
+
+
+def test_a_tree_that_is_made_on_a_pc_is_copied_to_the_board(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: the one way to the tree of life that does not take a board days."""
+    (tmp_path / "many.json").write_text(json.dumps(MANY))
+    made = tmp_path / "made"
+
+    def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "labels.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    model = ("--model", tiny_onnx, "--backend", "onnxrt")
+    built = run("build", "--labels", tmp_path / "many.json", *model, "--to", made)
+    assert built.returncode == 0 and "2,100 species" in built.stdout, built.stderr
+    assert {path.name for path in made.iterdir()} == {"text_vectors.npz", "text_vectors.meta.json"}
+    told = run("info", made).stdout
+    assert "model_id: tiny" in told and "70 family, 420 genus, 2,100 species" in told
+    assert run("verify", made).returncode == 0
+    node = species_of(tiny_onnx, tmp_path / "data", made).ready()
+    assert bioclip_labels(node) == "2,100 species"
+    assert node.result("bioclip_classify", encoded(picture(RED)))["labels"]
+    node.stop()
+    whole = bytearray((made / "text_vectors.npz").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (made / "text_vectors.npz").write_bytes(whole)
+    for wrong in (
+        run("verify", made),
+        run("info", tmp_path),
+        run("build", "--labels", "nowhere", *model, "--to", made),
+    ):
+        assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
+    node = species_of(tiny_onnx, tmp_path / "data", made)
+    assert node.process.wait(60) == 1 and f"BIOCLIP_LABELS={made}: text_vectors.npz cannot be used" in node.log
+
+
+def published_tree(folder: Path, tiny_onnx: Path, count: int = 2100) -> tuple[dict[str, bytes], Any]:
+    """What the hub has of TreeOfLife-200M, in small: vectors by dimension, some all zero, in no order."""
+    rng = np.random.default_rng(0)
+    rows = [MANY[i] for i in rng.permutation(count)]
+    backend = load(tiny_onnx)
+    texts = [taxa.species_prompts(taxa.lineage(0, row))[0] for row in rows]
+    vectors = np.concatenate([backend.encode_text(backend.tokenize(texts[i : i + 50])) for i in range(0, count, 50)])
+    vectors[::50] = 0
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(vectors.T))
+    names = {"embeddings/txt_emb_bioclip-2.json": json.dumps(rows).encode()}
+    return names | {"embeddings/txt_emb_bioclip-2.npy": file.getvalue()}, vectors
+
+
+def test_published_vectors_are_put_into_rows_while_they_stream_in(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: 867,455 species, on any device that cannot hold 2.66 GB twice; or ferns that beat every bird."""
+    hub.repos["datasets/imageomics/TreeOfLife-200M"], vectors = published_tree(tmp_path, tiny_onnx)
+    hub.cut_after["embeddings/txt_emb_bioclip-2.npy"] = 5000  # and the connection breaks once
+    node = species_of(tiny_onnx, tmp_path / "data", "TreeOfLife-200M", HF_ENDPOINT=hub.url).ready()
+    try:
+        wait_until(lambda: bioclip_labels(node) == "2,058 species", 60)
+        names = {
+            taxa.lineage(0, row): vector
+            for row, vector in zip(
+                json.loads(hub.repos["datasets/imageomics/TreeOfLife-200M"]["embeddings/txt_emb_bioclip-2.json"]),
+                vectors,
+                strict=True,
+            )
+        }
+        stored = vectorfile.load(next((tmp_path / "data" / "bioclip").rglob("text_vectors.npz")))
+        assert stored and stored.names and stored.meta and stored.meta["zero_rows_dropped"] == 42
+        assert list(stored.names) == sorted(name for name, vector in names.items() if vector.any())
+        for name, row in zip(stored.names, stored.vecs, strict=True):
+            assert np.abs(row - names[name]).max() < 1e-3
+        assert node.result("bioclip_classify", encoded(picture(RED)))["labels"]
+        assert not list((tmp_path / "data").rglob(".building"))
+    finally:
+        node.stop()
+    hub.requests.clear()
+    node = species_of(tiny_onnx, tmp_path / "data", "TreeOfLife-200M", HF_ENDPOINT=hub.url).ready()
+    assert bioclip_labels(node) == "2,058 species" and not hub.requests
+    node.stop()
+
+
+def test_a_conversion_that_is_killed_fetches_the_rest_alone(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
+    """Lost otherwise: gigabytes of somebody's line, at every power cut."""
+    hub.repos["datasets/imageomics/TreeOfLife-200M"], _ = published_tree(tmp_path, tiny_onnx)
+    script = """
+import os, signal, sys
+from pathlib import Path
+import treeoflife
+
+left = int(sys.argv[2])
+def progress(done, total):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+print(len(treeoflife.published(Path(sys.argv[1]), "model", progress).vecs))
+"""
+    for panels in (1, 2, 3, 9):
+        hub.requests.clear()
+        command = [sys.executable, "-c", script, str(tmp_path / "made"), str(panels)]
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "HF_ENDPOINT": hub.url}, capture_output=True, text=True
+        )
+        assert run.returncode == (-signal.SIGKILL if panels < 9 else 0), run.stderr
+        parts = [request for request in hub.requests if request.startswith("GET") and request.endswith("-2.npy")]
+        assert len(parts) == 3 + 1  # the header, in three steps, and one of four panels
+        assert any(request.endswith("-2.json") for request in hub.requests) == (panels == 1)
+    assert run.stdout.strip() == "2058"
+
+
+def test_species_are_asked_by_rank_and_place(node: Node) -> None:
+    """Lost otherwise: everything of the above, for everybody who is not Python."""
+    fox = encoded(picture(RED))
+    answer = node.ask("bioclip_classify", fox, rank="genus")
+    [first, *_] = json.loads(answer.result)["labels"]
+    assert answer.meta["rank"] == "genus" and first["label"].endswith("/*/*") and first["label"].count("/") == 7
+    everything = node.result("bioclip_classify", fox, topk="100")["labels"]
+    kingdoms = {row["label"].split("/")[0] for row in everything}
+    assert len(kingdoms) > 1
+    for kingdom in kingdoms:
+        answer = node.ask("bioclip_classify", fox, within=f"{kingdom}, Nessiteras rhombopteryx", topk="100")
+        rows = json.loads(answer.result)["labels"]
+        assert {row["label"].split("/")[0] for row in rows} == {kingdom} and answer.meta["within_unknown"] == "1"
+        assert sum(row["score"] for row in rows) == pytest.approx(1, abs=1e-3)
+    assert node.ask("bioclip_classify", fox, rank="auto").meta["rank"] in (*taxa.RANKS, "none")
+    assert node.result("bioclip_classify", fox, min_score="1")["labels"] == []
+    for meta, said in (
+        ({"rank": "tribe"}, "meta rank: 'tribe'; allowed: kingdom, "),
+        ({"min_score": "1.5"}, "meta min_score: '1.5'; allowed: a number from 0 to 1"),
+        ({"within": "Nessie"}, "meta within: no taxon of this label set: Nessie"),
+        ({"within": "[1]"}, "meta within: allowed: 1 to 10000 taxa"),
+    ):
+        assert said in node.ask("bioclip_classify", fox, **meta).error.message
+
+
+def test_the_scan_graph_is_what_its_script_makes() -> None:
+    """Lost otherwise: a binary file that nobody can read."""
+    from gen import scan
+
+    made = scan.build().SerializeToString(deterministic=True)
+    assert (ROOT / "gen" / "scan.onnx").read_bytes() == made
+
+
+NAMES = [f"label {i}" for i in range(100)]
+
+
+def cached(
+    folder: Path, texts: Texts, names: list[str] = NAMES, templates: int = 1, older: tuple[Path, ...] = ()
+) -> Any:
+    recipe = labels.imagenet_recipe(templates)
+    key = vectorfile.CacheKey.of(names, recipe, "model", 16)
+    return vectorfile.cached_vectors(folder, names, recipe, texts, key, older).vecs
+
+
+def test_a_cache_is_used_while_it_fits_and_rebuilt_when_anything_changed(tmp_path: Path) -> None:
+    """Lost otherwise: minutes at each start, or answers from another model's vectors."""
+    first = cached(tmp_path, Texts())
+    again = Texts()
+    assert np.array_equal(cached(tmp_path, again), first) and again.calls == vectorfile.PROBE_LABELS
+    meta = json.loads((tmp_path / "text_vectors.meta.json").read_text())
+    assert (meta["model_id"], meta["count"], meta["dim"], meta["recipe"]) == ("model", 100, 16, "imagenet-1")
+    other = [*NAMES[:-1], "other"]
+    for seed, templates, names in ((1, 1, NAMES), (0, 7, NAMES), (0, 1, other), (0, 1, NAMES[:50])):
+        texts = Texts(seed)
+        expected = labels.label_vectors(names, labels.imagenet_recipe(templates), Texts(seed))
+        assert np.array_equal(cached(tmp_path, texts, names, templates), expected) and texts.calls >= len(names)
+        cached(tmp_path, Texts())  # back again
+
+
+def test_a_damaged_cache_is_rebuilt_and_never_unpickled(tmp_path: Path) -> None:
+    """Lost otherwise: a daemon that does not start, or one that runs what somebody put in the data folder."""
+    good = cached(tmp_path, Texts())
+    path = tmp_path / "text_vectors.npz"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for data in (b"", whole[:5], whole[:50], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
+        path.write_bytes(data)
+        assert np.array_equal(cached(tmp_path, Texts()), good)
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "trapped",))
+
+    np.savez(path, vecs=np.array([Trap()], dtype=object), meta=np.array([Trap()], dtype=object))
+    assert np.array_equal(cached(tmp_path, Texts()), good)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_caches_of_older_layouts_are_taken_over_when_they_fit(tmp_path: Path) -> None:
+    """Lost otherwise: hours of encoding that were already done; or upstream's wrong vectors live on."""
+    good = labels.label_vectors(NAMES, labels.imagenet_recipe(1), Texts())
+    names = np.array(NAMES, dtype=object)
+    fitting, wrong = tmp_path / "a_imagenet_vectors.npz", tmp_path / "b_imagenet_vectors.npz"
+    np.savez(fitting, names=names, vecs=good)
+    np.savez(
+        wrong, names=names, vecs=labels.label_vectors([str(i) for i in range(100)], labels.imagenet_recipe(1), Texts())
+    )
+    texts = Texts()
+    assert np.array_equal(cached(tmp_path / "x", texts, older=(tmp_path / "missing.npz", wrong, fitting)), good)
+    assert texts.calls == 2 * vectorfile.PROBE_LABELS
+    texts = Texts()
+    assert np.array_equal(cached(tmp_path / "y", texts, older=(wrong,)), good)
+    assert texts.calls > 100
+
+
+def test_a_build_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Lost otherwise: a night of a board's work at every power cut. 200 kills, then the end, and the right vectors."""
+    script = """
+import os, random, signal, sys, time
+from pathlib import Path
+import numpy as np
+import tqdm  # here, so that no child spends its short life on it
+import labels
+import vectorfile
+
+vectorfile.SHARD_LABELS = 40
+folder, random_, made = Path(sys.argv[1]), random.Random(3), [0]
+names = [f"label {i}" for i in range(12_000)]
+recipe = labels.names_recipe(1)
+key = vectorfile.CacheKey.of(names, recipe, "model", 8)
+
+def encode(texts):
+    made[0] += len(texts)
+    time.sleep(0.0002 * len(texts) / 8)
+    rows = np.array([[ord(c) for c in text[-9:-1].rjust(8)] for text in texts], np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+def shards():
+    return {p.name for p in (folder / ".building").glob("*.npz")}
+
+seen = set()
+for number in range(200):
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        vectorfile.cached_vectors(folder, names, recipe, encode, key)
+        os._exit(0)
+    time.sleep(random_.uniform(0.01, 0.1))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert seen <= shards(), "a shard that was there is gone"
+    seen = shards()
+    if number == 100:  # a disk that garbles one
+        path = folder / ".building" / sorted(seen)[0]
+        path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+whole = (folder / "text_vectors.npz").exists()
+made[0] = 0
+vectors = vectorfile.cached_vectors(folder, names, recipe, encode, key).vecs
+found = made[0]
+assert np.allclose(vectors, labels.label_vectors(names, recipe, encode), atol=1e-6)
+print(len(seen), found, int(whole), len(shards()))
+"""
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kept, computed_again, whole, left = map(int, run.stdout.split())
+    assert not whole and kept > 20 and left == 0
+    # What was kept is not computed again, but for the four labels of each shard by which it is known.
+    assert computed_again <= 12_000 - 40 * kept + (4 + 1) * kept + 40
+
+
+def test_a_kill_while_a_cache_is_written_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    """Lost otherwise: the next start, after a power cut. 200 kills, each at a moment of its own."""
+    script = """
+import itertools, os, random, signal, sys, time
+from pathlib import Path
+import numpy as np
+import labels
+import vectorfile
+
+folder, random_ = Path(sys.argv[1]), random.Random(7)
+key = vectorfile.CacheKey("model", "recipe", "sha", 20000, 16)
+rows = np.zeros((16, 20000, 16), np.float32)
+for i in range(16):
+    rows[i, :, i] = 1
+vectorfile.save(folder, key, [rows[0]])
+seen = set()
+for _ in range(200):
+    if (child := os.fork()) == 0:
+        for i in itertools.count():
+            vectorfile.save(folder, key, [rows[i % 16]])
+    time.sleep(random_.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    vectors = vectorfile.load(folder / "text_vectors.npz", key.meta()).vecs
+    assert vectors is not None and (vectors.sum(axis=0) == 20000).sum() == 1, "a torn cache"
+    seen.add(int(vectors[0].argmax()))
+left = len(list(folder.glob(".*.tmp")))
+for path in folder.glob(".*.tmp"):
+    os.utime(path, (0, 0))
+vectorfile.save(folder, key, [rows[0]])
+print(len(seen), left, len(list(folder.glob(".*.tmp"))))
+"""
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    caches_seen, left, left_after_a_day = map(int, run.stdout.split())
+    assert caches_seen > 1 and left > 0 and left_after_a_day == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("clip/imagenet_class_names.json", {"0": "tench"}),
+        ("clip/imagenet_class_names.json", list(IMAGENET.values())),
+        ("clip/imagenet_class_names.json", IMAGENET | {"5": ""}),
+        ("bioclip/txt_emb_species.json", []),
+        ("bioclip/txt_emb_species.json", [[["Animalia"], "x"]]),
+        ("bioclip/txt_emb_species.json", {"a": 1}),
+    ],
+)
+def test_a_label_file_of_another_form_is_refused_by_name(tmp_path: Path, name: str, content: Any) -> None:
+    """Lost otherwise: labels that stand one row beside their vectors."""
+    path = label_files(tmp_path) / name
+    path.write_text(json.dumps(content))
+    with pytest.raises(labels.LabelError, match=path.name):
+        labels.class_names(tmp_path) if "imagenet" in name else treeoflife.lineages_of(path)

@@ -1,0 +1,244 @@
+"""Several daemons: on one machine, and sharing the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import client
+from tests.kit import DEMO, RED, ROOT, Node, encoded, picture, pictures, run_client, vectors
+from tests.lan import ON_LAN, Lan, Machine, until
+from tests.npu_double import golden_of, with_program
+
+
+def npu_demo(folder: Path) -> Path:
+    """The demo model with a "program" in it: on the NPU's double a picture takes FAKE_SECONDS, and no core."""
+    return with_program(DEMO, folder, golden=golden_of(DEMO))
+
+
+@pytest.fixture
+def demo_daemon(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Starts a daemon with the demo's images and texts, by the name of its data folder."""
+    nodes = []
+
+    def start(name: str, port: int = 0) -> Node:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "names.json").write_text('["a fox"]')
+        settings = {**ON_LAN, "CLIP_MDNS_TYPE": "off", "CLIP_LABELS": tmp_path / name / "names.json"}
+        nodes.append(Node(tmp_path / name, ("--port", str(port)), **settings))
+        return nodes[-1].ready()
+
+    yield start
+    for node in nodes:
+        node.process.kill()
+        node.process.wait()
+
+
+def test_a_daemon_that_dies_in_the_middle_loses_nothing(
+    demo_daemon: Callable[..., Node], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: an import of a night, or some of its pictures, or whose vector is whose."""
+    monkeypatch.setattr(client, "AHEAD", 32)  # they wait for us
+    monkeypatch.setattr(client, "RETURN_SECONDS", 0.3)
+    nodes = [demo_daemon(name) for name in "ab"]
+    clients = [client.LumenClient(node.address) for node in nodes]
+    requests = pictures(300)
+    expected = vectors(clients[0].infer_many(requests))
+    killed, answers = 0, client.infer_many(clients, requests)
+    found = []
+    for answer in answers:
+        found.append(answer)
+        if len(found) in (50, 150):  # the second time the other one, when the first is back
+            nodes[killed].process.kill()
+            nodes[killed].stop()
+            port = int(nodes[killed].address.rpartition(":")[2])
+            nodes[killed] = demo_daemon("ab"[killed], port)
+            killed += 1
+            time.sleep(1)
+    assert vectors(found) == expected
+    lost = [record.getMessage() for record in caplog.records if record.name == "lumen.client"]
+    assert len(lost) == 2 and all(re.search(r"\d+ unanswered requests go to the others$", line) for line in lost), lost
+    for node in nodes:
+        assert node.stop() == 0
+    with pytest.raises(client.LumenError, match="onnection refused"):
+        list(client.infer_many(clients, requests))
+
+
+def test_a_daemon_with_another_model_is_left_out_of_an_index(
+    onnx_node: Node, demo_daemon: Callable[..., Node], tmp_path: Path, album: Path
+) -> None:
+    """Lost otherwise: an index whose vectors cannot be compared, and nobody who knows."""
+    other = demo_daemon("data")
+    several = f"{onnx_node.address},{other.address}"
+    for addresses in (("--address", several), ("--address", onnx_node.address, "--address", other.address)):
+        run = run_client("clip_image_embed", str(album), *addresses, "--out", str(tmp_path / "v.npz"))
+        assert run.returncode == 0, run.stderr
+        assert re.search(
+            rf"client.py: {other.address}: left out: its model for clip_image_embed is \w+, the first daemon's \w+",
+            run.stderr,
+        )
+        with np.load(tmp_path / "v.npz", allow_pickle=False) as file:
+            assert file["vectors"].shape == (6, 64) and file["model_id"] == "tiny"
+    run = run_client("bioclip_embed", "a fox", "--address", f"{other.address},{onnx_node.address}", "--json")
+    assert run.returncode == 0 and json.loads(run.stdout)["dim"] == 64  # whether the other was asked yet or not
+    run = run_client("health", address=several)
+    assert run.stdout == f"{onnx_node.address}:\nSERVING\n{other.address}:\nSERVING\n"
+    assert other.stop() == 0
+    run = run_client("clip_image_embed", str(album), "--json", address=several)  # one that is not there
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 6 and f"{other.address}: " in run.stderr
+    assert run_client("health", address=several).returncode == 1
+    for nonsense in (",", f"{several},"):
+        run = run_client("health", address=nonsense)
+        assert run.returncode == 2 and "--address" in run.stderr and run.stderr.count("\n") == 1
+
+
+SPREAD = """
+import json, sys, time
+import client
+client.KEEPALIVE_MS = 1000, 1000
+
+def ask(addresses, photo, count):
+    clients = [client.LumenClient(address) for address in addresses]
+    requests = [client.Request("clip_image_embed", photo, "", client.AS_TENSOR)] * count
+    list(client.infer_many(clients, requests[:4]))
+    started, busy, answers = time.monotonic(), time.process_time(), []
+    for answer in client.infer_many(clients, requests):
+        answers.append(answer.data["vector"][:3])
+        if len(answers) == count // 4:
+            print("a quarter", flush=True)
+    times = {"seconds": time.monotonic() - started, "cpu": time.process_time() - busy}
+    print(json.dumps({"addresses": addresses, "answers": answers, **times}), flush=True)
+
+addresses = client.discover() if sys.argv[2] == "discover" else sys.argv[2].split(",")
+for share in sys.argv[4:]:
+    ask(addresses[:int(share)], open(sys.argv[1], "rb").read(), int(sys.argv[3]))
+"""
+
+
+def npu_daemon(machine: Machine, data: Path, model: Path, library: Path, seconds: float = 0.08) -> Node:
+    """One whose pictures take so long and use no core, so that what is measured is not this computer."""
+    settings = {"CLIP_BACKEND": "rknn", "CLIP_RKNN_TARGET": "rk3588", "CLIP_RKNN_CORES": 1, "CLIP_MODEL": model}
+    return machine.daemon(data, PYTHONPATH=library, FAKE_SECONDS=seconds, BATCH_SIZE=2, **settings)
+
+
+@pytest.mark.lan
+def test_two_daemons_that_are_found_do_twice_the_work(lan: Lan, tmp_path: Path, npu_library: Path) -> None:
+    """Lost otherwise: the second board's money, and with a pulled cable the import."""
+    model = npu_demo(tmp_path / "model")
+    boards = [lan.machine(f"10.77.0.{i}") for i in (1, 2)]
+    nodes = [npu_daemon(board, tmp_path / board.name, model, npu_library) for board in boards]
+    for node in nodes:
+        node.wait_for(r"mDNS: .*_lumen")
+    assert "the NPU is not used" not in nodes[0].log
+    desk = lan.machine("10.77.0.3")
+    command = sys.executable, "-c", SPREAD, str(DEMO / "pictures" / "fox.png")
+    where = "discover"
+    reports: list[Any] = []
+    for _ in range(3):  # a busy computer spoils times
+        run = [*desk.inside, *command, where, "40", "1", "2"]
+        said = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True).stdout
+        reports += [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        one, two = (min(report["seconds"] for report in reports[i::2]) for i in (0, 1))
+        where = ",".join(reports[1]["addresses"])
+        if one / two >= 1.8:
+            break
+    print(f"\none daemon {one:.2f} s, two {two:.2f} s; the client {reports[1]['cpu'] / 40 * 1e3:.1f} core ms each")
+    found = [f"10.77.0.{i}:{node.wait_for('port ([0-9]+);')[1]}" for i, node in enumerate(nodes, 1)]
+    assert sorted(reports[1]["addresses"]) == found
+    assert all(report["answers"] == reports[0]["answers"] for report in reports)
+    assert one > 40 * 0.08 and one / two >= 1.8
+
+    importing = desk.start(
+        *command, ",".join(found), "40", "2", stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert importing.stdout and importing.stdout.readline() == "a quarter\n"
+    lan.ip("-n", lan.switch, "link", "set", boards[1].port, "down")
+    said, complaint = importing.communicate(timeout=60)
+    assert json.loads(said)["answers"] == reports[0]["answers"], complaint
+    assert re.search(rf"^{found[1]}: .*unanswered requests go to the others$", complaint, re.MULTILINE), complaint
+
+
+@pytest.mark.lan
+def test_twenty_daemons_on_one_machine_are_twenty(lan: Lan, tmp_path: Path) -> None:
+    """Lost otherwise: a machine with many models or NPUs, and a household after a power cut."""
+    host, desk = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
+    nodes = {}
+    for i in range(20):
+        nodes[50051 + i] = host.daemon(tmp_path / f"data{i}", "--port", str(50051 + i))
+        if i % 4 == 3:  # four start at once
+            for node in list(nodes.values())[-4:]:
+                node.wait_for("ready: ")
+    uuids = {(tmp_path / f"data{i}" / "uuid").read_text()[:8] for i in range(20)}
+
+    def names() -> set[str]:
+        said = [re.findall(r"mDNS: (.*)\._lumen\._tcp\.local\. at 10\.77\.0\.1:(\d+)\n", n.log) for n in nodes.values()]
+        assert all(int(port) == own for own, lines in zip(nodes, said, strict=True) for _, port in lines)
+        return {lines[-1][0] for lines in said if lines}
+
+    until(lambda: len(names()) == 20)
+    assert names() < {"CLIP-Image-Processor", *(f"CLIP-Image-Processor-{uuid}" for uuid in uuids)}
+    run = desk.client("capabilities", "--discover")
+    assert run.returncode == 0, run.stderr
+    addresses = re.findall(r"^10\.77\.0\.1:(\d+):$", run.stdout, re.MULTILINE)
+    assert sorted(map(int, addresses)) == list(nodes) and run.stdout.count("clip: lumen-demo-emoji") == 20
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for i, drawn in enumerate(sorted((DEMO / "pictures").glob("*.png")) * 10):
+        shutil.copy(drawn, folder / f"{i:04}.png")
+    run = desk.client("clip_image_embed", str(folder), "--discover", "--out", str(tmp_path / "v.npz"))
+    assert run.returncode == 0 and len(np.load(tmp_path / "v.npz")["paths"]) == len(list(folder.iterdir()))
+    for node in nodes.values():
+        node.process.terminate()
+    assert [node.process.wait(30) for node in nodes.values()] == [0] * 20
+    assert all(node.stop() == 0 and re.search(r": [1-9]\d* requests, 0 errors", node.log) for node in nodes.values())
+
+
+def core_seconds(process: subprocess.Popen[str]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.spread
+@pytest.mark.timeout(900)
+def test_two_daemons_with_a_core_each_against_one(request: pytest.FixtureRequest, lan: Lan, tmp_path: Path) -> None:
+    """Lost otherwise: the figure in the README. Prints it: pytest -s -m spread"""
+    cores = sorted(os.sched_getaffinity(0))
+    if "spread" not in request.config.option.markexpr:
+        pytest.skip("wants two quiet cores for three minutes; run it with: python -m pytest -s -m spread")
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    big: Path = request.getfixturevalue("big")
+    (tmp_path / "photo.jpg").write_bytes(encoded(picture(RED, (640, 480)), quality=90))
+    nodes = []
+    for i in (0, 1):
+        board = lan.machine(f"10.77.0.{i + 1}")
+        board.inside += ("taskset", "-c", str(cores[i]))
+        nodes.append(board.daemon(tmp_path / board.name, CLIP_MODEL=big / "onnx"))
+    for node in nodes:
+        node.wait_for(r"mDNS: .*_lumen")
+    desk, count, rounds = lan.machine("10.77.0.3"), 160, 3
+    before = sum(core_seconds(node.process) for node in nodes)
+    command = [*desk.inside, sys.executable, "-c", SPREAD, str(tmp_path / "photo.jpg"), "discover", str(count)]
+    run = subprocess.run([*command, *["1", "2"] * rounds], capture_output=True, text=True, cwd=ROOT, check=True)
+    used = sum(core_seconds(node.process) for node in nodes) - before
+    reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(reports[1]["addresses"]) == 2
+    one, two = (count / min(report["seconds"] for report in reports[i::2]) for i in (0, 1))
+    client_ms = max(report["cpu"] for report in reports) / count * 1e3
+    print(
+        f"\none daemon {one:.1f} pictures a second, two {two:.1f}: {two / one:.2f} times; core ms of a picture: ",
+        end="",
+    )
+    print(f"daemon {used / (count + 4) / 2 / rounds * 1e3:.0f}, client {client_ms:.1f}; {len(cores)} cores")
+    assert two / one >= 1.8

@@ -1,0 +1,260 @@
+"""Speed, and models of true size."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from PIL import Image
+
+import backends
+import engine
+import machine
+from gen import ml_service_pb2 as pb
+from tests.kit import (
+    COLOURS,
+    RED,
+    ROOT,
+    Node,
+    encoded,
+    label_files,
+    load,
+    one,
+    picture,
+    pixels_of,
+    reference_vectors,
+    resident_mb,
+    wait_until,
+)
+
+# --- speed ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_block_computes_the_one_token_that_is_read(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the time of most of a block, of twelve, for tokens that nobody looks at."""
+    import onnx
+
+    options = backends.ModelOptions("CLIP", "torch", str(tiny), tmp_path)
+    backend = backends.TorchBackend(options)
+    shapes: list[Any] = []
+    for block in backend.model.visual.transformer.resblocks:
+        block.mlp.register_forward_hook(lambda _module, _given, made: shapes.append(tuple(made.shape[:2])))
+    backend.encode_images(np.stack([pixels_of(encoded(picture(RED)))]))
+    assert shapes[-1] == (1, 1) and all(tokens > 1 for _, tokens in shapes[:-1])
+    # In the export, nothing that hangs on weights alone is left to be computed for each picture.
+    graph = onnx.load(tiny_onnx / "visual" / "model.onnx").graph
+    weights = {tensor.name for tensor in graph.initializer}
+    assert not [node.op_type for node in graph.node if set(node.input) <= weights]
+
+
+def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path, tiny_immich: Path) -> None:
+    """Lost otherwise: vectors that depend on how many pictures came along, or on how a machine was tuned."""
+    pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()]][:7])
+    torch = backends.TorchBackend(backends.ModelOptions("CLIP", "torch", str(tiny), tiny))
+    for backend in (load(tiny_onnx), load(tiny_immich), torch):
+        found = []
+        for arrangement in backend.arrangements():
+            backend.arrange(arrangement)
+            with concurrent.futures.ThreadPoolExecutor(backend.lanes) as lanes:  # at once
+                found += list(lanes.map(backend.encode_images, [pixels] * backend.lanes))
+        alone = np.concatenate([backend.encode_images(row[None]) for row in pixels])
+        assert all(vectors.shape == (7, backend.dim) and np.allclose(vectors, alone, atol=1e-5) for vectors in found)
+
+
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
+@pytest.mark.parametrize("watched", ["split"], indirect=True)
+def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> None:
+    """Lost otherwise: a search that stutters whenever a phone uploads; and the core that waits for the others."""
+    backend, stub = watched
+    lanes = machine.usable_cores()
+    photos = [encoded(picture(RED, seed=i), "PNG") for i in range(40)]
+    photos[20] = encoded(Image.new("RGB", (300, 300), "white"), "PNG")
+    backend.text_gate = threading.Event()  # open, whatever pictures do
+    backend.text_gate.set()
+    backend.gate.clear()
+    bulk = (pb.InferRequest(task="clip_image_embed", payload=photo) for photo in photos)
+    with concurrent.futures.ThreadPoolExecutor(1) as clients:
+        imported = clients.submit(lambda: list(stub.Infer(bulk, timeout=60)))
+        wait_until(lambda: [kind for kind, _ in backend.batches].count("image") == lanes)  # each core has its own
+        for i in range(3):
+            assert one(stub, "clip_embed", f"dog {i}".encode()).result
+        time.sleep(0.3)
+        assert [kind for kind, _ in backend.batches].count("image") == lanes  # and no more than that
+        assert backend.daemon.engine.busy_since is not None
+        backend.gate.set()
+        answers = imported.result()
+    assert [bool(answer.result) for answer in answers] == [i != 20 for i in range(40)]
+    assert max(count for kind, count in backend.batches if kind == "image") == 8
+    wait_until(lambda: backend.daemon.engine.busy_since is None)
+
+
+def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
+    """Lost otherwise: half a machine, while the other half works on a batch of eight."""
+    sizes: list[int] = []
+    gate = threading.Event()
+
+    def held(items: list[Any]) -> list[Any]:
+        sizes.append(len(items))
+        assert gate.wait(10)
+        return items
+
+    made = engine.Engine(lanes=4)
+    line = made.line("image", held, 8, engine.Line.BULK, spread=True)
+
+    def steps() -> engine.Steps:
+        return engine.Answer("", str((yield line, [1])[0]).encode(), {})
+
+    jobs = [engine.Job(str(i), time.monotonic(), "", 0) for i in range(20)]
+    for job in jobs:
+        job.steps = steps()
+        made.submit(job)
+    made.start()
+    wait_until(lambda: len(sizes) == 4)
+    assert sizes == [5, 5, 5, 5]
+    gate.set()
+    assert all(job.answer.result(10).content == b"1" for job in jobs)
+    made.stop()
+
+
+def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: seconds at every start, or a batch that was right for another machine."""
+    backend = load(tiny_onnx)
+    first = backends.tuned(backend, 4, tmp_path)
+    assert 1 <= first.batch_size <= 4 and first.images_per_s > 0 and first.arrangement in backend.arrangements()
+    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda *_: pytest.fail("tried again"))
+    assert backends.tuned(backend, 4, tmp_path) == first
+    slow = {1: 0.1, 2: 0.12, 3: 0.36}  # seconds of a batch of so many
+    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda _, size: slow[size])
+    assert backends.tuned(backend, 3, tmp_path).batch_size == 2  # another bound, so tried again; 3 would take too long
+    monkeypatch.setattr(backends, "_versions", lambda: ["onnxruntime 99"])
+    slow[2] = 0.36
+    assert backends.tuned(backend, 3, tmp_path).batch_size == 1
+    (tmp_path / "tuning.json").write_text("{")
+    slow[2] = 0.12
+    assert backends.tuned(backend, 3, tmp_path).batch_size == 2
+
+
+def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: an app that cannot tell its user how long an import will take."""
+    data = label_files(tmp_path)
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_TUNE": "1"}
+    node = Node(data, **settings).ready()
+    try:
+        extra = node.stub.GetCapabilities(Empty()).extra
+        assert float(extra["clip_images_per_s"]) > 1 and 1 <= int(extra["clip_batch_size"]) <= 8
+        assert (data / "clip" / "onnxrt" / "tiny" / "tuning.json").is_file()
+    finally:
+        assert node.stop() == 0
+
+
+def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the figures of the README, which nobody could check."""
+    common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path), "--seconds", "0.8"]
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        picture(RED, (900, 700), i).save(tmp_path / "photos" / f"{i}.jpg")
+
+    def bench(*options: str) -> str:
+        command = [sys.executable, str(ROOT / "bench.py"), *common, *options]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+    said = bench("--cases", "640,mixed", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"))
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert [(row["case"], row["clients"]) for row in content["rows"]] == [
+        (case, clients) for case in ("640 px JPEG", "mixed") for clients in (1, 8, 64)
+    ]
+    assert all(row["per_s"] > 0 and row["cores_per_s"] > 0 and row["memory_mb"] > 50 for row in content["rows"])
+    assert all(row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in content["rows"])
+    assert content["rows"][0]["model_per_s"] > 0 and "Health in all of it: p99" in said
+    assert Image.open(tmp_path / "b.png").size[0] == 1000
+    assert re.search(
+        r"3 pictures .* 0 not readable: .* 40,000 photos in about", bench("--photos", str(tmp_path / "photos"))
+    )
+    assert "at least 2 x the model's side (the default): cosine mean" in bench("--fidelity", str(tmp_path / "photos"))
+
+
+# --- true size -----------------------------------------------------------------------------------------------------
+
+
+def photographs() -> list[Path]:
+    """Real ones: Debian's wallpapers, where they are installed."""
+    folders = Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers")
+    return [path for folder in folders for path in sorted(folder.rglob("*.jpg"))]
+
+
+@pytest.mark.big
+def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the right to compare our vectors with OpenCLIP's, at the size that people run."""
+    import open_clip
+
+    weights = str(big / "seeded.pt")
+    model, _, transform = open_clip.create_model_and_transforms("ViT-B-32", pretrained=weights)
+    reference = model.eval(), transform, open_clip.get_tokenizer("ViT-B-32")
+    pictures = [
+        picture(c, size, i)
+        for i, (c, size) in enumerate(zip(COLOURS.values(), [(1200, 800), (640, 480), (333, 999)] * 2, strict=True))
+    ]
+    pictures += [Image.open(path) for path in photographs()[:4]]
+    texts = ["a red bicycle", "x", "“It’s” a café", "word " * 200]
+    expected = reference_vectors(reference, pictures=pictures), reference_vectors(reference, texts=texts)
+    pixels = np.stack([pixels_of(encoded(p.convert("RGB"), "PNG")) for p in pictures])
+    for options in (("torch", f"ViT-B-32:{weights}"), ("onnxrt", str(big / "onnx"))):
+        backend = backends.create_backend(backends.ModelOptions("CLIP", *options, tmp_path))
+        assert backend.dim == 512
+        assert (np.sum(backend.encode_images(pixels) * expected[0], axis=1) > 0.9999).all()
+        assert (np.sum(backend.encode_text(backend.tokenize(texts)) * expected[1], axis=1) > 0.9999).all()
+
+
+@pytest.mark.big
+def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -k small_board"""
+    data, photo = label_files(tmp_path), encoded(picture(RED, (1600, 1200)))
+    resident = {}
+    for kind, backend, model in (
+        ("torch", "torch", f"ViT-B-32:{big / 'seeded.pt'}"),
+        ("fp32", "onnxrt", big / "onnx"),
+        ("int8", "onnxrt", big / "int8"),
+    ):
+        settings = {"CLIP_BACKEND": backend, "CLIP_MODEL": model, "BIOCLIP_BACKEND": "none"}
+        Node(data, **settings).ready().stop()  # computes and keeps the vectors of ImageNet's labels
+        started = time.monotonic()
+        node = Node(data, **settings).ready()
+        ready = time.monotonic() - started
+        try:
+            asked = [
+                pb.InferRequest(task="clip_image_embed", payload=photo),
+                pb.InferRequest(task="clip_embed", payload=b"a dog"),
+            ]
+            assert all(not response.error.message for response in node.infer(*asked * 20))
+            resident[kind] = resident_mb(node)
+        finally:
+            assert node.stop() == 0
+        print(f"\n{kind}: {resident[kind]:.0f} MB resident, {ready:.1f} s from start to ready")
+    assert resident["int8"] < 350 < resident["fp32"] < resident["torch"]
+
+
+@pytest.mark.big
+def test_scaled_decode_on_real_photographs(big: Path, tmp_path: Path) -> None:
+    """Lost otherwise: the figure in the README. Prints it: pytest -s -k real_photographs"""
+    paths = [path for path in photographs() if min(Image.open(path).size) >= 1000]
+    if not paths:
+        pytest.skip("no real photographs here; Debian's gnome-backgrounds and plasma-workspace-wallpapers have some")
+    backend = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(big / "onnx"), tmp_path))
+    cosines = []
+    for path in paths[:40]:
+        full, draft = (backend.encode_images(pixels_of(path.read_bytes(), draft)[None])[0] for draft in (False, True))
+        cosines.append(float(full @ draft))
+    print(f"\n{len(cosines)} photographs: mean cosine {np.mean(cosines):.6f}, worst {min(cosines):.6f}")
+    assert min(cosines) > 0.995

@@ -1,0 +1,278 @@
+"""Starting, downloading, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import backends
+import npu
+from gen import ml_service_pb2 as pb
+from tests.hub import IMMICH_REPO, FakeHub, folder_content
+from tests.kit import IMAGENET, NOWHERE, RED, ROOT, SERVICE, Node, chunks, encoded, label_files, picture, wait_until
+from tests.npu_double import golden_of, with_program
+
+
+def test_first_start_downloads_and_the_second_asks_nobody(tmp_path: Path, hub: FakeHub, tiny_immich: Path) -> None:
+    """Lost otherwise: a library that works when the internet is away; it works after one start with it."""
+    hub.repos[IMMICH_REPO] = folder_content(tiny_immich) | {"visual/rknpu/rk3588/model.rknn": b"not for us"}
+    bio = {"BIOCLIP_MODEL": tiny_immich, "HF_ENDPOINT": hub.url}
+    hub.cut_after = {"visual/model.onnx": 5000, "imagenet-1k-id2label.json": 100}
+    for start in (1, 2):
+        node = Node(tmp_path, CLIP_BACKEND="onnxrt", **bio).ready()
+        assert node.result("clip_embed", b"a dog")["model_id"] == "ViT-B-32:laion2b_s34b_b79k"
+        assert len(node.result("clip_classify", encoded(picture(RED)))["labels"]) == 5
+        assert node.stop() == 0
+        if start == 1:
+            assert f"downloading {IMMICH_REPO}@main" in node.log and "computing the text vectors" in node.log
+            assert "\r" not in node.log  # bars are for terminals
+            assert any("visual/model.onnx" in r for r in hub.requests) and not any("rknn" in r for r in hub.requests)
+            hub.requests.clear()
+    assert hub.requests == [] and "text vectors" not in node.log
+    for path in ("clip/imagenet_class_names.json", "bioclip/txt_emb_species.json"):
+        assert (tmp_path / path).is_file()
+    for path in ("clip/onnxrt/ViT-B-32:laion2b_s34b_b79k", f"bioclip/onnxrt/{tiny_immich.name}"):
+        assert {p.name for p in (tmp_path / path).iterdir()} == {"text_vectors.npz", "text_vectors.meta.json"}
+
+
+def test_a_board_downloads_its_own_program(tmp_path: Path, hub: FakeHub, tiny_onnx: Path, npu_library: Path) -> None:
+    """Lost otherwise: the NPU, for those who have no PC to convert on, or hundreds of megabytes for other boards."""
+    folder = with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx))
+    shutil.copytree(folder / "visual" / "rknpu" / "rk3588", folder / "visual" / "rknpu" / "rk3566")
+    hub.repos[IMMICH_REPO] = folder_content(folder)
+    data = label_files(tmp_path / "data")
+    settings = {"BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url, "PYTHONPATH": npu_library}
+    # First a container that hides the board, which is then named.
+    for target, runtime, fetched in (("", "onnxrt", set()), ("rk3588", "rknn", {"rk3588"}), ("rk3588", "rknn", set())):
+        hub.requests.clear()
+        node = Node(data, CLIP_BACKEND="rknn", CLIP_RKNN_TARGET=target, **settings).ready()
+        assert node.stub.GetCapabilities(Empty()).runtime == runtime
+        assert node.stop() == 0
+        assert {part for r in hub.requests for part in npu.NPU_CORES if f"/{part}/" in r} == fetched
+
+
+def test_a_damaged_download_is_fetched_once_more_and_then_refused(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: a board with a tired disk, or vectors of weights that are not the model's."""
+    hub.repos[IMMICH_REPO] = folder_content(tiny_onnx)
+    data = label_files(tmp_path)
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url}
+    assert Node(data, **settings).ready().stop() == 0
+    tower = data / "models" / IMMICH_REPO.replace("/", "--") / "visual" / "model.onnx"
+    whole = tower.read_bytes()
+
+    def damage() -> None:
+        tower.write_bytes(whole[:-1000] + bytes(1000))
+
+    damage()
+    hub.requests.clear()
+    node = Node(data, **settings).ready()
+    assert node.log.count("is damaged; fetching it once more") == 1 and tower.read_bytes() == whole
+    assert node.result("clip_image_embed", encoded(picture(RED)))["dim"] == 64 and node.stop() == 0
+    # A hub that has it wrong as well is asked once, not for ever.
+    hub.repos[IMMICH_REPO]["visual/model.onnx"] = whole[:-1000] + bytes(1000)
+    damage()
+    node = Node(data, **settings)
+    assert node.process.wait(90) == 1
+    node.stop()
+    assert node.log.count("fetching it once more") == 1 and "Traceback" not in node.log
+    assert "visual/model.onnx is not the file that manifest.json names" in node.log.splitlines()[-1]
+
+
+def test_a_kill_in_the_middle_of_a_download_costs_no_more_than_the_rest(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: a half model that looks like a whole one."""
+    hub.repos["org/model"] = folder_content(tiny_onnx)
+    hub.stall_after = {"textual/model.onnx": 3_000_000}
+    settings = {
+        "CLIP_BACKEND": "onnxrt",
+        "BIOCLIP_BACKEND": "none",
+        "CLIP_MODEL": "hf-hub:org/model",
+        "HF_ENDPOINT": hub.url,
+    }
+    node = Node(label_files(tmp_path), **settings).bound()
+    assert hub.stalled.wait(60)
+    node.process.kill()
+    node.stop()
+    node = Node(tmp_path, **settings).ready()
+    assert node.result("clip_embed", b"a dog")["dim"] == 64
+    assert node.stop() == 0
+
+
+def test_a_wrong_label_file_from_the_hub_is_refused_and_named(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
+    """Lost otherwise: labels from a file that somebody replaced."""
+    hub.repos["datasets/huggingface/label-files"]["imagenet-1k-id2label.json"] = b'{"0": "tench"}'
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx, "HF_ENDPOINT": hub.url}
+    node = Node(tmp_path, **settings)
+    assert node.process.wait(60) == 1
+    node.stop()
+    assert (
+        "lumen-clip: the hub's imagenet-1k-id2label.json of huggingface/label-files is not what it should be"
+        in node.log
+    )
+    assert "Traceback" not in node.log
+    hub.repos["datasets/huggingface/label-files"]["imagenet-1k-id2label.json"] = json.dumps(IMAGENET).encode()
+    assert Node(tmp_path, **settings).ready().stop() == 0  # the hub was asked again
+
+
+def test_torch_weights_come_from_the_hub_once(tmp_path: Path, hub: FakeHub, tiny: Path) -> None:
+    """Lost otherwise: the default backend; with `hf-hub:` and with OpenCLIP's tags alike."""
+    hub.repos["org/tiny"] = folder_content(tiny)
+    options = backends.ModelOptions("CLIP", "torch", "hf-hub:org/tiny", tmp_path)
+    script = (
+        "import backends, sys; from pathlib import Path\n"
+        f"options = backends.ModelOptions('CLIP', 'torch', {options.model!r}, Path(sys.argv[1]))\n"
+        "print(backends.create_backend(options).model_id)"
+    )
+    for endpoint in (hub.url, NOWHERE):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint}
+        run = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == "org/tiny", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CLIP_BACKEND", "tensorflow", "allowed: torch, onnxrt, rknn, none"),
+        ("BIOCLIP_BACKEND", "cuda", "allowed: torch, onnxrt, rknn, none"),
+        ("CLIP_BACKEND", "none", "there is nothing to serve"),
+        ("BATCH_SIZE", "0", "allowed: a whole number from 1 to 1024"),
+        ("BATCH_SIZE", "eight", "allowed: a whole number from 1 to 1024"),
+        ("CLIP_MAX_BATCH_SIZE", "-4", "allowed: a whole number from 1 to 1024"),
+        ("CLIP_TEMPLATES", "3", "allowed: 1, 7, 80"),
+        ("CLIP_RKNN_TARGET", "rk3399", "allowed: rk3562, rk3566, rk3568, rk3576, rk3588"),
+        ("CLIP_PRECISION", "int4", "allowed: fp32, fp16"),
+        ("ADVERTISE_IP", "300.1.1.1", "allowed: an IPv4 address"),
+        ("CLIP_MDNS_TYPE", "lumen", "allowed: service types"),
+        ("CLIP_MDNS_NAME", "a.b", "allowed: one DNS label"),
+        ("LUMEN_JPEG_DRAFT", "yes", "allowed: 0, 1"),
+        ("LUMEN_MAX_STREAMS", "0", "allowed: a whole number from 1 to 4096"),
+        ("LUMEN_MAX_MEGAPIXELS", "1e3", "allowed: a whole number from 1 to 1000"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, variable: str, value: str, said: str) -> None:
+    """Lost otherwise: an operator's evening with a traceback."""
+    node = Node(tmp_path, **{variable: value})
+    assert node.process.wait(60) == 2
+    node.stop()
+    assert node.log.startswith(f"lumen-clip: {variable}={value}: ") and said in node.log and node.log.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"CLIP_MODEL": "ViT-B-99:laion2b"}, "CLIP_MODEL=ViT-B-99:laion2b: OpenCLIP has no architecture 'ViT-B-99'"),
+        (
+            {"CLIP_MODEL": "ViT-B-32:laion9b"},
+            "CLIP_MODEL=ViT-B-32:laion9b: 'laion9b' is neither a file nor a tag of ViT-B-32; tags: openai",
+        ),
+        ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL=/no/such/folder: not a folder; allowed: ARCH:pretrained-tag"),
+        ({"CLIP_PRECISION": "fp16", "CLIP_DEVICE": "cpu"}, "CLIP_PRECISION=fp16: half precision runs on a GPU only"),
+        ({"CLIP_BACKEND": "onnxrt"}, f"the hub repository {IMMICH_REPO}"),
+        ({"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "."}, "CLIP_MODEL=.: the folder has no visual/model.onnx"),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": ".", "CLIP_ONNX_IMAGE": "x.onnx"},
+            "CLIP_ONNX_IMAGE=x.onnx: no such file",
+        ),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "@", "CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"},
+            "CUDAExecutionProvider is not available",
+        ),
+        ({"CLIP_BACKEND": "rknn"}, "CLIP_BACKEND=rknn: needs a Rockchip board"),
+    ],
+)
+def test_a_model_that_cannot_be_had_ends_the_start_with_one_line(
+    tmp_path: Path, tiny_onnx: Path, settings: dict[str, Any], said: str
+) -> None:
+    """Lost otherwise: a daemon that hangs, or serves something else."""
+    settings = {k: tiny_onnx if v == "@" else v for k, v in settings.items()}
+    node = Node(tmp_path, BIOCLIP_BACKEND="none", **settings)
+    assert node.process.wait(90) == 1
+    node.stop()
+    [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+    assert said in line and "Traceback" not in node.log
+
+
+def test_while_loading_health_answers_and_the_rest_says_what_is_loaded(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: clients that take a starting daemon for a dead one, or for a ready one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        node = Node(tmp_path, CLIP_BACKEND="onnxrt", CLIP_MODEL="hf-hub:org/model", HF_ENDPOINT=endpoint).bound()
+        node.wait_for("downloading org/model")
+        node.stub.Health(Empty(), timeout=5)
+        check = health_pb2_grpc.HealthStub(node.channel).Check
+        assert (
+            check(health_pb2.HealthCheckRequest(service=SERVICE)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        calls = (
+            lambda: node.infer(),
+            lambda: node.stub.GetCapabilities(Empty()),
+            lambda: list(node.stub.StreamCapabilities(Empty())),
+        )
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as error:
+                call()
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert error.value.details() == "not ready: loading hf-hub:org/model (onnxrt)"
+        assert node.stop() == 0  # SIGTERM is heard while loading
+
+
+def test_a_taken_port_is_one_line_and_the_first_daemon_goes_on(torch_node: Node, tmp_path: Path) -> None:
+    """Lost otherwise: two daemons share a port, and every second request goes astray."""
+    port = torch_node.address.partition(":")[2]
+    second = Node(tmp_path, ("--port", port))
+    assert second.process.wait(60) == 1
+    second.stop()
+    assert second.log == f"lumen-clip: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert torch_node.result("clip_embed", b"a dog")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_answers_what_it_has_and_exits_0(
+    tmp_path: Path, tiny_onnx: Path, number: signal.Signals
+) -> None:
+    """Lost otherwise: photographs in flight, at each upgrade."""
+    settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
+    node = Node(label_files(tmp_path), ("--log-level", "debug"), **settings).ready()
+    photo = encoded(picture(RED, (4000, 3000)), "PNG")  # takes a while to decode
+    release = threading.Event()
+
+    def requests() -> Iterator[pb.InferRequest]:
+        yield pb.InferRequest(task="clip_embed", payload=b"a dog")
+        yield from chunks(photo, 20, task="clip_image_embed")
+        node.wait_for("stopping: ")
+        time.sleep(0.1)
+        yield pb.InferRequest(task="clip_embed", payload=b"a dog that came too late")
+        release.wait(30)
+
+    call = node.stub.Infer(requests(), timeout=30)
+    assert next(call).result
+    wait_until(lambda: b" prepare " in (tmp_path / "in-flight").read_bytes())
+    node.process.send_signal(number)
+    assert next(call).result
+    with pytest.raises(grpc.RpcError) as error:
+        next(call)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    release.set()
+    assert node.process.wait(25) == 0 and "Traceback" not in node.log
+    # What came too late was not begun, and the stream's end says so.
+    assert node.wait_for(r"in \d+ s: (.*) requests, (.*) errors, (.*) given up").groups() == ("2", "0", "0")

@@ -1,0 +1,71 @@
+"""What is installed: locked, hashed, audited as far as the network allows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import packaging.requirements
+import pytest
+
+from tests.kit import ROOT, Node
+
+
+@pytest.mark.parametrize("name", ["requirements-edge", "requirements"])
+def test_the_locks_hold_what_the_requirements_ask_for(name: str) -> None:
+    """Lost otherwise: an install that is today's on one machine and last year's, or somebody else's, on the next."""
+    lock = (ROOT / f"{name}-locked.txt").read_text()
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", lock, re.MULTILINE))
+    assert lock.count("--hash=sha256:") >= len(pins) > 15 and "://" not in lock
+    asked = [line for line in (ROOT / f"{name}.txt").read_text().splitlines() if re.match(r"\w", line)]
+    assert asked
+    for line in asked:
+        requirement = packaging.requirements.Requirement(line.partition("#")[0].strip())
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), line
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_pip_takes_a_devices_lock_by_hash_and_without_a_compiler(tmp_path: Path, machine: str) -> None:
+    """Lost otherwise: the install on a board, when one wheel of thirty is not there."""
+    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in range(17, 40)]
+    platforms.append(f"--platform=manylinux2014_{machine}")
+    command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--only-binary", ":all:", "--no-deps", "-q"]
+    command += [*platforms, "--python-version", "3.11", "-d", str(tmp_path)]
+    run = subprocess.run([*command, "-r", str(ROOT / "requirements-edge-locked.txt")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    wheels = [path.name for path in tmp_path.iterdir()]
+    assert len(wheels) > 20 and any(name.startswith("onnxruntime-") and machine in name for name in wheels)
+
+
+def test_a_daemon_writes_to_its_data_folder_alone_and_reports_to_nobody(tmp_path: Path) -> None:
+    """Lost otherwise: the privacy of a photo library. ONNX Runtime's wheels keep an identifier of the machine, and what
+    they will send, in the home folder and in the temporary one; with reports switched off they make neither."""
+    places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "data")}
+    for place in places.values():
+        place.mkdir()
+    node = Node(places.pop("data"), ("--demo",), **places).ready()
+    assert node.stop() == 0, node.log
+    assert not [path for place in places.values() for path in place.rglob("*")]
+
+
+def test_no_known_hole_is_in_what_is_installed(tmp_path: Path) -> None:
+    """Lost otherwise: months with a decoder that the whole world knows how to break."""
+    report = tmp_path / "report.json"
+    for name in ("requirements-edge", "requirements"):
+        lock = str(ROOT / f"{name}-locked.txt")
+        command = ["pip_audit", "-r", lock, "--require-hashes", "--disable-pip", "-f", "json", "-o", str(report)]
+        run = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+        if not report.exists():
+            pytest.skip(f"the advisories could not be reached: {(run.stderr.strip().splitlines() or ['?'])[-1][:200]}")
+        found = json.loads(report.read_text())["dependencies"]
+        holes = {f"{d['name']} {d['version']}": [v["id"] for v in d["vulns"]] for d in found if d.get("vulns")}
+        assert not holes
+        unseen = [d["name"] for d in found if "skip_reason" in d]
+        if unseen:  # pip-audit would say "no known vulnerabilities found"
+            pytest.skip(
+                f"{name}: {len(found) - len(unseen)} of {len(found)} packages audited; the registry has no advisories"
+            )
+        report.unlink()
