@@ -1,4 +1,4 @@
-"""Image and text towers: OpenCLIP on torch, and ONNX Runtime; `npu` has the third.
+"""Image and text towers: what a backend is, and OpenCLIP on torch; `onnxrt` and `npu` have the others.
 
 Owns the models, where their files come from, and how this machine runs them best. Knows nothing of gRPC, settings or
 label sets. `tokenize` may run on any thread, `encode_images` on as many at once as there are lanes; `encode_text`
@@ -144,7 +144,7 @@ def create_backend(options: ModelOptions) -> Backend:
     """
     classes: dict[str, Callable[[ModelOptions], Backend]] = {
         "torch": TorchBackend,
-        "onnxrt": ONNXRTBackend,
+        "onnxrt": _onnxrt_backend,
         "rknn": _rknn_backend,
     }
     backend = classes[options.backend](options)
@@ -154,7 +154,7 @@ def create_backend(options: ModelOptions) -> Backend:
         texts = backend.encode_text(backend.tokenize(["a photo"]))
     except Exception as error:
         log.debug("first run failed", exc_info=True)
-        raise options.error("MODEL", options.model, f"the model does not run ({_line(error)})") from error
+        raise options.error("MODEL", options.model, f"the model does not run ({one_line(error)})") from error
     if images.shape[1] != texts.shape[1]:
         text = f"image vectors have {images.shape[1]} dimensions and text vectors {texts.shape[1]}: not one model"
         raise options.error("MODEL", options.model, text)
@@ -168,8 +168,14 @@ def create_backend(options: ModelOptions) -> Backend:
     return backend
 
 
+def _onnxrt_backend(options: ModelOptions) -> Backend:
+    from onnxrt import ONNXRTBackend  # which is built on this module
+
+    return ONNXRTBackend(options)
+
+
 def _rknn_backend(options: ModelOptions) -> Backend:
-    from npu import RKNNBackend  # which is built on this module
+    from npu import RKNNBackend  # and this on that
 
     return RKNNBackend(options)
 
@@ -329,19 +335,19 @@ def unit_rows(vectors: NDArray[Any]) -> Vectors:
     return np.asarray(vectors / norms, np.float32)
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception as a part of one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _needs(modules: Iterable[str], options: ModelOptions) -> None:
+def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
     # find_spec, not import: importing torch raises SIGILL on some boards' CPUs.
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise options.error("BACKEND", options.backend, f"{', '.join(missing)} is not installed here")
 
 
-def _split_model(options: ModelOptions) -> tuple[str, str]:
+def split_model(options: ModelOptions) -> tuple[str, str]:
     """`ARCH:weights` -> (arch, weights)."""
     arch, _, weights = options.model.partition(":")
     if not arch or not weights:
@@ -378,7 +384,7 @@ def fetch_repository(
         replace_file(marker, json.dumps(sizes).encode())
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
         log.debug("download failed", exc_info=True)
-        text = f"cannot download the model from the hub repository {repo} ({_line(error)})"
+        text = f"cannot download the model from the hub repository {repo} ({one_line(error)})"
         raise options.error("MODEL", options.model, text) from error
     return folder
 
@@ -397,7 +403,7 @@ class TorchBackend:
     npu = refusal = ""
 
     def __init__(self, options: ModelOptions) -> None:
-        _needs(("torch", "open_clip"), options)
+        needs_modules(("torch", "open_clip"), options)
         # Threads that spin while they wait for each other take the cores from what they wait for: a text among
         # other work cost up to ten times its core time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -415,7 +421,7 @@ class TorchBackend:
             tokenizer: Any = open_clip.get_tokenizer(name)
         except Exception as error:
             log.debug("OpenCLIP could not build %s", name, exc_info=True)
-            text = f"OpenCLIP cannot load it on {device} ({_line(error)})"
+            text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
             raise options.error("MODEL", options.model, text) from error
         self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
         self._cores = usable_cores()
@@ -468,7 +474,7 @@ class TorchBackend:
             folder = Path(value) if local else fetch_repository(options, repo, _torch_files)
             weights = next((folder / name for name in TORCH_WEIGHTS if (folder / name).is_file()), folder)
             return f"local-dir:{folder}", {}, folder.resolve().name if local else repo, weights
-        arch, tag = _split_model(options)
+        arch, tag = split_model(options)
         if arch not in open_clip.list_models():
             raise options.error("MODEL", value, f"OpenCLIP has no architecture {arch!r}")
         if Path(tag).is_file():
@@ -487,7 +493,7 @@ class TorchBackend:
                 with options.watched(value, folder, {Path(config["url"]).name: 0}):
                     path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
             except Exception as error:
-                raise options.error("MODEL", value, f"cannot download the weights ({_line(error)})") from error
+                raise options.error("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
         # OpenCLIP ties these to the tag; with a path they have to be said.
         recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
         quick_gelu = bool(config.get("quick_gelu", False))
@@ -570,179 +576,6 @@ def _torch_files(files: list[str]) -> list[str]:
     return [weights] + [name for name in files if "/" not in name and name.endswith((".json", ".txt", ".model"))]
 
 
-class ONNXRTBackend:
-    """ONNX Runtime on towers in the `visual/` + `textual/` folder layout (RKNN.md section 6).
-
-    Takes image towers with uint8 `[n, h, w, 3]` or float32 `[n, 3, h, w]` input, text towers with int32 or int64 ids,
-    each with a fixed or an open batch; the first output is the embedding, whatever its name.
-    """
-
-    npu = refusal = ""
-    lanes = 1
-    _form = "onnxrt"  # of a download; see `fetch_repository`
-
-    def __init__(self, options: ModelOptions) -> None:
-        _needs(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
-        self._options = options
-        self._folder, self.model_id = self._resolve()
-        config = read_json(self._folder / "config.json") if self._folder else {}
-        manifest = self._manifest()
-        self.model_id = manifest.get("model_id", self.model_id)
-        self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
-        self.precision = str(manifest.get("precision", "fp32"))
-        self.notice = str(manifest.get("notice", ""))
-        self.golden = manifest.get("golden", {})
-        self.self_test_cosine: float | None = None
-        self._weights: list[Path] = []
-        self._load_image_tower()
-        self._load_text_tower(config)
-        source = "" if options.onnx_image or options.onnx_text else manifest.get("source", {}).get("sha256", "")
-        self.space = space_of(source or sha256_of(*self._weights), self.preprocess, self.precision)
-        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
-
-    def _resolve(self) -> tuple[Path | None, str]:
-        """(folder, model_id); no folder when both towers are given as files."""
-        options, value = self._options, self._options.model
-        if Path(value).is_dir():
-            return Path(value), Path(value).resolve().name
-        if self._image_file() and options.onnx_text:
-            return None, value.removeprefix("hf-hub:")
-        if value.startswith("hf-hub:"):
-            repo = value.removeprefix("hf-hub:")
-            return fetch_repository(options, repo, self._wanted_files, self._form), repo
-        arch, tag = _split_model(options)
-        if Path(tag).exists():
-            raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
-        # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
-        repo = f"immich-app/{arch}__{tag.replace('_', '-')}"
-        return fetch_repository(options, repo, self._wanted_files, self._form), value
-
-    def _manifest(self) -> dict[str, Any]:
-        """That of the folder. A file of a download that is damaged is fetched once more. Raises BackendError."""
-        if self._folder is None:
-            return {}
-        try:
-            return read_manifest(self._folder, self._options)
-        except DamagedFile as error:
-            markers = list(self._folder.glob(".complete-*.json"))
-            if not markers:  # no download
-                raise
-            log.warning("%s is damaged; fetching it once more", error.path)
-            for path in (error.path, *markers):
-                path.unlink()
-            self._folder, _ = self._resolve()
-            assert self._folder is not None
-            return read_manifest(self._folder, self._options)
-
-    def _wanted_files(self, files: list[str]) -> list[str]:
-        """Both towers and their configs; what belongs to other runtimes stays on the hub."""
-        if "visual/model.onnx" not in files or "textual/model.onnx" not in files:
-            raise ValueError("it has no visual/model.onnx and textual/model.onnx, so it has no form for ONNX Runtime")
-        return [
-            name
-            for name in files
-            if name in ("config.json", "manifest.json")
-            or (name.startswith(("visual/", "textual/")) and "/rknpu/" not in name and not name.endswith(".armnn"))
-        ]
-
-    def _image_file(self) -> str:
-        return self._options.onnx_image
-
-    def _load_image_tower(self) -> None:
-        path = self.image_path = self._tower_path("ONNX_IMAGE", self._options.onnx_image, "visual")
-        self.arrange(self.arrangements()[0])
-        tower = self._image.get_inputs()[0]
-        self._takes_uint8 = tower.type == "tensor(uint8)"
-        side = tower.shape[1] if self._takes_uint8 else tower.shape[2]
-        recipe = read_json(path.parent / "preprocess_cfg.json")
-        self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
-        used = self._image.get_providers()[0]
-        short = used.removesuffix("ExecutionProvider").lower()
-        self.runtime = "onnxrt" if short == "cpu" else f"onnxrt-{short}"
-
-    def _load_text_tower(self, config: Mapping[str, Any]) -> None:
-        path = self._text_path = self._tower_path("ONNX_TEXT", self._options.onnx_text, "textual")
-        self._text: Any = self._session(path, "ONNX_TEXT", usable_cores())
-        inputs = self._text.get_inputs()
-        if len(inputs) != 1:
-            names = ", ".join(x.name for x in inputs)
-            raise self._options.error("ONNX_TEXT", str(path), f"takes {names}; only towers fed by token ids alone")
-        length = inputs[0].shape[1]
-        self._open_length = not isinstance(length, int)
-        context = config.get("text_cfg", {}).get("context_length", 77) if self._open_length else length
-        self._tokenizer = ClipTokenizer.from_file(path.parent / "tokenizer.json", int(context))
-
-    def _tower_path(self, variable: str, value: str, part: str) -> Path:
-        path = Path(value) if value or self._folder is None else self._folder / part / "model.onnx"
-        if not path.is_file():
-            if value:
-                raise self._options.error(variable, value, "no such file")
-            text = f"the folder has no {part}/model.onnx; a model needs both towers, {self._options.name}_{variable}"
-            raise self._options.error("MODEL", self._options.model, f"{text} can name one elsewhere")
-        self._weights.append(path if value else path.parent)
-        return path
-
-    def arrangements(self) -> Sequence[str]:
-        on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
-        return ("split", "whole") if on_cpu and usable_cores() > 1 else ("whole",)
-
-    def arrange(self, arrangement: str) -> None:
-        self.lanes = usable_cores() if arrangement == "split" else 1
-        self._image: Any = None  # not two at a time
-        self._image = self._session(self.image_path, "ONNX_IMAGE", usable_cores() // self.lanes)
-
-    def _session(self, path: Path, variable: str, threads: int) -> Any:
-        import onnxruntime
-
-        wanted = list(self._options.ort_providers) or ["CPUExecutionProvider"]
-        missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
-        if missing:
-            have = ", ".join(onnxruntime.get_available_providers())
-            raise self._options.error("ORT_PROVIDERS", ",".join(wanted), f"{missing[0]} is not available; here: {have}")
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
-        # Threads that spin while they wait take the cores that decode the next pictures.
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = onnxruntime.InferenceSession(str(path), settings, providers=wanted)
-        except Exception as error:
-            raise self._options.error(variable, str(path), f"ONNX Runtime cannot load it ({_line(error)})") from error
-        if session.get_providers()[0] != wanted[0]:  # never a silent fall-back
-            text = f"ONNX Runtime fell back to {session.get_providers()[0]}"
-            raise self._options.error("ORT_PROVIDERS", ",".join(wanted), text)
-        return session
-
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        return self._tokenizer(texts)
-
-    def encode_images(self, pixels: Pixels) -> Vectors:
-        return self._run(self._image, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
-
-    def rest_text(self) -> None:
-        self._text = None
-
-    def encode_text(self, tokens: Tokens) -> Vectors:
-        if self._text is None:
-            self._text = self._session(self._text_path, "ONNX_TEXT", usable_cores())
-        integers = np.int32 if self._text.get_inputs()[0].type == "tensor(int32)" else np.int64
-        return self._run(self._text, tokens.astype(integers), cut=self._open_length)
-
-    @staticmethod
-    def _run(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors:
-        """Runs a batch, in pieces of the size that the graph has fixed, if it has; `cut`: token ids, at true length."""
-        tower = session.get_inputs()[0]
-        size = tower.shape[0] if isinstance(tower.shape[0], int) else len(batch)
-        rows = []
-        for start in range(0, len(batch), size):
-            piece = batch[start : start + size]
-            if cut:
-                piece = piece[:, : true_length(piece)]
-            padding = [(0, size - len(piece))] + [(0, 0)] * (batch.ndim - 1)
-            whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
-            rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
-        return unit_rows(np.concatenate(rows))
-
-
 def normalize(pixels: Pixels, recipe: Preprocess) -> NDArray[np.float32]:
     """uint8 `[n, h, w, 3]` -> float32 `[n, 3, h, w]`, `(x / 255 - mean) / std` in OpenCLIP's order of operations."""
     x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
@@ -759,7 +592,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BackendError(f"{path}: not readable as JSON ({_line(error)})") from error
+        raise BackendError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise BackendError(f"{path}: not a JSON object")
     return content

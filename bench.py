@@ -143,7 +143,7 @@ class Limits:
         self.backend, self.cores, self._seconds = backend, machine.usable_cores(), seconds
         self._cases = {case.name: case for case in cases}
         self._threads = ThreadPoolExecutor(self.cores)
-        ways = list((self._onnx_ways if isinstance(backend, backends.ONNXRTBackend) else self._torch_ways)(backend))
+        ways = list((self._torch_ways if isinstance(backend, backends.TorchBackend) else self._onnx_ways)(backend))
         self._best_size, self._best = max(ways, key=lambda way: rate(way[1], way[0], seconds))
 
     def _ready_pixels(self) -> Iterator[NDArray[np.uint8]]:

@@ -39,8 +39,9 @@ from PIL import Image
 import backends
 import inputs
 import npu
-from backends import ModelOptions, ONNXRTBackend, TorchBackend
+from backends import ModelOptions, TorchBackend
 from inputs import BackendError, Preprocess
+from onnxrt import ONNXRTBackend
 
 log = logging.getLogger("lumen.export")
 

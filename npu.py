@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends import ModelOptions, ONNXRTBackend, Vectors, normalize, read_json, unit_rows
+from backends import ModelOptions, Vectors, normalize, read_json, unit_rows
 from inputs import Pixels, Preprocess, decode_image
 from machine import usable_cores
+from onnxrt import ONNXRTBackend
 
 log = logging.getLogger("lumen.npu")
 

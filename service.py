@@ -1,23 +1,19 @@
-"""The four RPCs of `home_native.v1.Inference`: chunks to requests, requests to jobs, answers in their order.
+"""The four RPCs of `home_native.v1.Inference`: requests to jobs, answers in their order.
 
-Each Infer call has two threads: a reader, which makes jobs of messages, and gRPC's own, which answers them. Memory is
-bounded in bytes and in count, and never by a number that a client sent.
+Each Infer call has two threads: a reader, which makes jobs of messages, and gRPC's own, which answers them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import queue
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -25,6 +21,7 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health, health_pb2
 
 import machine
+from assembly import CHUNK_COST, ID_MAX, Assembler, Budget, ChunkError, Overload
 from doors import (
     Doorkeeper,
     Lobby,
@@ -62,8 +59,6 @@ log = logging.getLogger("lumen.service")
 
 PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
-CHUNKS_MAX = 65_536  # of one request
-OPEN_IDS_MAX = 64  # unfinished requests on one stream
 WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
 TURN_SECONDS = 0.05  # each request that a stream has in work puts its next one so much further back in line
 CHUNK_IDLE_S = 30  # between two chunks of one request
@@ -75,186 +70,9 @@ KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must ans
 LOBBY_PLACES = 16
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
-ID_MAX = 1000  # characters of a correlation id
-ENVELOPE_MAX = 4 << 20  # bytes of a message beside its payload: 256 labels of 1,000 characters, and room to spare
-META_MAX = 256  # entries
-CHUNK_COST = 512  # bytes that keeping a chunk takes, were it empty
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
 TASK_NAME_SHOWN = 80  # characters of a task's name that are kept for the log
 FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
-
-
-class Overload(Exception):
-    """The memory set aside for payloads is taken."""
-
-
-class Budget:
-    """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-        self._changed = threading.Condition()
-
-    def take(self, size: int, gone: Callable[[], bool], patience: float | None = None) -> None:
-        """Waits for room, for others make some, `CHUNK_IDLE_S` or `patience` seconds. Raises Overload if none comes or
-        the client is gone."""
-        deadline = time.monotonic() + (CHUNK_IDLE_S if patience is None else patience)
-        with self._changed:
-            while self._free < size:
-                if gone() or time.monotonic() > deadline:
-                    raise Overload
-                self._changed.wait(1)
-            self._free -= size
-
-    def give(self, size: int) -> None:
-        with self._changed:
-            self._free += size
-            self._changed.notify_all()
-
-    @contextmanager
-    def holding(self, size: int, gone: Callable[[], bool]) -> Iterator[None]:
-        self.take(size, gone, math.inf)
-        try:
-            yield
-        finally:
-            self.give(size)
-
-
-class ChunkError(ValueError):
-    """Chunks that do not make a request; the text is for the client."""
-
-
-@dataclass
-class Unfinished:
-    """A request of which chunks are missing."""
-
-    request: Request  # as its first chunk told; the payload is still empty
-    total: int
-    size: int = 0  # bytes of the payloads
-    parts: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # seq -> offset, payload
-
-
-class Assembler:
-    """Chunks of one stream -> whole requests, keyed by the literal correlation id, which may be empty.
-
-    Bounded in bytes and in count, never by a number that the client sent. An id that failed is answered once; the
-    rest of its chunks is ignored until a chunk with seq 0 begins it anew.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._open: dict[str, Unfinished] = {}
-        self._failed: OrderedDict[str, None] = OrderedDict()
-
-    def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
-        """The request that this message completes, or None. `payload` was taken out of the message: it holds a copy.
-
-        Raises ChunkError.
-        """
-        key = message.correlation_id
-        if len(key) > ID_MAX:
-            raise ChunkError(f"correlation_id: over {ID_MAX} characters")
-        if key in self._failed:
-            if message.seq > 0:
-                return None
-            del self._failed[key]
-        try:
-            return self._add(key, message, payload)
-        except ChunkError:
-            self.drop(key)
-            self._failed[key] = None
-            if len(self._failed) > OPEN_IDS_MAX:
-                self._failed.popitem(last=False)
-            raise
-
-    def unfinished(self) -> list[str]:
-        return list(self._open)
-
-    def held(self) -> int:
-        """Bytes of the chunks that wait for the rest of their requests, with what keeping them takes."""
-        return sum(r.request.held + r.size + len(r.parts) * CHUNK_COST for r in self._open.values())
-
-    def drop(self, key: str) -> None:
-        self._open.pop(key, None)
-
-    def _add(self, key: str, message: pb.InferRequest, payload: bytes) -> Request | None:
-        envelope = self._check_envelope(message)
-        if key not in self._open and message.total <= 1:
-            if message.seq or message.offset:
-                raise ChunkError(
-                    f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
-                    "allowed: the number of chunks on each of them"
-                )
-            self._check_size(len(payload))
-            return self._request(message, payload, envelope)
-        self._check_chunk(message)
-        if key not in self._open:
-            if len(self._open) >= OPEN_IDS_MAX:
-                raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
-            self._open[key] = Unfinished(self._request(message, b"", envelope), message.total)
-        waiting = self._open[key]
-        self._check_same(waiting, message)
-        waiting.parts[message.seq] = message.offset, payload
-        waiting.size += len(payload)
-        self._check_size(waiting.size)
-        if len(waiting.parts) < waiting.total:
-            return None
-        parts = [waiting.parts[seq] for seq in range(waiting.total)]
-        self._check_offsets(parts)
-        self.drop(key)
-        waiting.request.payload = b"".join(payload for _, payload in parts)
-        waiting.request.held += waiting.size
-        return waiting.request
-
-    @staticmethod
-    def _request(first: pb.InferRequest, payload: bytes, envelope: int) -> Request:
-        held = len(payload) + envelope
-        return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload, held)
-
-    @staticmethod
-    def _check_envelope(message: pb.InferRequest) -> int:
-        """-> bytes of all but the payload."""
-        size: int = message.ByteSize()
-        if size > ENVELOPE_MAX:
-            raise ChunkError(f"meta: {size} bytes beside the payload; allowed: {ENVELOPE_MAX}")
-        if len(message.meta) > META_MAX:
-            raise ChunkError(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
-        return size
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise ChunkError(f"payload: over {self._max_bytes} bytes, the most that a request may have")
-
-    @staticmethod
-    def _check_chunk(message: pb.InferRequest) -> None:
-        if message.total > CHUNKS_MAX:
-            raise ChunkError(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
-        if message.seq >= message.total:
-            raise ChunkError(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
-
-    @staticmethod
-    def _check_same(waiting: Unfinished, message: pb.InferRequest) -> None:
-        if message.seq in waiting.parts:
-            raise ChunkError(f"seq: {message.seq} was sent twice")
-        first = waiting.request
-        for name, told, now in (
-            ("total", waiting.total, message.total),
-            ("task", first.task, message.task),
-            ("payload_mime", first.mime, message.payload_mime),
-            ("meta", first.meta, dict(message.meta)),
-        ):
-            if told != now:
-                raise ChunkError(f"{name}: it differs between the chunks of one request")
-
-    @staticmethod
-    def _check_offsets(parts: Sequence[tuple[int, bytes]]) -> None:
-        if not any(offset for offset, _ in parts):  # some clients leave it at 0
-            return
-        length = 0
-        for seq, (offset, payload) in enumerate(parts):
-            if offset != length:
-                raise ChunkError(f"offset: {offset} on chunk {seq}; the chunks before it have {length} bytes")
-            length += len(payload)
 
 
 @dataclass(frozen=True)
@@ -378,7 +196,7 @@ class Stream:
         payload = message.payload  # each access makes a copy
         message.ClearField("payload")
         size = len(payload) + message.ByteSize() + CHUNK_COST
-        self._daemon.budget.take(size, lambda: self._gone)
+        self._daemon.budget.take(size, lambda: self._gone, CHUNK_IDLE_S)
         self._held += size
         try:
             request = self._assembler.add(message, payload)
@@ -450,7 +268,7 @@ class Stream:
     def _prepare_within_bounds(self, job: Job, task: Task, request: Request) -> None:
         daemon, gone = self._daemon, job.answer.cancelled
         most = prepared_bytes(task, request, self._models)
-        daemon.prepared.take(most, gone, math.inf)
+        daemon.prepared.take(most, gone)
         try:
             with daemon.journal.holding([job.digest], "prepare"):
                 prepare(task, request, self._models, daemon.settings, lambda size: daemon.pixels.holding(size, gone))

@@ -28,9 +28,9 @@ MISBEHAVING = """
 import ctypes, os, sys, time
 sys.path.insert(0, "@ROOT@")
 import numpy as np
-import backends, inputs, lumen_clip
+import backends, inputs, lumen_clip, onnxrt
 
-decode, encode, fault = inputs.decode_image, backends.ONNXRTBackend.encode_images, os.environ.get("FAULT")
+decode, encode, fault = inputs.decode_image, onnxrt.ONNXRTBackend.encode_images, os.environ.get("FAULT")
 
 def decode_or_crash(data, *rest, **more):
     if data.endswith(b"CRASH"):
@@ -55,7 +55,7 @@ def encode_or_worse(backend, pixels):
     return encode(backend, pixels)
 
 inputs.decode_image = decode_or_crash
-backends.ONNXRTBackend.encode_images = encode_or_worse
+onnxrt.ONNXRTBackend.encode_images = encode_or_worse
 sys.exit(lumen_clip.main())
 """
 

@@ -16,8 +16,8 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
+import assembly
 import inputs
-import service
 import tasks
 import vectorfile
 from gen import ml_service_pb2 as pb
@@ -57,20 +57,20 @@ COUNTS = st.integers(0, 5) | st.integers(0, 2**64 - 1)
 )
 def test_fuzz_chunks(messages: list[pb.InferRequest]) -> None:
     """Lost otherwise: a stream's reader, or memory, to chunks that nobody thought of."""
-    assembler = service.Assembler(200)
+    assembler = assembly.Assembler(200)
     sent: dict[str, int] = {}
     for message in messages:
         key = message.correlation_id
         sent[key] = sent.get(key, 0) + len(message.payload)
         try:
             request = assembler.add(message, message.payload)
-        except service.ChunkError as error:
+        except assembly.ChunkError as error:
             assert len(str(error)) < 300 and key not in assembler.unfinished()
             continue
         if request:
             assert request.correlation_id == key and len(request.payload) <= min(200, sent[key])
             assert key not in assembler.unfinished() or message.total <= 1
-        most = 200 + 40 * service.CHUNK_COST + 100  # payloads, the keeping of chunks, and what stands beside them
+        most = 200 + 40 * assembly.CHUNK_COST + 100  # payloads, the keeping of chunks, and what stands beside them
         assert 0 <= assembler.held() <= most * len(assembler.unfinished())
 
 
@@ -85,7 +85,7 @@ def test_fuzz_chunks_of_one_request_in_any_order(payload: bytes, count: int, off
         for i, (a, b) in enumerate(bounds)
     ]
     order.shuffle(messages)
-    assembler = service.Assembler(1000)
+    assembler = assembly.Assembler(1000)
     made = [request for m in messages if (request := assembler.add(m, m.payload))]
     assert [request.payload for request in made] == [payload] and assembler.held() == 0
 

@@ -24,10 +24,10 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
+import assembly
 import engine
 import inputs
 import machine
-import service
 import watch
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -157,10 +157,10 @@ def test_what_stands_beside_a_payload_is_bounded_too(harsh: Node) -> None:
         assert len(unfinished) == ids and all("before the last chunk" in r.error.message for r in unfinished)
     wait_until(lambda: resident_mb(harsh) - before < 60, 15)
     # What an empty chunk takes is counted, so that no number of them is free.
-    assembler = service.Assembler(1 << 20)
+    assembler = assembly.Assembler(1 << 20)
     for number in range(1000):
         assembler.add(pb.InferRequest(total=60_000, seq=number), b"")
-    assert assembler.held() >= 1000 * service.CHUNK_COST
+    assert assembler.held() >= 1000 * assembly.CHUNK_COST
 
 
 def test_a_message_that_was_answered_is_not_kept_for_its_stream(harsh: Node) -> None:
@@ -194,7 +194,7 @@ def test_packed_messages_are_refused_unopened(harsh: Node) -> None:
 def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: as much memory for each core as the largest picture takes."""
     backend, stub = watched
-    backend.daemon.pixels = service.Budget(1_000_000)
+    backend.daemon.pixels = assembly.Budget(1_000_000)
     backend.daemon.decoders = engine.DecodePool(2)
     to_rgb, inside, together = inputs._to_rgb, threading.Semaphore(0), collections.Counter[int]()
 

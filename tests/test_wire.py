@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
-import service
+import assembly
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -91,17 +91,17 @@ def test_an_id_that_failed_can_be_used_again(torch_node: Node) -> None:
 
 def test_unfinished_requests_and_their_bytes_are_bounded() -> None:
     """Lost otherwise: the memory of a board to one client that never ends what it begins."""
-    assembler = service.Assembler(1000)
-    for i in range(service.OPEN_IDS_MAX):
+    assembler = assembly.Assembler(1000)
+    for i in range(assembly.OPEN_IDS_MAX):
         assert assembler.add(pb.InferRequest(correlation_id=str(i), total=2), b"x") is None
-    with pytest.raises(service.ChunkError, match="unfinished"):
+    with pytest.raises(assembly.ChunkError, match="unfinished"):
         assembler.add(pb.InferRequest(correlation_id="one more", total=2), b"x")
-    assert len(assembler.unfinished()) == service.OPEN_IDS_MAX
-    assert service.CHUNK_COST < assembler.held() / service.OPEN_IDS_MAX < service.CHUNK_COST + 20
+    assert len(assembler.unfinished()) == assembly.OPEN_IDS_MAX
+    assert assembly.CHUNK_COST < assembler.held() / assembly.OPEN_IDS_MAX < assembly.CHUNK_COST + 20
     before = assembler.held()
-    with pytest.raises(service.ChunkError, match="1000 bytes"):
+    with pytest.raises(assembly.ChunkError, match="1000 bytes"):
         assembler.add(pb.InferRequest(correlation_id="0", seq=1, total=2), b"x" * 1000)
-    assert len(assembler.unfinished()) == service.OPEN_IDS_MAX - 1 and assembler.held() < before
+    assert len(assembler.unfinished()) == assembly.OPEN_IDS_MAX - 1 and assembler.held() < before
 
 
 def test_a_complete_request_is_answered_before_half_close(node: Node) -> None:

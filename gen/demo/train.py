@@ -45,6 +45,7 @@ import export  # noqa: E402
 import inputs  # noqa: E402
 import labels  # noqa: E402
 import labelsets  # noqa: E402
+import onnxrt  # noqa: E402
 import scenes  # noqa: E402
 import taxa  # noqa: E402
 
@@ -513,7 +514,7 @@ def _write_rows(path: Path, rows: list[Any]) -> None:
 
 def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     """Zero-shot on a style's drawings, at 256 pixels over white, through the daemon's own backend and prompts."""
-    backend = backends.ONNXRTBackend(backends.ModelOptions("CLIP", "onnxrt", str(folder), folder))
+    backend = onnxrt.ONNXRTBackend(backends.ModelOptions("CLIP", "onnxrt", str(folder), folder))
     drawings = find_drawings(art, emoji, style)
     shown = [one for one in emoji if one.code in drawings]
     rows = []
