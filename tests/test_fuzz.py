@@ -1,4 +1,4 @@
-"""Random bytes where bytes come in; LUMEN_FUZZ_SECONDS makes it longer."""
+"""Random bytes where bytes come in; LUMEN_FUZZ=100 takes a hundred times as long."""
 
 from __future__ import annotations
 
