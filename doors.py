@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -179,6 +180,25 @@ def internal_error(error: BaseException) -> str:
     return f"internal error {number}; the daemon's log says more"
 
 
+UNREADABLE = object()  # in the place of a message
+
+
+def readable(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A parser for gRPC's handlers that does not raise; what it cannot parse is UNREADABLE.
+
+    Were it to raise, gRPC would end the call itself and then once more when the handler ends. Such a call is never
+    over: its memory stays, and so does its place among the streams of its connection.
+    """
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return UNREADABLE
+
+    return read
+
+
 def lobby_handlers(lobby: Lobby, servicer: health.HealthServicer, service: str) -> dict[str, dict[str, Any]]:
     """Standard health of `service`, and reflection: service's name -> its methods' handlers.
 
@@ -187,9 +207,15 @@ def lobby_handlers(lobby: Lobby, servicer: health.HealthServicer, service: str) 
     """
     watchers = threading.BoundedSemaphore(WATCHERS_MAX)
 
+    def parsed(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        for message in messages:
+            if message is UNREADABLE:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no message of this method's")
+            yield message
+
     def asked(messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
         with lobby.seat(context):
-            request = next(messages, None)
+            request = next(parsed(messages, context), None)
         if request is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
         assert request is not None
@@ -215,11 +241,12 @@ def lobby_handlers(lobby: Lobby, servicer: health.HealthServicer, service: str) 
 
     def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
         with lobby.seat(context):
-            yield from mirror.ServerReflectionInfo(messages, context)
+            yield from mirror.ServerReflectionInfo(parsed(messages, context), context)
 
     handler = grpc.stream_stream_rpc_method_handler
-    ask, answer = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
-    question, answers = reflection_pb2.ServerReflectionRequest.FromString, reflection_pb2.ServerReflectionResponse
+    ask, answer = readable(health_pb2.HealthCheckRequest.FromString), health_pb2.HealthCheckResponse.SerializeToString
+    question = readable(reflection_pb2.ServerReflectionRequest.FromString)
+    answers = reflection_pb2.ServerReflectionResponse
     return {
         health.SERVICE_NAME: {
             "Check": handler(discreet(check), ask, answer),

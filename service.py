@@ -23,12 +23,14 @@ from grpc_health.v1 import health, health_pb2
 import machine
 from assembly import CHUNK_COST, ID_MAX, Assembler, Budget, ChunkError, Overload
 from doors import (
+    UNREADABLE,
     Doorkeeper,
     Lobby,
     discreet,
     internal_error,
     lobby_handlers,
     read_token,
+    readable,
     tls_credentials,
 )
 from engine import TENSOR_MIME, DecodePool, Engine, Job, forget_frames
@@ -168,6 +170,9 @@ class Stream:
             for message in self._messages:
                 self._reading_since, self._idle_since = None, time.monotonic()
                 empty = False
+                if message is UNREADABLE:
+                    closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
+                    break
                 self._take(message)
                 del message  # else it stays until the next one comes
                 if self._gone:
@@ -411,7 +416,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
         empty, capability = empty_pb2.Empty, pb.Capability
         methods = {
-            "Infer": (self.Infer, pb.InferRequest.FromString, pb.InferResponse.SerializeToString),
+            "Infer": (self.Infer, readable(pb.InferRequest.FromString), pb.InferResponse.SerializeToString),
             "GetCapabilities": (unread(self.GetCapabilities), empty.FromString, capability.SerializeToString),
             "StreamCapabilities": (streamed, empty.FromString, capability.SerializeToString),
             "Health": (unread(self.Health), empty.FromString, empty.SerializeToString),
