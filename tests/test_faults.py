@@ -148,9 +148,8 @@ def test_bytes_that_are_no_message_end_that_stream_alone(harsh: Node) -> None:
     """Lost otherwise: the daemon, to a port scanner."""
     with outlived(harsh, "a stream ended: INVALID_ARGUMENT, bytes that are no InferRequest"):
         raw = harsh.channel.stream_stream("/home_native.v1.Inference/Infer", lambda data: data, lambda data: data)
-        answers = raw(
-            iter([pb.InferRequest(task="clip_embed", payload=b"a").SerializeToString(), b"\xff" * 100]), timeout=10
-        )
+        good = pb.InferRequest(task="clip_embed", payload=b"a").SerializeToString()
+        answers: Any = raw(iter([good, b"\xff" * 100]), timeout=10)
         assert pb.InferResponse.FromString(next(answers)).result  # what came before them is answered
         with pytest.raises(grpc.RpcError) as error:
             next(answers)
