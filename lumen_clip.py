@@ -13,6 +13,7 @@ This file starts and stops it all. `main()` binds the port first, then loads the
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -274,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beacon.serve(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
     threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
     machine.trim_memory()
+    gc.freeze()  # what stays need not be looked through again and again
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in models.offered()))
     if trouble := supervise(daemon, events):
