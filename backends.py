@@ -175,7 +175,7 @@ def _onnxrt_backend(options: ModelOptions) -> Backend:
 
 
 def _rknn_backend(options: ModelOptions) -> Backend:
-    from npu import RKNNBackend  # and this on that
+    from npu import RKNNBackend  # which is built on `onnxrt`
 
     return RKNNBackend(options)
 

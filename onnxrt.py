@@ -33,7 +33,7 @@ log = logging.getLogger("lumen.onnxrt")
 
 
 class ONNXRTBackend:
-    """ONNX Runtime on towers in the `visual/` + `textual/` folder layout (RKNN.md section 6).
+    """ONNX Runtime on towers in the `visual/` + `textual/` folder layout that the README describes.
 
     Takes image towers with uint8 `[n, h, w, 3]` or float32 `[n, 3, h, w]` input, text towers with int32 or int64 ids,
     each with a fixed or an open batch; the first output is the embedding, whatever its name.

@@ -1,7 +1,7 @@
 """Writes `scan.onnx` beside itself: rows of a large label set, a byte a number, times queries -> cosines in float32.
 
 ONNX Runtime has fast products of bytes on every processor we run on, which numpy has not, and a device has no `onnx`
-package to build a graph with. Run with `requirements-dev.txt`: `python gen/scan.py`. See `vectors.Scan`.
+package to build a graph with. Run with `requirements-dev.txt`: `python gen/scan.py`. See `vectorfile.Scan`.
 """
 
 from pathlib import Path
