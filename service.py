@@ -106,6 +106,7 @@ class Stream:
         if not self._context.add_callback(self._leave):
             return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
+        answered = 0
         try:
             while isinstance(job := self._jobs.get(), Job):
                 try:
@@ -118,10 +119,12 @@ class Stream:
                 yield response
                 self._yielding_since, self._idle_since = None, time.monotonic()
                 self._window.release()
+                answered += 1
             if job.code is not grpc.StatusCode.OK and not self._gone:
                 log.info("a stream ended: %s, %s", job.code.name, job.details)
                 self._context.abort(job.code, job.details)
         finally:
+            log.debug("a stream is over after %d answers%s", answered, ", cut off" if self._gone else "")
             self._leave()
             for job in list(self._in_work):
                 self._daemon.traffic.ended(job, "cancelled")
@@ -188,7 +191,7 @@ class Stream:
         except Overload:
             closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
         except grpc.RpcError:
-            log.debug("a client left its stream")
+            self._gone = True
         except Exception as error:
             closing = Closing(grpc.StatusCode.INTERNAL, internal_error(error))
         finally:
