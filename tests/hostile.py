@@ -1,4 +1,4 @@
-"""Peers that do not behave, and what a fault may leave behind: nothing."""
+"""Peers and files that do not behave, and what a fault may leave behind: nothing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from gen import ml_service_pb2 as pb
-from tests.kit import GREEN, ROOT, SERVICE, Node, encoded, picture, wait_until
+from tests.kit import BLUE, COLOURS, GREEN, RED, ROOT, SERVICE, Node, encoded, picture, wait_until
 
 # An ordinary daemon whose patience is shorter, so that a test need not wait for minutes.
 IMPATIENT = """
@@ -50,6 +55,77 @@ def held(message: pb.InferRequest, release: threading.Event) -> Iterator[pb.Infe
 def threads_and_files(node: Node) -> tuple[int, int]:
     process = Path(f"/proc/{node.process.pid}")
     return len(list((process / "task").iterdir())), len(list((process / "fd").iterdir()))
+
+
+def poisons() -> dict[str, bytes]:
+    """Whole files that are not what they seem, by what is wrong with them."""
+
+    def png(width: int, height: int, bits: int, colour: int, body: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+        parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)), *extra]
+        made = b"\x89PNG\r\n\x1a\n"
+        for kind, data in [*parts, (b"IDAT", zlib.compress(body, 9)), (b"IEND", b"")]:
+            made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return made
+
+    jpeg, photo = encoded(picture(RED)), picture(RED)
+    frames = [picture(c, (64, 64)) for c in COLOURS.values()]
+    return {
+        "88 megapixels": png(9400, 9400, 1, 0, bytes(9400 * 1176)),
+        "2 x 65535": encoded(Image.new("RGB", (2, 65535)), "PNG"),
+        "65535 x 2": encoded(Image.new("RGB", (65535, 2)), "PNG"),
+        "1 x 1": encoded(Image.new("RGB", (1, 1)), "PNG"),
+        "no size": png(0, 0, 8, 2, b""),
+        "a header that lies": png(4000, 4000, 8, 2, b"short"),
+        "a text that swells": png(8, 8, 8, 0, bytes(72), (b"zTXt", b"x\0\0" + zlib.compress(bytes(50_000_000)))),
+        "a profile that swells": png(8, 8, 8, 0, bytes(72), (b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000)))),
+        "a huge profile": encoded(photo, icc_profile=bytes(3_000_000)),
+        "a huge EXIF": encoded(photo, exif=b"Exif\0\0" + bytes(60_000)),
+        "EXIF that lies": encoded(photo, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+        "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "a JPEG and a web page": jpeg + b"<html><script>alert(1)</script></html>",
+        "a JPEG and an archive": jpeg + b"PK\3\4" + bytes(200),
+        "an archive first": b"PK\3\4" + bytes(200) + jpeg,
+        "two JPEGs": jpeg + jpeg,
+        "CMYK": encoded(photo.convert("CMYK")),
+        "16 bits": encoded(Image.fromarray(np.full((90, 90), 40_000, np.uint16)), "PNG"),
+        "moving": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "moving PNG": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        "nothing but a start": b"\xff\xd8\xff",
+        "a JPEG of 65500 lines": jpeg.replace(struct.pack(">HH", 240, 300), struct.pack(">HH", 65500, 65500), 1),
+    }
+
+
+def mutants(count: int, seed: int) -> Iterator[bytes]:
+    """Damaged JPEG, PNG, WebP and AVIF files: bytes changed, cut, doubled and spliced, early ones more often."""
+    rng = np.random.default_rng(seed)
+    size = (96, 72)
+    kinds = [encoded(picture(RED, size), kind) for kind in ("JPEG", "PNG", "WEBP", "AVIF")]
+    kinds += [
+        encoded(picture(BLUE, size), "JPEG", progressive=True),
+        encoded(picture(BLUE, size), "WEBP", lossless=True),
+    ]
+    for number in range(count):
+        data = bytearray(kinds[number % len(kinds)])
+        for _ in range(int(rng.integers(1, 12))):
+            at = int(len(data) * rng.random() ** 3)  # headers are where parsers believe
+            size_of = int(rng.integers(1, 64))
+            match int(rng.integers(6)):
+                case 0:
+                    data[at] ^= 1 << int(rng.integers(8))
+                case 1:
+                    data[at : at + 4] = bytes(rng.choice([0, 0xFF, 0x7F, 0x80], 4).astype(np.uint8))
+                case 2:
+                    del data[at : at + size_of]
+                case 3:
+                    data[at:at] = data[at : at + size_of]
+                case 4:
+                    data[at:at] = rng.integers(0, 256, size_of, np.uint8).tobytes()
+                case 5:
+                    other = kinds[int(rng.integers(len(kinds)))]
+                    data[at : at + size_of] = other[at : at + size_of]
+            if not data:
+                break
+        yield bytes(data) or b"\0"
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -16,7 +14,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +27,8 @@ from PIL import Image
 import vectorfile
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.hostile import INFER, PATIENCE, RawPeer, held, impatient, outlived, threads_and_files
+from tests.hostile import INFER, RawPeer, held, mutants, outlived, poisons, threads_and_files
 from tests.kit import (
-    BLUE,
-    COLOURS,
     IMAGENET,
     RED,
     ROOT,
@@ -197,79 +192,6 @@ def test_lying_chunks_cost_no_memory(harsh: Node) -> None:
             assert responses and all(r.error.code == pb.ERROR_CODE_INVALID_ARGUMENT for r in responses), lie
             assert all(len(r.error.message) < 1000 for r in responses)
     assert resident_mb(harsh) - before < 20
-
-
-def poisons() -> dict[str, bytes]:
-    """Whole files that are not what they seem, by what is wrong with them."""
-    import struct
-    import zlib
-
-    def png(width: int, height: int, bits: int, colour: int, body: bytes, *extra: tuple[bytes, bytes]) -> bytes:
-        parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)), *extra]
-        made = b"\x89PNG\r\n\x1a\n"
-        for kind, data in [*parts, (b"IDAT", zlib.compress(body, 9)), (b"IEND", b"")]:
-            made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        return made
-
-    jpeg, photo = encoded(picture(RED)), picture(RED)
-    frames = [picture(c, (64, 64)) for c in COLOURS.values()]
-    return {
-        "88 megapixels": png(9400, 9400, 1, 0, bytes(9400 * 1176)),
-        "2 x 65535": encoded(Image.new("RGB", (2, 65535)), "PNG"),
-        "65535 x 2": encoded(Image.new("RGB", (65535, 2)), "PNG"),
-        "1 x 1": encoded(Image.new("RGB", (1, 1)), "PNG"),
-        "no size": png(0, 0, 8, 2, b""),
-        "a header that lies": png(4000, 4000, 8, 2, b"short"),
-        "a text that swells": png(8, 8, 8, 0, bytes(72), (b"zTXt", b"x\0\0" + zlib.compress(bytes(50_000_000)))),
-        "a profile that swells": png(8, 8, 8, 0, bytes(72), (b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000)))),
-        "a huge profile": encoded(photo, icc_profile=bytes(3_000_000)),
-        "a huge EXIF": encoded(photo, exif=b"Exif\0\0" + bytes(60_000)),
-        "EXIF that lies": encoded(photo, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
-        "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        "a JPEG and a web page": jpeg + b"<html><script>alert(1)</script></html>",
-        "a JPEG and an archive": jpeg + b"PK\3\4" + bytes(200),
-        "an archive first": b"PK\3\4" + bytes(200) + jpeg,
-        "two JPEGs": jpeg + jpeg,
-        "CMYK": encoded(photo.convert("CMYK")),
-        "16 bits": encoded(Image.fromarray(np.full((90, 90), 40_000, np.uint16)), "PNG"),
-        "moving": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
-        "moving PNG": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
-        "nothing but a start": b"\xff\xd8\xff",
-        "a JPEG of 65500 lines": jpeg.replace(struct.pack(">HH", 240, 300), struct.pack(">HH", 65500, 65500), 1),
-    }
-
-
-def mutants(count: int, seed: int) -> Iterator[bytes]:
-    """Damaged JPEG, PNG, WebP and AVIF files: bytes changed, cut, doubled and spliced, early ones more often."""
-    rng = np.random.default_rng(seed)
-    size = (96, 72)
-    kinds = [encoded(picture(RED, size), kind) for kind in ("JPEG", "PNG", "WEBP", "AVIF")]
-    kinds += [
-        encoded(picture(BLUE, size), "JPEG", progressive=True),
-        encoded(picture(BLUE, size), "WEBP", lossless=True),
-    ]
-    for number in range(count):
-        data = bytearray(kinds[number % len(kinds)])
-        for _ in range(int(rng.integers(1, 12))):
-            at = int(len(data) * rng.random() ** 3)  # headers are where parsers believe
-            size_of = int(rng.integers(1, 64))
-            match int(rng.integers(6)):
-                case 0:
-                    data[at] ^= 1 << int(rng.integers(8))
-                case 1:
-                    data[at : at + 4] = bytes(rng.choice([0, 0xFF, 0x7F, 0x80], 4).astype(np.uint8))
-                case 2:
-                    del data[at : at + size_of]
-                case 3:
-                    data[at:at] = data[at : at + size_of]
-                case 4:
-                    data[at:at] = rng.integers(0, 256, size_of, np.uint8).tobytes()
-                case 5:
-                    other = kinds[int(rng.integers(len(kinds)))]
-                    data[at : at + size_of] = other[at : at + size_of]
-            if not data:
-                break
-        yield bytes(data) or b"\0"
 
 
 @pytest.mark.timeout(600)
@@ -520,117 +442,3 @@ def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -
         node.stop()
     assert len([line for line in node.log.splitlines() if line.startswith("lumen-clip: CLIP_MODEL=")]) == 1
     assert "Traceback" not in node.log
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(7200)
-def test_hostile_and_honest_load_for_half_an_hour(
-    request: pytest.FixtureRequest, tmp_path: Path, tiny_onnx: Path
-) -> None:
-    """Lost otherwise: the daemon that runs for months. LUMEN_SOAK_MINUTES (30) and LUMEN_SEED change it."""
-    if "soak" not in request.config.option.markexpr:
-        pytest.skip("takes half an hour; run it with: python -m pytest -s -m soak")
-    minutes, seed = float(os.environ.get("LUMEN_SOAK_MINUTES", "30")), int(os.environ.get("LUMEN_SEED", "5"))
-    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path / "data"), **impatient(tmp_path, PATIENCE), **settings).ready()
-    photos = [encoded(picture(c, (640, 480))) for c in COLOURS.values()]
-    texts = [f"a photo of thing {i}".encode() for i in range(200)]
-    expected = {p: node.result("clip_image_embed", p)["vector"] for p in photos}
-    expected |= {t: node.result("clip_embed", t)["vector"] for t in texts}
-    over, counts = threading.Event(), collections.Counter[str]()
-    wrong: list[str] = []
-
-    def honest(number: int) -> None:
-        rng = np.random.default_rng([seed, number])
-        with grpc.insecure_channel(node.address) as channel:
-            stub = pb_grpc.InferenceStub(channel)
-            while not over.is_set():
-                asked = [photos[int(rng.integers(len(photos)))] for _ in range(int(rng.integers(1, 12)))]
-                asked += [texts[int(rng.integers(len(texts)))] for _ in range(int(rng.integers(1, 12)))]
-                requests = [
-                    pb.InferRequest(task="clip_image_embed" if a in photos else "clip_embed", payload=a) for a in asked
-                ]
-                try:
-                    responses = list(stub.Infer(iter(requests), timeout=60))
-                except grpc.RpcError as error:
-                    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:  # which is an answer under such load
-                        wrong.append(f"{error.code()}: {error.details()}")
-                    counts["told to come later"] += 1
-                    time.sleep(0.2)
-                    continue
-                for payload, response in zip(asked, responses, strict=True):
-                    counts["right"] += 1
-                    if not np.allclose(json.loads(response.result)["vector"], expected[payload], atol=1e-5):
-                        wrong.append("another vector")
-
-    def poisoner() -> None:
-        specials = list(poisons().values())
-        for number in itertools.count():
-            part = [*mutants(60, seed * 1000 + number), specials[number % len(specials)]]
-            requests = (pb.InferRequest(task="clip_image_embed", payload=data) for data in part)
-            with contextlib.suppress(grpc.RpcError):
-                for response in node.stub.Infer(requests, timeout=60):
-                    counts["poisoned"] += 1
-                    if response.error.code not in (0, pb.ERROR_CODE_INVALID_ARGUMENT):
-                        wrong.append(response.error.message)
-            if over.wait(0.5):
-                return
-
-    def vandal() -> None:
-        rng = np.random.default_rng([seed, 99])
-        raw = node.channel.stream_stream("/home_native.v1.Inference/Infer", lambda data: data, lambda data: data)
-        while not over.wait(0.1):
-            counts["vandalised"] += 1
-            with contextlib.suppress(grpc.RpcError, OSError):
-                match int(rng.integers(6)):
-                    case 0:  # a connection that says nothing, or half a frame, and goes
-                        peer = RawPeer(node)
-                        peer.socket.sendall(rng.integers(0, 256, 50, np.uint8).tobytes())
-                        peer.socket.close()
-                    case 1:
-                        list(raw(iter([rng.integers(0, 256, 80, np.uint8).tobytes()]), timeout=5))
-                    case 2:  # a stream that is cancelled with its work under way
-                        call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=photos[0])] * 20))
-                        time.sleep(float(rng.random() / 20))
-                        call.cancel()
-                    case 3:  # half a request, and silence; its end comes from the daemon
-                        message = pb.InferRequest(task="clip_embed", payload=b"a", total=3, correlation_id="x")
-                        release = threading.Event()
-                        list(node.stub.Infer(held(message, release), timeout=10))
-                    case 4:
-                        lie = pb.InferRequest(task="clip_embed", payload=b"a", total=2**63, seq=int(rng.integers(9)))
-                        list(node.stub.Infer(iter([lie, lie]), timeout=5))
-                    case 5:
-                        meta = {"labels": json.dumps([f"{rng.random()}" for _ in range(50)]), "topk": "9" * 50}
-                        list(
-                            node.stub.Infer(iter([pb.InferRequest(task="clip_classify", payload=photos[1], meta=meta)]))
-                        )
-
-    def measured() -> tuple[float, int, int]:
-        """With all quiet, after the same work, when the daemon has given back what it freed."""
-        for asked in photos * 4 + texts[:24]:
-            node.result("clip_image_embed" if asked in photos else "clip_embed", asked)
-        time.sleep(15)
-        return resident_mb(node), *threads_and_files(node)
-
-    def load_for(seconds: float) -> None:
-        over.clear()
-        work = [threading.Thread(target=honest, args=(i,)) for i in range(3)]
-        work += [threading.Thread(target=poisoner), threading.Thread(target=vandal)]
-        for thread in work:
-            thread.start()
-        over.wait(seconds)
-        over.set()
-        for thread in work:
-            thread.join(120)
-
-    load_for(minutes * 60 * 0.25)
-    settled = measured()
-    load_for(minutes * 60 * 0.75)
-    ended = measured()
-    print(f"\n{minutes:g} minutes, seed {seed}: {dict(counts)}")
-    print("MB, threads and files after a quarter {:.1f} {} {}; at the end {:.1f} {} {}".format(*settled, *ended))
-    assert not wrong, wrong[:5]
-    assert min(counts[kind] for kind in ("right", "poisoned", "vandalised")) > 100 * minutes / 30
-    assert ended[0] - settled[0] < 5 and ended[1] <= settled[1] + 2 and ended[2] <= settled[2] + 2
-    assert node.stop() == 0 and "Traceback" not in node.log
