@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from machine import step_back, usable_cores
+
 log = logging.getLogger("lumen.labels")
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
@@ -25,7 +28,8 @@ Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
 Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `watch.download`
 
 ENCODE_BATCH = 32  # prompts a forward
-SCORE_BLOCK = 16_384  # rows turned to float32 at a time: 50 MB at 768 dimensions
+SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
+SCAN_ROWS = 1024  # a call; what it makes of them stays in a core's cache
 TOP_BLOCK = 256  # values of which the search for the best looks at the largest first
 
 # `open_clip/zero_shot_metadata.py` has these as OPENAI_IMAGENET_TEMPLATES and SIMPLE_IMAGENET_TEMPLATES, most of
@@ -197,16 +201,39 @@ def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vect
 # --- scoring ----------------------------------------------------------------------------------------------------
 
 
-def cosines(vectors: NDArray[Any], queries: Vectors) -> NDArray[np.float32]:
-    """Of rows `[n, dim]` with queries `[b, dim]`, all of unit length: float32 `[b, n]`.
+class Cosines:
+    """Of a set's unit rows with queries, in float32. The float16 rows of a large set are read by all cores at once."""
 
-    For small sets: numpy turns float16 into float32 at a tenth of the memory's speed, and a backend does better.
-    """
-    found = np.empty((len(queries), len(vectors)), np.float32)
-    for start in range(0, len(vectors), SCORE_BLOCK):
-        block = vectors[start : start + SCORE_BLOCK].astype(np.float32, copy=False)
-        np.matmul(queries, block.T, out=found[:, start : start + SCORE_BLOCK])
-    return found
+    def __init__(self, vectors: NDArray[Any]) -> None:
+        """`vectors`: float32 or float16 `[n, dim]`."""
+        self._vectors = vectors
+        self.threads: ThreadPoolExecutor | None = None
+        if vectors.dtype == np.float16:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.log_severity_level = 3
+            self._scan = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
+            self._cores = usable_cores()
+            self.threads = ThreadPoolExecutor(self._cores, "scan", lambda: step_back(5))
+
+    def __call__(self, queries: Vectors) -> NDArray[np.float32]:
+        """float32 `[b, dim]` unit rows -> float32 `[b, n]`."""
+        if self.threads is None:
+            return np.asarray(queries @ self._vectors.T, np.float32)
+        count, columns = len(self._vectors), np.ascontiguousarray(queries.T)
+        found = np.empty((len(queries), count), np.float32)
+
+        def scan(span: range) -> None:
+            for start in span:
+                block = slice(start, min(start + SCAN_ROWS, count))
+                found[:, block] = self._scan.run(None, {"rows": self._vectors[block], "queries": columns})[0]
+
+        starts = range(0, count, SCAN_ROWS)
+        share = -(-len(starts) // self._cores)
+        list(self.threads.map(scan, [starts[i : i + share] for i in range(0, len(starts), share)]))
+        return found
 
 
 class LabelSet:
@@ -214,7 +241,7 @@ class LabelSet:
 
     def __init__(self, names: Sequence[str], vectors: NDArray[Any], logit_scale: float) -> None:
         self.names = names
-        self._vectors = vectors
+        self._cosines = Cosines(vectors)
         self._logit_scale = np.float32(logit_scale)
 
     def __len__(self) -> int:
@@ -222,30 +249,46 @@ class LabelSet:
 
     def probabilities(self, queries: Vectors) -> NDArray[np.float32]:
         """float32 `[b, dim]` unit rows -> float32 `[b, n]`, rows that sum to 1."""
-        scores = cosines(self._vectors, queries)
+        scores = self._cosines(queries)
         for row in scores:  # one at a time stays in the cache
-            row *= self._logit_scale
-            row -= row.max()
-            np.exp(row, out=row)
-            row /= row.sum()
+            softmax(row, self._logit_scale)
         return scores
 
     def top(
         self, probabilities: NDArray[np.float32], k: int, render: Callable[[str], str] = str
     ) -> list[tuple[str, float]]:
-        """The k best of one row as (label, probability), best first. A text stands once, with its best score.
+        """The k best of one row as (label, probability), best first; see `top`."""
+        return top(probabilities, k, lambda at: render(self.names[at]))
 
-        Distinct rows can read the same ("crane" is two ImageNet classes), and clients key their tables by the text.
-        """
-        found: dict[str, float] = {}
-        candidates = k
-        while True:
-            candidates = min(2 * candidates + 8, len(self.names))
-            best = largest(probabilities, candidates)
-            for i in best[np.lexsort((best, -probabilities[best]))]:
-                found.setdefault(render(self.names[i]), min(max(float(probabilities[i]), 0.0), 1.0))
-            if len(found) >= k or candidates == len(self.names):
-                return list(found.items())[:k]
+
+def softmax(cosines: NDArray[np.float32], logit_scale: np.float32) -> NDArray[np.float32]:
+    """Of logit scale times cosine, float32 `[n]`, in place."""
+    cosines *= logit_scale
+    cosines -= cosines.max()
+    np.exp(cosines, out=cosines)
+    cosines /= cosines.sum()
+    return cosines
+
+
+def top(probabilities: NDArray[np.float32], k: int, label_of: Callable[[int], str]) -> list[tuple[str, float]]:
+    """The k best of float32 `[n]` as (label, probability), best first. A text stands once, with its best score.
+
+    Distinct rows can read the same ("crane" is two ImageNet classes), and clients key their tables by the text.
+    """
+    found: dict[str, float] = {}
+    candidates = k
+    while True:
+        candidates = min(2 * candidates + 8, len(probabilities))
+        best = largest(probabilities, candidates)
+        for i in best[np.lexsort((best, -probabilities[best]))]:
+            found.setdefault(label_of(int(i)), score(probabilities[i]))
+        if len(found) >= k or candidates == len(probabilities):
+            return list(found.items())[:k]
+
+
+def score(probability: np.floating[Any]) -> float:
+    """What float32 adds up may be a little over 1."""
+    return min(max(float(probability), 0.0), 1.0)
 
 
 def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:

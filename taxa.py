@@ -3,32 +3,27 @@
 A lineage is one text of eight slots, `kingdom/phylum/class/order/family/genus/epithet/common name`, `*` for a blank.
 In the order of their texts, all rows of a taxon of any rank stand together, so that a rank is a list of first rows.
 
-`Species` scores pictures against all rows. A large set is scanned in int8, which tells within known bounds what each
-comes to; the rows that could be among the best are then computed in float32, so that no answer depends on the bytes.
+`Species` scores pictures against all rows.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labels import Recipe, Vectors, cosines, largest
+from labels import Cosines, Recipe, Vectors, largest, score, softmax, top
 from vectorfile import TextVectors
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
 LABEL_FORMATS = ("lineage", "scientific", "common")
 SPECIES = len(RANKS) - 1
 AFTER_SLASH = "0"  # the character that follows "/" in order
-# Rows this near to the best (5 of the logits of a model whose scale is 100) are computed exactly, up to so many: they
-# are nearly all of what the softmax sums up.
-SUM_COSINE, SUM_ROWS = 0.05, 4096
-EXACT_ROWS = 8192  # at a time: 25 MB of float32 at 768 dimensions
 
 
 def lineage(index: int, row: Any) -> str:
@@ -185,7 +180,7 @@ class Species:
         """`names`: lineages in order."""
         depth = vectors.depth if vectors.depth is not None else depths(names)
         self.names, self.tree = names, Tree(names, depth)
-        self._vecs, self._scan, self._logit_scale = vectors.vecs, vectors.scan, np.float32(logit_scale)
+        self._cosines, self._logit_scale = Cosines(vectors.vecs), np.float32(logit_scale)
         self._twins = int((depth > SPECIES).sum())  # rows of a species that has one already
 
     def __len__(self) -> int:
@@ -193,28 +188,25 @@ class Species:
 
     def answers(self, queries: Vectors, asks: Sequence[Ask]) -> list[Found]:
         """float32 `[b, dim]` unit rows -> what is asked of each."""
-        if self._scan is None:
-            rows, error = cosines(self._vecs, queries), 0.0
-            return [self._answer(*job, error) for job in zip(rows, queries, asks, strict=True)]
-        rows, error = self._scan(queries)
-        jobs = zip(rows, queries, asks, [error] * len(asks), strict=True)
-        return list(self._scan.threads.map(lambda job: self._answer(*job), jobs))
+        threads = self._cosines.threads
+        return list((threads.map if threads else map)(self._answer, self._cosines(queries), asks))
 
-    def _answer(self, row: NDArray[np.float32], query: NDArray[np.float32], ask: Ask, error: float) -> Found:
+    def _answer(self, row: NDArray[np.float32], ask: Ask) -> Found:
         inside = ask.within
-        row = row if inside is None else row[inside]
-        scored = _Scored(self._vecs, row, inside, query, error, self._logit_scale)
+        probabilities = softmax(row if inside is None else row[inside], self._logit_scale)
         if ask.rank == "species" and not self._twins:
-            found = scored.best(ask.k, lambda at: render(self.names[at], ask.label_format))
-            return Found([(label, score) for label, score in found if score >= ask.min_score], "species")
-        probabilities = scored.probabilities(ask.k)
+            found = top(probabilities, ask.k, lambda at: render(self._name(at, inside), ask.label_format))
+            return Found([(label, p) for label, p in found if p >= ask.min_score], "species")
         for rank in range(SPECIES, -1, -1) if ask.rank == "auto" else [RANKS.index(ask.rank)]:
             found = self._taxa(probabilities, inside, rank, ask)
             if ask.rank != "auto":
-                return Found([(label, score) for label, score in found if score >= ask.min_score], ask.rank)
+                return Found([(label, p) for label, p in found if p >= ask.min_score], ask.rank)
             if found and found[0][1] >= ask.min_score:
                 return Found(found, RANKS[rank])
         return Found([], "none")
+
+    def _name(self, at: int, inside: NDArray[np.int64] | None) -> str:
+        return self.names[at if inside is None else int(inside[at])]
 
     def _taxa(
         self, probabilities: NDArray[np.float32], inside: NDArray[np.int64] | None, rank: int, ask: Ask
@@ -233,63 +225,7 @@ class Species:
             for i in best[np.lexsort((best, -sums[best]))]:
                 members = slice(int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else len(probabilities))
                 at = int(members.start + probabilities[members].argmax())
-                name = self.names[at if inside is None else int(inside[at])]
+                name = self._name(at, inside)
                 if ask.rank != "auto" or name.split("/")[rank] != "*":  # a blank is no taxon that one could name
-                    found.setdefault(render(name, ask.label_format, rank), _score(sums[i]))
+                    found.setdefault(render(name, ask.label_format, rank), score(sums[i]))
         return list(found.items())[: ask.k]
-
-
-class _Scored:
-    """The cosines of one picture with the rows that count: bounded at first, exact where it matters."""
-
-    def __init__(
-        self,
-        vecs: NDArray[Any],
-        row: NDArray[np.float32],
-        inside: NDArray[np.int64] | None,
-        query: NDArray[np.float32],
-        error: float,
-        logit_scale: np.float32,
-    ) -> None:
-        self._vecs, self._row, self._inside, self._query = vecs, row, inside, query
-        self._error, self._logit_scale = error, logit_scale
-
-    def best(self, k: int, label_of: Callable[[int], str]) -> list[tuple[str, float]]:
-        """The k best as (label, probability), best first. A text stands once, with its best score."""
-        found: dict[str, np.float32] = {}
-        count = k
-        while True:
-            count = min(2 * count + 8, len(self._row))
-            for at in self._exact(count):
-                found.setdefault(label_of(int(at if self._inside is None else self._inside[at])), self._row[at])
-            if len(found) >= k or count == len(self._row):
-                break
-        top = self._row.max()
-        total = np.exp((self._row - top) * self._logit_scale).sum()
-        return [(text, _score(np.exp((x - top) * self._logit_scale) / total)) for text, x in list(found.items())[:k]]
-
-    def probabilities(self, k: int) -> NDArray[np.float32]:
-        """float32 `[rows]`, which sum to 1; of the k best and of all that weigh much, exact."""
-        self._exact(min(2 * k + 8, len(self._row)))
-        weights = np.exp((self._row - self._row.max()) * self._logit_scale)
-        return np.asarray(weights / weights.sum(), np.float32)
-
-    def _exact(self, count: int) -> NDArray[np.intp]:
-        """Makes what could be among the `count` best exact; -> where those are, best first."""
-        row = self._row
-        if self._error:
-            near = int(np.count_nonzero(row >= row.max() - SUM_COSINE))
-            wanted = min(max(count, min(near, SUM_ROWS)), len(row))
-            candidates = largest(row, wanted)
-            floor = np.partition(row[candidates], -wanted)[-wanted] - 2 * self._error
-            candidates = np.flatnonzero(row >= floor)
-            for start in range(0, len(candidates), EXACT_ROWS):
-                part = candidates[start : start + EXACT_ROWS]
-                at = part if self._inside is None else self._inside[part]
-                row[part] = np.asarray(self._vecs[at], np.float32) @ self._query
-        best = largest(row, count)
-        return best[np.lexsort((best, -row[best]))][:count]
-
-
-def _score(probability: np.floating[Any]) -> float:
-    return min(max(float(probability), 0.0), 1.0)

@@ -377,8 +377,6 @@ def verify(folder: Path) -> list[str]:
         rows = found.vecs[start : start + vectorfile.BLOCK].astype(np.float32)
         if (bad := np.abs(np.linalg.norm(rows, axis=1) - 1) > 1e-2).any():
             wrong.append(f"row {start + int(bad.argmax())} is not of unit length")
-        if found.scan and (furthest := found.scan.distance(start, rows)) > float(found.meta["scan_error"]) + 1e-4:
-            wrong.append(f"the bytes of rows {start} and on are {furthest:.4f} away, more than scan_error")
     try:
         if not np.array_equal(taxa.depths(found.names), found.depth):
             wrong.append("depth is not that of its lineages")

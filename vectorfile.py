@@ -1,4 +1,4 @@
-"""The file of a label set's text vectors: built once, kept whole or not at all, mapped into memory, scanned in int8.
+"""The file of a label set's text vectors: built once, kept whole or not at all, mapped into memory.
 
 `text_vectors.npz` is an ordinary uncompressed npz. Its members begin at multiples of 64 bytes, so a large one is mapped
 from where it lies instead of being read: processes share its pages, and memory that is wanted elsewhere takes them.
@@ -7,7 +7,6 @@ from where it lies instead of being read: processes share its pages, and memory 
     meta      JSON: what the vectors depend on, see `CacheKey`
     names     UTF-8, one after the other, and `offsets`, int64 [n + 1]; where the set brings its own names
     depth     uint8 [n]: of lineages in order, the first of their ranks in which a row differs from the one before
-    codes     uint8 [n, dim], `scales` float32 [n], `rotation` float32 [dim, dim]: what `Scan` reads of a large set
 
 Nothing here is unpickled, and every file is written beside its final name and then renamed, so a kill at any moment
 leaves the old file or the new one.
@@ -25,7 +24,6 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +32,7 @@ from typing import IO, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from labels import Encode, Recipe, Vectors, label_vectors
-from machine import step_back, usable_cores
+from labels import Encode, Recipe, label_vectors
 
 log = logging.getLogger("lumen.vectorfile")
 
@@ -50,10 +47,6 @@ BLOCK = 8192  # rows that are converted at a time: 25 MB of float32 at 768 dimen
 PROBE_LABELS = 4  # labels encoded again to see whether a cache still belongs to the model
 PROBE_COSINE = 0.9999
 ALIGNMENT = 64  # bytes
-SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
-SCAN_ROWS = 4096  # a call; what it makes of them stays in a core's cache
-MIN_COLUMNS = 8  # fewer take ONNX Runtime longer
-QUERY_STEPS = 63  # 7 bits: a byte times such a step, twice, fits the int16 in which AVX2 adds them up
 
 
 # --- what is in a file ------------------------------------------------------------------------------------------
@@ -101,7 +94,6 @@ class TextVectors:
     """The vectors of a label set, and what lies beside them in their file."""
 
     vecs: NDArray[Any]  # float32 or float16 [n, dim]
-    scan: Scan | None = None
     names: Names | None = None
     depth: NDArray[np.uint8] | None = None
     meta: dict[str, Any] | None = None
@@ -144,10 +136,9 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    large = is_large(key.count, key.dim)
-    dtype = np.dtype(np.float16 if large else np.float32)
+    dtype = np.dtype(np.float16 if is_large(key.count, key.dim) else np.float32)
     with replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
-        with _member(archive, "vecs", dtype, (key.count, key.dim)) as (member, at):
+        with _member(archive, "vecs", dtype, (key.count, key.dim)) as member:
             for block in rows:
                 member.write(np.ascontiguousarray(block, dtype).tobytes())
         facts = {**key.meta(), "dtype": str(dtype), **(more or {})}
@@ -157,10 +148,6 @@ def save(
             _add(archive, "names", kept.text)
         if depth is not None:
             _add(archive, "depth", depth)
-        if large:
-            file.flush()
-            written = np.memmap(file.name, dtype, "r", at, (key.count, key.dim))
-            facts["scan_error"] = _add_codes(archive, written)
         meta = json.dumps(facts, indent=2).encode()
         _add(archive, "meta", np.frombuffer(meta, np.uint8))
     with replacing(folder / "text_vectors.meta.json") as file:
@@ -171,31 +158,8 @@ def save(
 
 
 def is_large(count: int, dim: int) -> bool:
-    """Whether a set of that size is stored in half precision, mapped, and scanned in int8."""
+    """Whether a set of that size is stored in half precision and mapped."""
     return count * dim * 4 > HALF_PRECISION_BYTES
-
-
-def _add_codes(archive: zipfile.ZipFile, vecs: NDArray[Any]) -> float:
-    """Adds the members of a scan; -> the largest distance between a row and what its codes say.
-
-    Rows are turned by a random rotation first. It changes no product of two vectors that are both turned, and spreads
-    what CLIP's few large dimensions hold, so that the steps of a row's bytes are fine.
-    """
-    count, dim = vecs.shape
-    rotation, triangle = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, dim)))
-    rotation = (rotation * np.sign(np.diag(triangle))).astype(np.float32)
-    scales, error = np.empty(count, np.float32), 0.0
-    with _member(archive, "codes", np.dtype(np.uint8), (count, dim)) as (member, _):
-        for start in range(0, count, BLOCK):
-            turned = vecs[start : start + BLOCK].astype(np.float32) @ rotation
-            steps = np.maximum(np.abs(turned).max(axis=1) / 127, np.finfo(np.float32).tiny)
-            codes = np.rint(turned / steps[:, None])
-            member.write((codes + 128).astype(np.uint8).tobytes())
-            scales[start : start + BLOCK] = steps
-            error = max(error, float(np.linalg.norm(codes * steps[:, None] - turned, axis=1).max()))
-    _add(archive, "scales", scales)
-    _add(archive, "rotation", rotation)
-    return error
 
 
 @contextmanager
@@ -220,10 +184,8 @@ def _sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _member(
-    archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> Iterator[tuple[IO[bytes], int]]:
-    """A member to write an array into, and where in the file that begins: at a multiple of ALIGNMENT."""
+def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    """A member to write an array into, which begins at a multiple of ALIGNMENT in the file."""
     assert archive.fp is not None
     header = io.BytesIO()  # itself a multiple of ALIGNMENT
     facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -234,11 +196,11 @@ def _member(
     info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # as Android aligns
     with archive.open(info, "w", force_zip64=True) as member:
         member.write(header.getvalue())
-        yield member, begin + padding + header.tell()
+        yield member
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
-    with _member(archive, name, array.dtype, array.shape) as (member, _):
+    with _member(archive, name, array.dtype, array.shape) as member:
         member.write(np.ascontiguousarray(array).tobytes())
 
 
@@ -269,7 +231,7 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None 
 def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> TextVectors:
     count, dim = int(meta["count"]), int(meta["dim"])
     vecs = checked(arrays["vecs"], count, dim)
-    names = scan = None
+    names = None
     if "names" in arrays:
         text, offsets = arrays["names"], arrays["offsets"]
         if offsets.shape != (count + 1,) or offsets[0] or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
@@ -278,12 +240,7 @@ def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> Text
     depth = arrays.get("depth")
     if depth is not None and (depth.shape != (count,) or depth.dtype != np.uint8):
         raise Damaged(f"depth of shape {depth.shape}")
-    if "codes" in arrays:
-        codes, scales, rotation = arrays["codes"], arrays["scales"], arrays["rotation"]
-        if (codes.shape, scales.shape, rotation.shape) != ((count, dim), (count,), (dim, dim)):
-            raise Damaged("the shapes of its codes")
-        scan = Scan(codes, scales, np.array(rotation), float(meta["scan_error"]))
-    return TextVectors(vecs, scan, names, depth, meta)
+    return TextVectors(vecs, names, depth, meta)
 
 
 def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -307,7 +264,7 @@ def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
 
 
 def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
-    """Compares a file with its checksums unless that was done since it was written: 2 GB take a board half a minute."""
+    """Compares a file with its checksums unless that was done since it was written: gigabytes take a board long."""
     status = path.stat()
     seen = [str(path.resolve()), status.st_size, status.st_mtime_ns]
     large = status.st_size > HALF_PRECISION_BYTES
@@ -475,63 +432,3 @@ def _load_older(path: Path, key: CacheKey) -> NDArray[Any] | None:
     except Exception as error:  # as above
         log.info("%s does not fit (%s)", path, error)
         return None
-
-
-# --- the scan ---------------------------------------------------------------------------------------------------
-
-
-class Scan:
-    """Cosines of a large set from a byte a number: near enough to find those that are worth computing exactly."""
-
-    def __init__(
-        self, codes: NDArray[np.uint8], scales: NDArray[np.float32], rotation: NDArray[np.float32], error: float
-    ) -> None:
-        """`error`: the largest distance between a row and what its codes say."""
-        import onnxruntime
-
-        self.codes, self._scales, self._rotation, self._error = codes, scales[:, None], rotation, error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
-        self._cores = usable_cores()
-        self.threads = ThreadPoolExecutor(self._cores, "scan", lambda: step_back(5))
-
-    def __call__(self, queries: Vectors) -> tuple[NDArray[np.float32], float]:
-        """float32 `[b, dim]` unit rows -> cosines float32 `[b, n]`, and what none of them is further off than."""
-        turned = queries @ self._rotation
-        parts, steps = _in_steps(turned)
-        found = np.empty((len(queries), len(self.codes)), np.float32)
-
-        def scan(span: range) -> None:
-            for start in span:
-                block = slice(start, min(start + SCAN_ROWS, len(self.codes)))
-                given = {"codes": self.codes[block], "scales": self._scales[block], "parts": parts, "steps": steps}
-                found[:, block] = self._session.run(None, given)[0]
-
-        starts = range(0, len(self.codes), SCAN_ROWS)
-        share = -(-len(starts) // self._cores)
-        list(self.threads.map(scan, [starts[i : i + share] for i in range(0, len(starts), share)]))
-        lost = np.linalg.norm((parts.astype(np.float32) @ steps).T - turned, axis=1).max()
-        # By Cauchy and Schwarz, and what float32 itself rounds away.
-        return found, self._error + (1 + self._error) * float(lost) + 1e-5
-
-    def distance(self, start: int, rows: NDArray[np.float32]) -> float:
-        """The largest distance between rows from `start` on and what their codes say."""
-        codes, scales = (array[start : start + len(rows)] for array in (self.codes, self._scales))
-        return float(np.linalg.norm((codes.astype(np.float32) - 128) * scales - rows @ self._rotation, axis=1).max())
-
-
-def _in_steps(queries: Vectors) -> tuple[NDArray[np.int8], Vectors]:
-    """Queries `[b, dim]` as two steps of 7 bits: int8 `[dim, p]`, coarse ones and then fine ones, and float32 `[p, b]`,
-    with which their product is the queries again; p is 2 b or more."""
-    coarse = np.maximum(np.abs(queries).max(axis=1, keepdims=True) / QUERY_STEPS, np.finfo(np.float32).tiny)
-    fine = coarse / (2 * QUERY_STEPS)
-    first = np.rint(queries / coarse)
-    second = np.rint((queries - first * coarse) / fine)
-    count = len(queries)
-    columns = max(2 * count, MIN_COLUMNS)
-    parts, steps = np.zeros((queries.shape[1], columns), np.int8), np.zeros((columns, count), np.float32)
-    parts[:, : 2 * count] = np.concatenate([first, second]).T
-    steps[: 2 * count] = np.concatenate([np.diagflat(coarse), np.diagflat(fine)])
-    return parts, steps
