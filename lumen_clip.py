@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.root.handlers[0].addFilter(watch.Brevity())
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
-    machine.use_few_arenas()
+    machine.use_one_heap()
     if options.log_format == "json":
         logging.root.handlers[0].setFormatter(watch.JSONLines())
     elif watch.goes_to_the_journal():
