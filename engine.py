@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import logging
 import queue
 import threading
@@ -18,6 +17,8 @@ from concurrent import futures
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 import machine
 from inputs import BadInput
@@ -34,10 +35,18 @@ class Line:
     SCORING, TEXT, BULK = range(3)
 
     def __init__(
-        self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int, spread: bool
+        self,
+        name: str,
+        run: Callable[[list[Any]], Sequence[Any]],
+        batch_size: int,
+        kind: int,
+        spread: bool = False,
+        share: Callable[[Any], float] = lambda item: 1.0,
     ) -> None:
-        self.name, self.run, self.batch_size, self.kind = name, run, batch_size, kind
-        self.spread = spread  # a batch of it keeps one core busy, so that each lane may run one
+        """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: what an item takes of a place
+        in a batch, for each is padded to the longest."""
+        self.name, self.run, self.batch_size = name, run, batch_size
+        self.kind, self.spread, self.share = kind, spread, share
         self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
 
 
@@ -55,7 +64,7 @@ class Answer:
     def encoded(self) -> bytes:
         if isinstance(self.content, bytes):
             return self.content
-        return json.dumps(self.content, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+        return orjson.dumps(self.content, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def mime(self) -> str:
         return TENSOR_MIME if isinstance(self.content, bytes) else f"application/json;schema={self.schema}"
@@ -137,10 +146,9 @@ class Engine:
         self.thread = threading.Thread(target=self._loop, name="inference", daemon=True)
         self._lanes = [threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(lanes)]
 
-    def line(
-        self, name: str, run: Callable[[list[Any]], Sequence[Any]], batch_size: int, kind: int, spread: bool = False
-    ) -> Line:
-        self._lines.append(Line(name, run, batch_size, kind, spread))
+    def line(self, *arguments: Any, **more: Any) -> Line:
+        """A new one; see `Line`."""
+        self._lines.append(Line(*arguments, **more))
         return self._lines[-1]
 
     def start(self) -> None:
@@ -222,10 +230,15 @@ class Engine:
         """Runs a line's next batch here, or has a lane run it."""
         size = min(line.batch_size, -(-len(line.waiting) // self._free)) if line.spread else line.batch_size
         batch: Batch = []
-        while line.waiting and len(batch) < size:
-            _, _, step, position = heapq.heappop(line.waiting)
-            if not step.job.answer.cancelled():  # nobody waits for it any more
+        largest = 0.0
+        while line.waiting:
+            _, _, step, position = line.waiting[0]
+            if not step.job.answer.cancelled():  # else nobody waits for it any more
+                largest = max(largest, line.share(step.results[position]))
+                if batch and (len(batch) + 1) * largest > size:
+                    break
                 batch.append((step, position))
+            heapq.heappop(line.waiting)
         if not batch:
             return
         if line.spread:
