@@ -111,6 +111,7 @@ class Backend(Protocol):
     self_test_cosine: float | None  # what `self_test` found here, or None if there is nothing golden
     npu: str  # what of an NPU runs, for people, or ""
     refusal: str  # why an NPU that was asked for is not used, or ""
+    open_length: bool  # texts run at their true length, so that short ones take less than long ones
     lanes: int  # how many `encode_images` may run at once, each on a core of its own; 1: on all that there are
     space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
 
@@ -445,7 +446,8 @@ class TorchBackend:
             self.tokenizer = lambda texts: tokenizer(list(texts)).numpy()
         self.arrange(self.arrangements()[0])
         # Cutting at the end token is exact for a causal tower that is pooled there, and for no other.
-        self.causal = type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
+        causal = type(model) is open_clip.CLIP and model.attn_mask is not None
+        self.open_length = causal and model.text_pool_type == "argmax"
         visual = model.visual
         self._pools_one_token = (
             type(visual) is open_clip.transformer.VisionTransformer
@@ -513,7 +515,7 @@ class TorchBackend:
     def encode_text(self, tokens: Tokens) -> Vectors:
         self._use_cores(self._cores)
         with self._torch.inference_mode():
-            if self.causal:
+            if self.open_length:
                 tokens = tokens[:, : true_length(tokens)]
             x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
             return unit_rows(x.float().cpu().numpy())
@@ -557,7 +559,7 @@ class TorchBackend:
         For such a tower this is `CLIP.encode_text` without its demand for the full context.
         """
         model, length = self.model, tokens.shape[1]
-        if not self.causal:
+        if not self.open_length:
             return model.encode_text(tokens)
         x = model.token_embedding(tokens).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))

@@ -685,7 +685,7 @@ def refuse_what_is_not_clip(source: TorchBackend, model: str) -> None:
         raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
     if not isinstance(source.tokenizer, inputs.ClipTokenizer):
         raise ExportError(f"--model {model}: its tokenizer is not CLIP's; only CLIP models are supported")
-    if not source.causal:
+    if not source.open_length:
         raise ExportError(f"--model {model}: its text tower is not CLIP's causal one; only CLIP models are supported")
 
 

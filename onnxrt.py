@@ -130,8 +130,8 @@ class ONNXRTBackend:
             names = ", ".join(x.name for x in inputs)
             raise self._options.error("ONNX_TEXT", str(path), f"takes {names}; only towers fed by token ids alone")
         length = inputs[0].shape[1]
-        self._open_length = not isinstance(length, int)
-        context = config.get("text_cfg", {}).get("context_length", 77) if self._open_length else length
+        self.open_length = not isinstance(length, int)
+        context = config.get("text_cfg", {}).get("context_length", 77) if self.open_length else length
         self._tokenizer = ClipTokenizer.from_file(path.parent / "tokenizer.json", int(context))
 
     def _tower_path(self, variable: str, value: str, part: str) -> Path:
@@ -189,7 +189,7 @@ class ONNXRTBackend:
         if self._text is None:
             self._text = self._session(self._text_path, "ONNX_TEXT", usable_cores())
         integers = np.int32 if self._text.get_inputs()[0].type == "tensor(int32)" else np.int64
-        return self._run(self._text, tokens.astype(integers), cut=self._open_length)
+        return self._run(self._text, tokens.astype(integers), cut=self.open_length)
 
     @staticmethod
     def _run(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors:

@@ -56,6 +56,22 @@ def test_one_poison_image_in_a_batch_fails_alone(watched: Any) -> None:
     assert one(stub, "clip_image_embed", photos[0]).result
 
 
+@pytest.mark.parametrize(("text", "sizes"), [("cat {}", [30]), ("a very " + "red " * 30 + "cat {}", [8, 8, 8, 6])])
+def test_short_texts_run_more_at_once(watched: Any, text: str, sizes: list[int]) -> None:
+    """Lost otherwise: a fifth of the searches a second; and a batch of long texts that keeps all others waiting."""
+    backend, stub = watched
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        backend.gate.clear()
+        first = clients.submit(one, stub, "clip_image_embed", encoded(picture(RED)))
+        assert backend.busy.wait(10)
+        requests = [pb.InferRequest(task="clip_embed", payload=text.format(i).encode()) for i in range(30)]
+        waiting = clients.submit(lambda: list(stub.Infer(iter(requests), timeout=30)))
+        time.sleep(0.5)
+        backend.gate.set()
+        assert first.result().result and len({r.result for r in waiting.result()}) == 30
+    assert [count for kind, count in backend.batches if kind == "text"] == sizes
+
+
 def test_text_is_not_stuck_behind_a_bulk_import(watched: Any) -> None:
     """Lost otherwise: search, for as long as somebody imports their holiday."""
     backend, stub = watched
