@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -156,6 +157,8 @@ def create_backend(options: ModelOptions) -> Backend:
     except Exception as error:
         log.debug("first run failed", exc_info=True)
         raise options.error("MODEL", options.model, f"the model does not run ({one_line(error)})") from error
+    if not (math.isfinite(backend.logit_scale) and backend.logit_scale > 0):
+        raise options.error("MODEL", options.model, f"a logit scale of {backend.logit_scale}; allowed: above 0")
     if images.shape[1] != texts.shape[1]:
         text = f"image vectors have {images.shape[1]} dimensions and text vectors {texts.shape[1]}: not one model"
         raise options.error("MODEL", options.model, text)

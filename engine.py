@@ -43,8 +43,8 @@ class Line:
         spread: bool = False,
         share: Callable[[Any], float] = lambda item: 1.0,
     ) -> None:
-        """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: what an item takes of a place
-        in a batch, for each is padded to the longest."""
+        """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
+        an item takes; all items of a batch count as its largest, for they are padded to that."""
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share = kind, spread, share
         self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
@@ -64,6 +64,7 @@ class Answer:
     def encoded(self) -> bytes:
         if isinstance(self.content, bytes):
             return self.content
+        # A value that is not finite would be `null`; `backends.unit_rows` and `create_backend` let none come here.
         return orjson.dumps(self.content, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def mime(self) -> str:
@@ -146,10 +147,9 @@ class Engine:
         self.thread = threading.Thread(target=self._loop, name="inference", daemon=True)
         self._lanes = [threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(lanes)]
 
-    def line(self, *arguments: Any, **more: Any) -> Line:
-        """A new one; see `Line`."""
-        self._lines.append(Line(*arguments, **more))
-        return self._lines[-1]
+    def add(self, line: Line) -> Line:
+        self._lines.append(line)
+        return line
 
     def start(self) -> None:
         for thread in (self.thread, *self._lanes):

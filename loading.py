@@ -40,8 +40,8 @@ class SpeciesLoader:
         """`folder` keeps the vectors of this model."""
         self.name = source or treeoflife.SOURCES[0]
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
-        self._line = engine.line("species prompts", model.prompts.run, BATCH, Line.BULK)
-        self._rest = engine.line("bioclip rest", self._let_go, 1, Line.BULK)
+        self._line = engine.add(Line("species prompts", model.prompts.run, BATCH, Line.BULK))
+        self._rest = engine.add(Line("bioclip rest", self._let_go, 1, Line.BULK))
 
     def at_once(self, say: Callable[[str], None]) -> Species | None:
         """The species, if they are there or few; before the inference thread runs. Raises LabelError."""

@@ -67,8 +67,8 @@ def use_one_heap() -> None:
     """Keeps glibc from giving threads heaps of their own, up to eight for each core.
 
     `malloc_trim` gives back what is free at the end of the main heap, and not of any other: one more heap took 50 MB in
-    half an hour of hostile load, hardly any of it in use. Threads seldom wait for each other here, for what is large is
-    mapped.
+    half an hour of hostile load, hardly any of it in use. Threads that wait for each other's bookkeeping cost nothing
+    that `bench.py` could show.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if option and "MALLOC_ARENA_MAX" not in os.environ:

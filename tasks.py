@@ -36,7 +36,7 @@ MIN_SCORE = 0.35  # of a rank that `rank=auto` settles for; LrGeniusAI's rule
 TAXA_MAX = 10_000  # of `within`
 LABEL_COST = 4096  # bytes of a caller's label, beside its text: token ids and a vector
 # Tokens. Shorter texts run more at once, up to four times as many: small matrices take longer for each text (ViT-B-32
-# and ONNX Runtime, 5 tokens: 321 a second by 8, 387 by 32). Longer ones gain nothing by it.
+# and ONNX Runtime, 5 tokens: 321 a second by 8, 387 by 32), and such a batch is no more work than one of texts of 20.
 SHORT_TEXT = 20
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 
@@ -64,9 +64,9 @@ class Model:
             return min(max(true_length(tokens[None]) / SHORT_TEXT, 0.25), 1.0) if backend.open_length else 1.0
 
         images_at_once = tuning.batch_size if tuning else batch_size
-        self.image = engine.line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1)
-        self.text = engine.line(f"{name} text", texts, batch_size, Line.TEXT, share=share)
-        self.prompts = engine.line(f"{name} prompts", texts, batch_size, Line.BULK)
+        self.image = engine.add(Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1))
+        self.text = engine.add(Line(f"{name} text", texts, batch_size, Line.TEXT, share=share))
+        self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share))
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the inference thread's alone
 
     def facts(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ class Models:
         self.progress: Progress | None = None  # of species that are not there yet
         self._engine, self._batch_size = engine, batch_size
         self._lines = {name: self._line(name, labelset) for name, labelset in sets.items()}
-        self._own_line = engine.line("own sets scoring", self._own_scorer, batch_size, Line.SCORING)
+        self._own_line = engine.add(Line("own sets scoring", self._own_scorer, batch_size, Line.SCORING))
         self._scenes = sets.get("scenes")
         if isinstance(species := sets.get("species"), Species):
             self.species = species
@@ -146,7 +146,7 @@ class Models:
         return self.species
 
     def _line(self, name: str, labelset: LabelSet | Species) -> Line:
-        return self._engine.line(f"{name} scoring", self._scorer(labelset), self._batch_size, Line.SCORING)
+        return self._engine.add(Line(f"{name} scoring", self._scorer(labelset), self._batch_size, Line.SCORING))
 
     @staticmethod
     def _own_scorer(items: list[Any]) -> Sequence[Any]:
@@ -294,7 +294,8 @@ def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
         form |= {"byte_order": "little"}
         meta |= {"lumen.output.kind": "tensor"} | {f"lumen.output.tensor.{key}": value for key, value in form.items()}
         return Answer("", vector.astype("<f4").tobytes(), meta)
-    content = {"vector": vector, "dim": len(vector), "model_id": model.backend.model_id}
+    # A copy: an image's row would keep its whole batch until the client reads.
+    content = {"vector": vector.copy(), "dim": len(vector), "model_id": model.backend.model_id}
     return Answer("embedding_v1", content, meta)
 
 

@@ -375,7 +375,7 @@ def verify(folder: Path) -> list[str]:
     wrong = []
     for start in range(0, len(found.vecs), vectorfile.BLOCK):
         rows = found.vecs[start : start + vectorfile.BLOCK].astype(np.float32)
-        if (bad := np.abs(np.linalg.norm(rows, axis=1) - 1) > 1e-2).any():
+        if (bad := ~(np.abs(np.linalg.norm(rows, axis=1) - 1) <= 1e-2)).any():
             wrong.append(f"row {start + int(bad.argmax())} is not of unit length")
     try:
         if not np.array_equal(taxa.depths(found.names), found.depth):

@@ -53,6 +53,9 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_refused(tiny_onnx: Path,
         with pytest.raises(inputs.BackendError, match=f"manifest.json names {name}, which is missing"):
             load(folder)
         (folder / name).write_bytes(content)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"logit_scale": float("nan")}))
+    with pytest.raises(inputs.BackendError, match="a logit scale of nan; allowed: above 0"):
+        load(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(inputs.BackendError, match=r"manifest\.json is of format 2; this version reads 1"):
         load(folder)

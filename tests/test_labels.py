@@ -143,7 +143,7 @@ class TreeOfLife:
 def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TreeOfLife:
     if request.param == "scanned":  # as of 100,000 species on
         monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
-        monkeypatch.setattr(labels, "SCAN_ROWS", 1000)
+        monkeypatch.setattr(labels, "SPAN_BLOCKS", 8)
     tree = TreeOfLife(tmp_path)
     assert tree.stored and tree.stored.vecs.dtype == (np.float16 if request.param == "scanned" else np.float32)
     return tree

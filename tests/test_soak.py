@@ -45,6 +45,7 @@ class Load:
         self.over.set()
         for thread in threads:
             thread.join(120)
+            assert not thread.is_alive()
 
     def honest(self, number: int) -> None:
         rng = np.random.default_rng([self.seed, number])
@@ -123,7 +124,7 @@ class Load:
     def labels_of_its_own(self, rng: np.random.Generator) -> None:
         meta = {"labels": json.dumps([f"{rng.random()}" for _ in range(50)]), "topk": "9" * 50}
         request = pb.InferRequest(task="clip_classify", payload=self.photos[1], meta=meta)
-        list(self.node.stub.Infer(iter([request])))
+        list(self.node.stub.Infer(iter([request]), timeout=60))
 
     def measured(self) -> tuple[float, int, int]:
         """MB, threads and files, with all quiet, after the same work, when the daemon has given back what it freed."""

@@ -109,7 +109,7 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
         return items
 
     made = engine.Engine(lanes=4)
-    line = made.line("image", held, 8, engine.Line.BULK, spread=True)
+    line = made.add(engine.Line("image", held, 8, engine.Line.BULK, spread=True))
 
     def steps() -> engine.Steps:
         return engine.Answer("", str((yield line, [1])[0]).encode(), {})
