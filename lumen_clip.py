@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import grpc
 from google.protobuf import empty_pb2
 
 import backends
@@ -229,18 +230,7 @@ def see_the_doctor(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    # The level is ours; libraries speak when something is wrong.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.root.handlers[0].addFilter(watch.Brevity())
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
-    machine.use_one_heap()
-    if options.log_format == "json":
-        logging.root.handlers[0].setFormatter(watch.JSONLines())
-    elif watch.goes_to_the_journal():
-        logging.root.handlers[0].setFormatter(watch.JournalLines())
-    if options.log_format == "json" or not sys.stderr.isatty():
-        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
-    log.setLevel(options.log_level.upper())
+    prepare_process(options)
     if options.doctor:
         return see_the_doctor(options)
     try:
@@ -268,7 +258,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(event, BaseException):
         _report(event)
         _leave(1)
-    models, loader = event
+    serve(daemon, beacon, *event)
+    if trouble := supervise(daemon, events):
+        log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
+        daemon.stop_serving()
+        beacon.close()
+        server.stop(None).wait(2)  # what is in work has no one who could answer it
+        _leave(1)
+    stop(daemon, beacon, server)
+    return 0
+
+
+def prepare_process(options: argparse.Namespace) -> None:
+    """Log, memory and what libraries may print; before any of them begins."""
+    # The level is ours; libraries speak when something is wrong.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.root.handlers[0].addFilter(watch.Brevity())
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
+    machine.use_one_heap()
+    if options.log_format == "json":
+        logging.root.handlers[0].setFormatter(watch.JSONLines())
+    elif watch.goes_to_the_journal():
+        logging.root.handlers[0].setFormatter(watch.JournalLines())
+    if options.log_format == "json" or not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
+    log.setLevel(options.log_level.upper())
+
+
+def serve(daemon: Daemon, beacon: Beacon, models: Models, loader: SpeciesLoader | None) -> None:
+    """The models are there: opens the doors, and says so to systemd, the network and the log."""
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
@@ -278,13 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.freeze()  # what stays need not be looked through again and again
     notify("READY=1\nSTATUS=serving")
     log.info("ready: %s", ", ".join(task.name for task in models.offered()))
-    if trouble := supervise(daemon, events):
-        log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
-        daemon.stop_serving()
-        beacon.close()
-        server.stop(None).wait(2)  # what is in work has no one who could answer it
-        _leave(1)
 
+
+def stop(daemon: Daemon, beacon: Beacon, server: grpc.Server) -> None:
+    """Answers what is in work first."""
     notify("STOPPING=1")
     log.info("stopping: answering what is in work")
     beacon.close()
@@ -294,7 +309,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     daemon.engine.stop()
     daemon.traffic.say(0)
     log.info("stopped")
-    return 0
 
 
 def supervise(daemon: Daemon, events: queue.SimpleQueue[Loaded | BaseException | None]) -> str:
