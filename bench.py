@@ -558,8 +558,8 @@ def measure_scoring(folder: Path, count: int, dim: int = 768) -> str:
         queries = queries + rng.standard_normal((batch, dim), np.float32) * 0.1
         queries /= np.linalg.norm(queries, axis=1, keepdims=True)
         runs: dict[str, Callable[[], Any]] = {
-            "reading the rows": partial(_read, stored.vecs),
-            "a plain copy of them": partial(_copy, stored.vecs),
+            "reading the rows": partial(_on_each_core, scan.threads, _read, stored.vecs),
+            "a plain copy of them": partial(_on_each_core, scan.threads, _copy, stored.vecs),
             "their cosines": partial(scan, queries),
             "top 5": partial(species.answers, queries, [taxa.Ask(5)] * batch),
             "top 5 families": partial(species.answers, queries, [taxa.Ask(5, rank="family")] * batch),
@@ -577,19 +577,24 @@ def measure_scoring(folder: Path, count: int, dim: int = 768) -> str:
             f"batch of {batch}: "
             + ", ".join(f"{n} {wall:.0f} ms ({core:.0f} core ms)" for n, (wall, core) in medians.items())
         )
-        speeds = (f"{n} {stored.vecs.nbytes / 1e6 / medians[n][1]:.1f}" for n in list(runs)[:3])
-        told.append(f"GB of rows a second of a core: {', '.join(speeds)}")
+        for unit, at in (("second", 0), ("second of a core", 1)):
+            speeds = (f"{n} {stored.vecs.nbytes / 1e6 / medians[n][at]:.1f}" for n in list(runs)[:3])
+            told.append(f"    GB of rows a {unit}: {', '.join(speeds)}")
     told.append(f"anonymous memory: {anonymous_mb() - anonymous:.0f} MB more")
     return "\n".join(told)
 
 
-def _read(array: Any) -> None:
-    np.bitwise_xor.reduce(np.asarray(array).reshape(-1).view(np.uint64))
+def _on_each_core(threads: Any, work: Callable[[Any], None], rows: NDArray[Any]) -> None:
+    list(threads.map(work, np.array_split(rows, machine.usable_cores())))
 
 
-def _copy(array: Any) -> None:
-    parts = np.array_split(np.asarray(array).reshape(-1), 8)
-    into = np.empty(max(map(len, parts)), array.dtype)  # more than a cache holds
+def _read(rows: NDArray[Any]) -> None:
+    np.bitwise_xor.reduce(rows.reshape(-1).view(np.uint64))
+
+
+def _copy(rows: NDArray[Any]) -> None:
+    parts = np.array_split(rows, 8)
+    into = np.empty_like(parts[0])  # more than a cache holds
     for part in parts:
         np.copyto(into[: len(part)], part)
 
