@@ -1,9 +1,8 @@
 """The tree of life: lineages, their ranks, and what lies within a taxon.
 
 A lineage is one text of eight slots, `kingdom/phylum/class/order/family/genus/epithet/common name`, `*` for a blank.
-In the order of their texts, all rows of a taxon of any rank stand together, so that a rank is a list of first rows.
-
-`Species` scores pictures against all rows.
+In the order of their texts, all rows of a taxon of any rank stand together, so that a rank is a list of first rows, and
+its scores are sums between them.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 def test_a_large_set_is_answered_as_by_brute_force_in_float32(
     tree_of_life: TreeOfLife, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lost otherwise: the right species, for speed. 2,000 queries."""
+    """Lost otherwise: the right species, for speed. 2,000 queries; blocks, spans and what is left over make one set."""
     species = tree_of_life.species
     monkeypatch.setattr(species, "_twins", 0)  # row by row
     queries, worst = tree_of_life.queries(2000), 0.0
