@@ -156,8 +156,7 @@ def test_a_large_set_is_answered_as_by_brute_force_in_float32(
     species = tree_of_life.species
     monkeypatch.setattr(species, "_twins", 0)  # row by row
     queries, worst = tree_of_life.queries(2000), 0.0
-    for start in range(0, len(queries), 8):
-        part = queries[start : start + 8]
+    for part in np.array_split(queries, np.cumsum([8, 1, 4, 5, 2] * 100)[:-1]):  # few are multiplied one by one
         cosines, probabilities = tree_of_life.brute_force(part)
         for k, found, row, p in zip(
             (1, 5, 100) * 3,
