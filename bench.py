@@ -1,14 +1,14 @@
 """The daemon's speed as a ratio to what the machine can do, measured in one run.
 
-    python bench.py                          # ViT-B-32, ONNX Runtime, fp32; about five minutes
+    python bench.py                          # ViT-B-32, ONNX Runtime, fp32; about ten minutes
     python bench.py --precision int8         # or --backend torch
     python bench.py --photos ~/Photos        # an import of one's own pictures
     python bench.py --fidelity ~/Photos      # what scaled JPEG decode costs
     python bench.py --against host:50051     # any server that speaks the protocol
 
 Weights are random, of true size, built once and kept in `data/bench`. Nothing is fetched. Two limits stand beside
-each rate: `model`, the raw model on ready inputs at its best, measured just before and after the row; and `cores`,
-what the machine would do if decoding and the model took their core time and nothing else took any. The clients run on
+each rate: `model`, the raw model on ready inputs at its best; and `cores`, what the machine would do if decoding and
+the model took their core time and nothing else took any. They, one client, eight and 64 take turns. The clients run on
 the same cores, in a process of their own, and as thin as a client can be; `client` is what they take. The last column
 is decoding and the model as a share of all core time that was spent, which does not hang on what else the machine does.
 """
@@ -51,6 +51,7 @@ from gen import ml_service_pb2_grpc as pb_grpc
 
 HERE = Path(__file__).resolve().parent
 IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has under way
+WINDOW = 4.0  # seconds of one turn
 INFER = "/home_native.v1.Inference/Infer"
 LIBRARY = 40_000  # photographs
 TEXTS = 10_000  # different ones, more than a daemon remembers, of equal length: each digit is one token
@@ -189,8 +190,9 @@ class Limits:
 
     def cores_per_s(self, case: Case) -> float:
         """What the cores would do if decoding and the model took their time, and nothing else took any."""
-        parts = parts_of(case, list(self._cases.values()))
-        return self.cores / statistics.mean(sum(self.core_s(part).values()) for part in parts)
+        parts = collections.Counter(part.name for part in parts_of(case, list(self._cases.values())))
+        core_s = {name: sum(self.core_s(self._cases[name]).values()) for name in parts}
+        return self.cores * parts.total() / sum(core_s[name] * times for name, times in parts.items())
 
     def core_s(self, case: Case) -> dict[str, float]:
         """Core seconds of one request of a case, by what they are spent on."""
@@ -337,21 +339,43 @@ def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, 
     found.send((answers, next(numbers) - number))
 
 
-def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> Row:
-    """Closed-loop load; what is counted was answered after the first quarter."""
+@dataclass
+class Window:
+    """What was seen of a load for a while."""
+
+    seconds: float
+    per_s: float
+    latencies: NDArray[np.float64]  # seconds, one for each answer
+    core_s: float  # the daemon's
+    client_s: float
+
+
+def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> Window:
+    """Closed-loop load of so many clients, counted once it has gone on for a while."""
     clients = Clients(server.address, cases, count)
-    time.sleep(seconds / 4)
+    time.sleep(0.75 * seconds)
     begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
     time.sleep(seconds)
     end, core, client = time.perf_counter(), server.core_s() - core, clients.core_s() - client
     answers = np.array(sorted(answer for answer in clients.stop() if begin <= answer[0] < end))
     if len(np.unique(answers)) < 8:
-        raise SystemExit(f"bench: hardly an answer within {seconds} s; --seconds gives it longer")
-    p50, p95, p99 = (1000 * float(q) for q in np.percentile(answers[:, 1], (50, 95, 99)))
+        raise SystemExit(f"bench: hardly an answer within {seconds:.1f} s; --seconds gives it longer")
     # Answers come in batches. The slope of their count does not hang on how many batches the window's edges cut off.
     per_s = float(np.polyfit(answers[:, 0] - begin, np.arange(len(answers)), 1)[0])
-    core, client = (1000 * spent / (per_s * (end - begin)) for spent in (core, client))
-    return Row("", count, per_s, p50, p95, p99, memory_mb=server.memory_mb(), core_ms=core, client_ms=client)
+    return Window(end - begin, per_s, answers[:, 1], core, client)
+
+
+def row_of(case: str, clients: int, windows: Sequence[Window], limits: Sequence[tuple[float, float]]) -> Row:
+    """`limits`: (raw model, cores), as often as they were measured."""
+    seconds = sum(window.seconds for window in windows)
+    count = sum(window.per_s * window.seconds for window in windows)
+    p50, p95, p99 = 1000 * np.percentile(np.concatenate([window.latencies for window in windows]), (50, 95, 99))
+    row = Row(case, clients, count / seconds, float(p50), float(p95), float(p99))
+    row.core_ms = 1000 * sum(window.core_s for window in windows) / count
+    row.client_ms = 1000 * sum(window.client_s for window in windows) / count
+    if limits:
+        row.model_per_s, row.cores_per_s = (statistics.mean(found) for found in zip(*limits, strict=True))
+    return row
 
 
 def requests(cases: Sequence[Case], numbers: Iterator[int], first: int = 0) -> Iterator[bytes]:
@@ -391,24 +415,27 @@ def parts_of(case: Case, cases: Sequence[Case]) -> list[Case]:
 def measure_cases(
     server: Server, limits: Limits | None, cases: Sequence[Case], everything: Sequence[Case], seconds: float
 ) -> list[Row]:
-    """The rows; their limits are the means of what was measured just before and just after."""
+    """The rows. Of a case, one, eight and 64 clients take turns, with the limits in between: what a neighbour does to
+    the machine, it does to all of them."""
+    turns = max(1, round(seconds / WINDOW))
 
-    def limits_of(case: Case) -> tuple[float, float]:
+    def limits_of(case: Case) -> list[tuple[float, float]]:
         if not limits:
-            return 0.0, 0.0
-        return limits.images_per_s() if case.task == "clip_image_embed" else 0.0, limits.cores_per_s(case)
+            return []
+        return [(limits.images_per_s() if case.task == "clip_image_embed" else 0.0, limits.cores_per_s(case))]
 
     rows = []
     for case in cases:
-        before = limits_of(case)
-        for clients in IN_FLIGHT:
-            row = load(server, parts_of(case, everything), clients, seconds)
-            after = limits_of(case)
-            row.case = case.name
-            row.model_per_s, row.cores_per_s = (statistics.mean(pair) for pair in zip(before, after, strict=True))
+        found, windows = limits_of(case), {clients: list[Window]() for clients in IN_FLIGHT}
+        for _ in range(turns):
+            for clients, seen in windows.items():
+                seen.append(load(server, parts_of(case, everything), clients, seconds / turns))
+            found += limits_of(case)
+        for clients, seen in windows.items():
+            row = row_of(case.name, clients, seen, found)
+            row.memory_mb = server.memory_mb()
             if limits:
                 row.spent_well = 1000 * limits.cores / row.cores_per_s / (row.core_ms + row.client_ms)
-            before = after
             rows.append(row)
             print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
     return rows
@@ -553,7 +580,7 @@ def measure_scoring(folder: Path, count: int, dim: int = 768) -> str:
     ready = time.perf_counter() - started
     told = [f"{count:,} x {dim}, {stored.vecs.nbytes / 1e9:.2f} GB: ready in {ready:.2f} s"]
     scan = labels.Cosines(stored.vecs)
-    for batch in (1, 4, 8):
+    for batch in (1, 2, 4, 8):
         queries = np.stack([stored.vecs[i].astype(np.float32) for i in rng.integers(0, count, batch)])
         queries = queries + rng.standard_normal((batch, dim), np.float32) * 0.1
         queries /= np.linalg.norm(queries, axis=1, keepdims=True)
@@ -712,7 +739,7 @@ def report(server: Server, backend: backends.Backend | None, options: argparse.N
     everything = make_cases()
     wanted = tuple(options.cases.split(","))
     cases = [case for case in everything if case.name.startswith(wanted)]
-    limits = Limits(backend, everything, options.seconds / 8) if backend else None
+    limits = Limits(backend, everything, min(options.seconds / 8, 1)) if backend else None
     extra = dict(server.stub.GetCapabilities(empty_pb2.Empty()).extra)
     print(f"{extra.get('clip_model', options.against)}: {extra}")
     spawn = multiprocessing.get_context("spawn")
