@@ -14,7 +14,6 @@ import base64
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -54,7 +53,8 @@ Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
-TUNING = 3  # the way in which it is tried
+TUNING = 4  # the way in which it is tried
+TURNS = 3  # of the sizes
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
 LONGEST_SPLIT_S = 1.0  # what another picture may have to wait for; a text takes the core from it
 # What the default models were read at; another repository is taken at its main branch.
@@ -233,43 +233,45 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
 def _try_out(backend: Backend, most: int) -> Tuning:
     """The fastest that takes no longer than others may have to wait; of nearly equal ones the smallest batch.
 
-    Another arrangement than the first has to be a tenth faster: the trial runs alone, and where decoding competes for
-    the cores, threads that wait for each other at every operator lose up to half (measured with torch).
+    Sizes take turns, for a machine is seldom as fast now as it was a second ago. Another arrangement than the first
+    has to be a tenth faster: the trial runs alone, and where decoding competes for the cores, threads that wait for
+    each other at every operator lose up to half (measured with torch).
     """
     sizes = sorted({size for size in (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32) if size < most} | {most})
     found: list[Tuning] = []
     for arrangement in reversed(backend.arrangements()):  # ends with the first, so that it is in use
         backend.arrange(arrangement)
         longest = LONGEST_BATCH_S if backend.lanes == 1 else LONGEST_SPLIT_S
+        taken: dict[int, list[float]] = {}
         for size in sizes:
-            seconds = seconds_of_a_batch(backend, size)
-            if size == 1 or seconds <= longest:
-                found.append(Tuning(arrangement, size, round(backend.lanes * size / seconds, 2)))
-            if seconds > longest:
+            _, seconds = seconds_of_a_batch(backend, size), seconds_of_a_batch(backend, size)  # the first makes room
+            if seconds > longest and size > 1:
                 break
+            taken[size] = [seconds]
+        for _ in range(TURNS):
+            for size, times in taken.items():
+                times.append(seconds_of_a_batch(backend, size))
+        for size, times in taken.items():
+            found.append(Tuning(arrangement, size, round(backend.lanes * size / statistics.median(times), 2)))
     best = max(found, key=lambda t: t.images_per_s * (1.1 if t.arrangement == backend.arrangements()[0] else 1))
     equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.985 * best.images_per_s]
     return min(equal, key=lambda t: t.batch_size)
 
 
 def seconds_of_a_batch(backend: Backend, size: int) -> float:
-    """The median, with a batch in each lane. On a core of its own core time is what counts: other programs, which
+    """The mean, with a batch in each lane. On a core of its own core time is what counts: other programs, which
     are busy while a machine boots, take none of it."""
     side = backend.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     clock = time.perf_counter if backend.lanes == 1 else time.thread_time
 
-    def run(_: int) -> list[float]:
+    def run(_: int) -> float:
+        started = clock()
         backend.encode_images(pixels)
-        taken: list[float] = []
-        while not taken or sum(taken) < 0.4:
-            started = clock()
-            backend.encode_images(pixels)
-            taken.append(clock() - started)
-        return taken
+        return clock() - started
 
-    with ThreadPoolExecutor(backend.lanes) as threads:
-        return statistics.median(itertools.chain(*threads.map(run, range(backend.lanes))))
+    with ThreadPoolExecutor(backend.lanes) as lanes:
+        return statistics.mean(lanes.map(run, range(backend.lanes)))
 
 
 def _processor() -> str:

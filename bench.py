@@ -444,7 +444,7 @@ def measure_cases(
 def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], seconds: float) -> dict[str, float]:
     """A text alone, then a text while an import of photographs keeps the daemon busy; milliseconds."""
     by_name = {case.name: case for case in cases}
-    texts = (text_of(by_name["short text"], number) for number in itertools.count(TEXTS // 2))
+    texts = (text_of(by_name["short text"], number) for number in itertools.count(Clients.numbers))
 
     def ask() -> float:
         text = pb.InferRequest(task="clip_embed", payload=next(texts))

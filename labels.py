@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from machine import step_back, usable_cores
+from machine import cache_of_a_core, step_back, usable_cores
 
 log = logging.getLogger("lumen.labels")
 
@@ -29,8 +29,8 @@ Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]
 
 ENCODE_BATCH = 32  # prompts a forward
 SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
-BLOCK_ROWS = 128  # turned to float32 at a time: 0.4 MB at 768 dimensions, which a core's second cache holds
-SPAN_BLOCKS = 64  # a call of the graph; a core that is done takes the next
+BLOCK_ROWS = (128, 512)  # turned to float32 at a time: 0.4 to 1.6 MB at 768 dimensions, as a core's cache allows
+SPAN_ROWS = 8192  # a call of the graph; a core that is done takes the next
 SINGLY = 4  # queries: up to here one product each is faster than one for all, which pays for eight
 TOP_BLOCK = 256  # values of which the search for the best looks at the largest first
 
@@ -218,6 +218,7 @@ class Cosines:
             options.log_severity_level = 3
             self._scan = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
             self.threads = ThreadPoolExecutor(usable_cores(), "scan", lambda: step_back(5))
+            self._rows = rows_of_a_block(vectors.shape[1], cache_of_a_core())
 
     def __call__(self, queries: Vectors) -> NDArray[np.float32]:
         """float32 `[b, dim]` unit rows -> float32 `[b, n]`."""
@@ -232,12 +233,21 @@ class Cosines:
             [part] = self._scan.run(None, {"blocks": blocks, "queries": columns})
             found[:, span] = part.reshape(len(queries), -1)
 
-        whole, step = count - count % BLOCK_ROWS, BLOCK_ROWS * SPAN_BLOCKS
-        spans = [(slice(start, min(start + step, whole)), BLOCK_ROWS) for start in range(0, whole, step)]
+        whole = count - count % self._rows
+        spans = [(slice(at, min(at + SPAN_ROWS, whole)), self._rows) for at in range(0, whole, SPAN_ROWS)]
         if whole < count:
             spans.append((slice(whole, count), count - whole))
         list(self.threads.map(scan, *zip(*spans, strict=True)))
         return found
+
+
+def rows_of_a_block(dim: int, cache: int) -> int:
+    """How many float32 rows, a power of two within `BLOCK_ROWS`, fill at most half of a cache of so many bytes.
+
+    Larger blocks are faster while they stay in it: 1.6 times for one query, 1.35 for eight, on cores with 16 MB each.
+    """
+    rows = max(1, cache // 2 // (4 * dim))
+    return min(max(1 << rows.bit_length() - 1, BLOCK_ROWS[0]), BLOCK_ROWS[1])
 
 
 class LabelSet:

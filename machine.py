@@ -15,6 +15,7 @@ if sys.platform != "win32":
 
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def control_groups(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
@@ -38,6 +39,19 @@ def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
         if quota != "max":
             cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
+
+
+def cache_of_a_core(caches: Path = CACHES) -> int:
+    """Bytes of the largest cache that the first core has, or of its part of one that cores share; 0 where unknown."""
+    parts = [0]
+    for cache in caches.glob("index*"):
+        try:
+            kilobytes = int((cache / "size").read_text().strip().removesuffix("K"))
+            sharing = int((cache / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
+        except (OSError, ValueError):  # some ARM kernels say less
+            continue
+        parts.append((kilobytes << 10) // max(1, sharing))
+    return max(parts)
 
 
 def step_back(steps: int) -> None:
