@@ -1,7 +1,7 @@
 """The inference thread, its lanes and the decode threads: who waits for whom, what runs as one batch, in which order.
 
 A task is a generator that yields `(line, items)` and gets the items' results; it knows nothing of threads or batches.
-Nothing here knows gRPC, models or tasks. Only the inference thread advances a task.
+Nothing here knows gRPC, models or tasks. Only the engine's own thread advances a task.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ class Line:
         kind: int,
         spread: bool = False,
         share: Callable[[Any], float] = lambda item: 1.0,
+        least_share: float = 1.0,
     ) -> None:
         """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
         an item takes; all items of a batch count as its largest, for they are padded to that."""
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share = kind, spread, share
+        self.surely_full = batch_size / least_share  # waiting items, whatever their shares
         self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
 
 
@@ -120,8 +122,9 @@ Batch = list[tuple[_Step, int]]
 class Engine:
     """The one inference thread, and a lane for each core. No timer: a batch is what has gathered while the last ran.
 
-    The inference thread runs most batches itself. Those of a line that is spread it hands to lanes, so that no core
-    waits until another has finished its part, and a text need not wait for pictures: it takes the cores from the lanes.
+    Batches of a line that is spread run on lanes, so that no core waits until another has finished its part, and a text
+    need not wait for pictures: it takes the cores from the lanes. All others run on the inference thread. The engine's
+    own thread advances the tasks and forms the batches meanwhile.
     """
 
     def __init__(
@@ -139,24 +142,29 @@ class Engine:
         self._lines: list[Line] = []
         self._new: list[Job] = []
         self._free = lanes
-        self._handed: queue.SimpleQueue[tuple[Line, Batch]] = queue.SimpleQueue()  # to the lanes
-        self._ended: list[tuple[Line, Batch, Sequence[Any]]] = []  # by the lanes, with the results
+        self._inferring = 0  # batches that the inference thread has, or has before it
+        self._for_lanes: queue.SimpleQueue[tuple[Line, Batch]] = queue.SimpleQueue()
+        self._for_inference: queue.SimpleQueue[tuple[Line, Batch]] = queue.SimpleQueue()
+        self._ended: list[tuple[Line, Batch, Sequence[Any]]] = []  # with the results
         self._serial = itertools.count()  # keeps the order of items that are due together
         self._text_ran_last = False
         self._stopping = False
-        self.thread = threading.Thread(target=self._loop, name="inference", daemon=True)
-        self._lanes = [threading.Thread(target=self._lane, name=f"lane-{i}", daemon=True) for i in range(lanes)]
+        self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        work = [("inference", self._for_inference, 0), *((f"lane-{i}", self._for_lanes, 5) for i in range(lanes))]
+        self._workers = [
+            threading.Thread(target=self._work, args=arguments, name=name, daemon=True) for name, *arguments in work
+        ]
 
     def add(self, line: Line) -> Line:
         self._lines.append(line)
         return line
 
     def start(self) -> None:
-        for thread in (self.thread, *self._lanes):
+        for thread in (self.thread, *self._workers):
             thread.start()
 
     def is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in (self.thread, *self._lanes))
+        return all(thread.is_alive() for thread in (self.thread, *self._workers))
 
     @property
     def busy_since(self) -> float | None:
@@ -186,14 +194,25 @@ class Engine:
                 ended, self._ended = self._ended, []
             for job in new:
                 self._advance(job, None)
-            self._free += len(ended)
+            texts = [end for end in ended if end[0].kind == Line.TEXT]
             for line, batch, results in ended:
-                self._settle(line, batch, results)
-            if chosen := self._choose():
+                self._inferring -= not line.spread
+                self._free += line.spread
+                if line.kind != Line.TEXT:
+                    self._settle(line, batch, results)
+            while chosen := self._choose():
                 self._begin(chosen)
+            for end in texts:  # 64 clients take 10 ms to be told, for which the next batch need not wait
+                self._settle(*end)
 
     def _ready(self) -> list[Line]:
-        return [line for line in self._lines if line.waiting and (self._free or not line.spread)]
+        """The lines of which a batch may begin. The inference thread gets one ahead if it is full of texts already and
+        nothing else waits for it: later it could not be better."""
+        here = [line for line in self._lines if line.waiting and not line.spread]
+        if self._inferring:
+            full = [line for line in here if line.kind == Line.TEXT and len(line.waiting) >= line.surely_full]
+            here = full if self._inferring == 1 and full == here else []
+        return here + [line for line in self._lines if line.waiting and line.spread and self._free]
 
     def _choose(self) -> Line | None:
         """Scoring first, for it ends what has begun; text next, but never twice while others wait; then by due time."""
@@ -227,7 +246,7 @@ class Engine:
                 heapq.heappush(line.waiting, (job.due, next(self._serial), step, position))
 
     def _begin(self, line: Line) -> None:
-        """Runs a line's next batch here, or has a lane run it."""
+        """Hands a line's next batch to the inference thread or to a lane."""
         size = min(line.batch_size, -(-len(line.waiting) // self._free)) if line.spread else line.batch_size
         batch: Batch = []
         largest = 0.0
@@ -241,16 +260,14 @@ class Engine:
             heapq.heappop(line.waiting)
         if not batch:
             return
-        if line.spread:
-            self._free -= 1
-            self._handed.put((line, batch))
-        else:
-            self._settle(line, batch, self._run(line, batch))
+        self._inferring += not line.spread
+        self._free -= line.spread
+        (self._for_lanes if line.spread else self._for_inference).put((line, batch))
 
-    def _lane(self) -> None:
-        machine.step_back(5)
+    def _work(self, handed: queue.SimpleQueue[tuple[Line, Batch]], behind: int) -> None:
+        machine.step_back(behind)
         while True:
-            line, batch = self._handed.get()
+            line, batch = handed.get()
             results = self._run(line, batch)
             with self._changed:
                 self._ended.append((line, batch, results))

@@ -4,7 +4,8 @@ The way of one request:
 
     stream's reader thread   chunks -> one whole Request         (service: Assembler, Stream)
     decode threads           bytes -> pixels or token ids        (engine: DecodePool; tasks: prepare)
-    the inference thread     the task's steps, in true batches   (engine: Engine; it alone touches a model)
+    the engine's thread      the task's steps, in true batches   (engine: Engine)
+    inference thread, lanes  a batch through a model             (engine: Engine; backends)
     stream's own thread      answers, in the order of requests   (service: Stream)
 
 This file starts and stops it all. `main()` binds the port first, then loads the models, then tells mDNS and systemd.

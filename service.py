@@ -393,7 +393,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def trouble(self) -> str:
-        """What is wrong with the inference thread, or ""."""
+        """What is wrong with the engine's threads, or ""."""
         engine, limit = self.engine, self.settings.lumen_hang_s
         busy_since = engine.busy_since
         if not engine.is_alive():

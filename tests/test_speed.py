@@ -126,6 +126,44 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
     made.stop()
 
 
+def test_the_next_texts_run_while_many_clients_are_told_of_the_last() -> None:
+    """Lost otherwise: 10 ms after each batch for 64 clients, in which nothing is computed; one text in twenty."""
+    sizes: list[int] = []
+    went_on: list[bool] = []
+    ready = threading.Event()
+
+    def run(items: list[Any]) -> list[Any]:
+        assert ready.wait(10)
+        sizes.append(len(items))
+        return items
+
+    made = engine.Engine()
+    line = made.add(engine.Line("text", run, 2, engine.Line.TEXT, least_share=0.5))
+
+    def steps() -> engine.Steps:
+        return engine.Answer("", str((yield line, [1])[0]).encode(), {})
+
+    def told(_: Any) -> None:
+        until = time.monotonic() + 10
+        while len(sizes) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        went_on.append(len(sizes) >= 2)
+
+    jobs = [engine.Job(str(i), time.monotonic(), "", 0) for i in range(7)]
+    jobs[0].answer.add_done_callback(told)
+    for job in jobs:
+        job.steps = steps()
+        made.submit(job)
+    made.start()
+    wait_until(lambda: made._inferring == 2)  # one at work, and one ahead, for four that wait surely fill it
+    time.sleep(0.2)
+    assert made._inferring == 2 and len(line.waiting) == 3  # which are too few to be sure
+    ready.set()
+    assert all(job.answer.result(10).content == b"1" for job in jobs)
+    assert went_on == [True] and sizes == [2, 2, 2, 1]
+    made.stop()
+
+
 def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
     tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
