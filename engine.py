@@ -117,6 +117,7 @@ class _Step:
 
 
 Batch = list[tuple[_Step, int]]
+Handed = queue.SimpleQueue[tuple[Line, Batch] | None]  # None: there is no more
 
 
 class Engine:
@@ -143,8 +144,8 @@ class Engine:
         self._new: list[Job] = []
         self._free = lanes
         self._inferring = 0  # batches that the inference thread has, or has before it
-        self._for_lanes: queue.SimpleQueue[tuple[Line, Batch]] = queue.SimpleQueue()
-        self._for_inference: queue.SimpleQueue[tuple[Line, Batch]] = queue.SimpleQueue()
+        self._for_lanes: Handed = queue.SimpleQueue()
+        self._for_inference: Handed = queue.SimpleQueue()
         self._ended: list[tuple[Line, Batch, Sequence[Any]]] = []  # with the results
         self._serial = itertools.count()  # keeps the order of items that are due together
         self._text_ran_last = False
@@ -177,11 +178,16 @@ class Engine:
             self._changed.notify()
 
     def stop(self) -> None:
+        """Ends the threads, waiting up to five seconds for the batches that they have."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self.thread.is_alive():
-            self.thread.join(timeout=5)
+        for handed in (self._for_inference, *[self._for_lanes] * (len(self._workers) - 1)):
+            handed.put(None)
+        until = time.monotonic() + 5
+        for thread in (self.thread, *self._workers):
+            if thread.is_alive():  # else it was never started
+                thread.join(max(0.0, until - time.monotonic()))
 
     def _loop(self) -> None:
         while True:
@@ -264,15 +270,15 @@ class Engine:
         self._free -= line.spread
         (self._for_lanes if line.spread else self._for_inference).put((line, batch))
 
-    def _work(self, handed: queue.SimpleQueue[tuple[Line, Batch]], behind: int) -> None:
+    def _work(self, handed: Handed, behind: int) -> None:
         machine.step_back(behind)
-        while True:
-            line, batch = handed.get()
+        while (work := handed.get()) is not None:
+            line, batch = work
             results = self._run(line, batch)
             with self._changed:
                 self._ended.append((line, batch, results))
                 self._changed.notify()
-            del batch, results  # which would hold pictures until the next batch comes
+            del work, batch, results  # which would hold pictures until the next batch comes
 
     def _run(self, line: Line, batch: Batch) -> Sequence[Any]:
         items = [step.results[position] for step, position in batch]
