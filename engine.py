@@ -42,13 +42,11 @@ class Line:
         kind: int,
         spread: bool = False,
         share: Callable[[Any], float] = lambda item: 1.0,
-        least_share: float = 1.0,
     ) -> None:
         """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
         an item takes; all items of a batch count as its largest, for they are padded to that."""
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share = kind, spread, share
-        self.surely_full = batch_size / least_share  # waiting items, whatever their shares
         self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
 
 
@@ -136,14 +134,14 @@ class Engine:
     ) -> None:
         """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
         self._traffic = traffic or Traffic(())
-        self._began: dict[int, float] = {}  # by thread: when the batch that it runs now began, by time.monotonic()
+        self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by time.monotonic()
         self.failed_in_a_row = 0  # batches of which not one item had a result
         self._holding = holding or (lambda digests: nullcontext())
         self._changed = threading.Condition()
         self._lines: list[Line] = []
         self._new: list[Job] = []
         self._free = lanes
-        self._inferring = 0  # batches that the inference thread has, or has before it
+        self._inferring = False  # the inference thread has a batch
         self._for_lanes: Handed = queue.SimpleQueue()
         self._for_inference: Handed = queue.SimpleQueue()
         self._ended: list[tuple[Line, Batch, Sequence[Any]]] = []  # with the results
@@ -169,7 +167,7 @@ class Engine:
 
     @property
     def busy_since(self) -> float | None:
-        """When the oldest batch that runs now began, by time.monotonic()."""
+        """When the oldest batch or pass that runs now began, by time.monotonic()."""
         return min(self._began.copy().values(), default=None)
 
     def submit(self, job: Job) -> None:
@@ -178,7 +176,7 @@ class Engine:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Ends the threads, waiting up to five seconds for the batches that they have."""
+        """Ends the threads, waiting up to five seconds for the batches that they have, whose results nobody gets."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -190,39 +188,44 @@ class Engine:
                 thread.join(max(0.0, until - time.monotonic()))
 
     def _loop(self) -> None:
+        thread = threading.get_ident()
         while True:
             with self._changed:
-                while not (self._new or self._ended or self._stopping or self._ready()):
+                while not (self._new or self._ended or self._stopping):
                     self._changed.wait()
                 if self._stopping:
                     return
-                new, self._new = self._new, []
-                ended, self._ended = self._ended, []
-            for job in new:
-                self._advance(job, None)
-            texts = [end for end in ended if end[0].kind == Line.TEXT]
-            for line, batch, results in ended:
-                self._inferring -= not line.spread
-                self._free += line.spread
-                if line.kind != Line.TEXT:
-                    self._settle(line, batch, results)
-            while chosen := self._choose():
-                self._begin(chosen)
-            for end in texts:  # 64 clients take 10 ms to be told, for which the next batch need not wait
-                self._settle(*end)
+            self._began[thread] = time.monotonic()
+            self._pass()
+            del self._began[thread]
 
-    def _ready(self) -> list[Line]:
-        """The lines of which a batch may begin. The inference thread gets one ahead if it is full of texts already and
-        nothing else waits for it: later it could not be better."""
-        here = [line for line in self._lines if line.waiting and not line.spread]
-        if self._inferring:
-            full = [line for line in here if line.kind == Line.TEXT and len(line.waiting) >= line.surely_full]
-            here = full if self._inferring == 1 and full == here else []
-        return here + [line for line in self._lines if line.waiting and line.spread and self._free]
+    def _pass(self) -> None:
+        """Takes tasks on, and begins the batches that may begin. A method, so that nothing of it is kept idly."""
+        with self._changed:
+            new, self._new = self._new, []
+            ended, self._ended = self._ended, []
+        for job in new:
+            self._advance(job, None)
+        texts = [end for end in ended if end[0].kind == Line.TEXT]
+        for line, batch, results in ended:
+            if line.spread:
+                self._free += 1
+            else:
+                self._inferring = False
+            if line.kind != Line.TEXT:
+                self._settle(line, batch, results)
+        self._begin_all()
+        for end in texts:  # 64 clients take 10 ms to be told, for which the next batch need not wait
+            self._settle(*end)
+        self._begin_all()
+
+    def _begin_all(self) -> None:
+        while line := self._choose():
+            self._begin(line)
 
     def _choose(self) -> Line | None:
         """Scoring first, for it ends what has begun; text next, but never twice while others wait; then by due time."""
-        waiting = self._ready()
+        waiting = [ln for ln in self._lines if ln.waiting and (self._free if ln.spread else not self._inferring)]
         if not waiting:
             return None
         kinds = {line.kind for line in waiting}
@@ -232,9 +235,10 @@ class Engine:
             kind = Line.BULK if self._text_ran_last else Line.TEXT
         else:
             kind = min(kinds)
-        if kind != Line.SCORING:
+        chosen = min((line for line in waiting if line.kind == kind), key=lambda line: line.waiting[0])
+        if kind != Line.SCORING and not chosen.spread:  # lanes take no turn of the inference thread's
             self._text_ran_last = kind == Line.TEXT
-        return min((line for line in waiting if line.kind == kind), key=lambda line: line.waiting[0])
+        return chosen
 
     def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
         """Takes a task to its next step, or to its end."""
@@ -266,8 +270,10 @@ class Engine:
             heapq.heappop(line.waiting)
         if not batch:
             return
-        self._inferring += not line.spread
-        self._free -= line.spread
+        if line.spread:
+            self._free -= 1
+        else:
+            self._inferring = True
         (self._for_lanes if line.spread else self._for_inference).put((line, batch))
 
     def _work(self, handed: Handed, behind: int) -> None:

@@ -399,7 +399,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if not engine.is_alive():
             return "an inference thread has died"
         if busy_since is not None and time.monotonic() - busy_since > limit:
-            return f"a batch has been running for over {limit} s (LUMEN_HANG_S)"
+            return f"a batch or a task's step has been running for over {limit} s (LUMEN_HANG_S)"
         if engine.failed_in_a_row >= FAILURES_MAX:
             return f"{engine.failed_in_a_row} batches failed in a row"
         return ""

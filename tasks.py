@@ -38,7 +38,6 @@ LABEL_COST = 4096  # bytes of a caller's label, beside its text: token ids and a
 # Tokens. Shorter texts run more at once, up to four times as many: small matrices take longer for each text (ViT-B-32
 # and ONNX Runtime, 5 tokens: 321 a second by 8, 387 by 32), and such a batch is no more work than one of texts of 20.
 SHORT_TEXT = 20
-LEAST_SHARE = 0.25  # of a text's place in a batch
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 
 
@@ -62,12 +61,12 @@ class Model:
             return list(vectors)
 
         def share(tokens: Any) -> float:
-            least = LEAST_SHARE if backend.open_length else 1.0
+            least = 0.25 if backend.open_length else 1.0
             return min(max(true_length(tokens[None]) / SHORT_TEXT, least), 1.0)
 
         images_at_once = tuning.batch_size if tuning else batch_size
         self.image = engine.add(Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1))
-        self.text = engine.add(Line(f"{name} text", texts, batch_size, Line.TEXT, False, share, LEAST_SHARE))
+        self.text = engine.add(Line(f"{name} text", texts, batch_size, Line.TEXT, share=share))
         self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share))
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the engine's own thread's alone
 

@@ -183,7 +183,7 @@ def test_a_hung_model_ends_the_process_so_that_it_is_started_again(
             next(call)
         assert error.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert node.process.wait(10) == 1
-        assert node.log.count("a batch has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+        assert node.log.count("a batch or a task's step has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
     node = misbehaving()
     assert node.ask("clip_image_embed", encoded(picture(GREEN))).result and node.stop() == 0
 
