@@ -53,7 +53,7 @@ Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
-TUNING = 4  # the way in which it is tried
+TUNING = 5  # the way in which it is tried
 TURNS = 3  # of the sizes
 LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
 LONGEST_SPLIT_S = 1.0  # what another picture may have to wait for; a text takes the core from it
@@ -244,15 +244,18 @@ def _try_out(backend: Backend, most: int) -> Tuning:
         longest = LONGEST_BATCH_S if backend.lanes == 1 else LONGEST_SPLIT_S
         taken: dict[int, list[float]] = {}
         for size in sizes:
-            _, seconds = seconds_of_a_batch(backend, size), seconds_of_a_batch(backend, size)  # the first makes room
-            if seconds > longest and size > 1:
+            seconds = min(seconds_of_a_batch(backend, size) for _ in range(2))  # the first makes room
+            if seconds <= longest or size == 1:
+                taken[size] = [seconds]
+            if seconds > longest:
                 break
-            taken[size] = [seconds]
-        for _ in range(TURNS):
+        for _ in range(TURNS if len(taken) > 1 else 0):
             for size, times in taken.items():
                 times.append(seconds_of_a_batch(backend, size))
         for size, times in taken.items():
-            found.append(Tuning(arrangement, size, round(backend.lanes * size / statistics.median(times), 2)))
+            seconds = statistics.median(times)
+            if seconds <= longest or size == 1:
+                found.append(Tuning(arrangement, size, round(backend.lanes * size / seconds, 2)))
     best = max(found, key=lambda t: t.images_per_s * (1.1 if t.arrangement == backend.arrangements()[0] else 1))
     equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.985 * best.images_per_s]
     return min(equal, key=lambda t: t.batch_size)

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -44,13 +45,12 @@ def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
 def cache_of_a_core(caches: Path = CACHES) -> int:
     """Bytes of the largest cache that the first core has, or of its part of one that cores share; 0 where unknown."""
     parts = [0]
-    for cache in caches.glob("index*"):
-        try:
-            kilobytes = int((cache / "size").read_text().strip().removesuffix("K"))
-            sharing = int((cache / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
-        except (OSError, ValueError):  # some ARM kernels say less
-            continue
-        parts.append((kilobytes << 10) // max(1, sharing))
+    with suppress(OSError):  # a /sys that is closed to us
+        for cache in caches.glob("index*"):
+            with suppress(OSError, ValueError):  # some ARM kernels say less
+                kilobytes = int((cache / "size").read_text().strip().removesuffix("K"))
+                sharing = int((cache / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
+                parts.append((kilobytes << 10) // max(1, sharing))
     return max(parts)
 
 

@@ -193,6 +193,13 @@ def test_rows_are_scanned_in_blocks_that_a_core_can_keep(tmp_path: Path, monkeyp
     (small / "index3").mkdir()  # says nothing
     found = [machine.cache_of_a_core(caches) for caches in (big, part, small, tmp_path / "none")]
     assert found == [16 << 20, 1536 << 10, 384 << 10, 0]
+
+    def denied(*_: Any) -> Any:
+        raise PermissionError
+
+    with monkeypatch.context() as hardened:  # /sys is closed to us
+        hardened.setattr(Path, "glob", denied)
+        assert machine.cache_of_a_core(big) == 0
     assert [labels.rows_of_a_block(768, cache) for cache in found] == [512, 256, 128, 128]
     rng = np.random.default_rng(3)
     rows, queries = rng.normal(size=(2000, 32)).astype(np.float16), rng.normal(size=(3, 32)).astype(np.float32)
@@ -557,7 +564,6 @@ from pathlib import Path
 import numpy as np
 import tqdm  # here, so that no child spends its short life on it
 import labels
-import machine
 import vectorfile
 
 vectorfile.SHARD_LABELS = 40
@@ -611,7 +617,6 @@ import itertools, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 import labels
-import machine
 import vectorfile
 
 folder, random_ = Path(sys.argv[1]), random.Random(7)
