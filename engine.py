@@ -272,9 +272,10 @@ class Engine:
             return
         if line.spread:
             self._free -= 1
+            self._for_lanes.put((line, batch))
         else:
             self._inferring = True
-        (self._for_lanes if line.spread else self._for_inference).put((line, batch))
+            self._for_inference.put((line, batch))
 
     def _work(self, handed: Handed, behind: int) -> None:
         machine.step_back(behind)
