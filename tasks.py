@@ -36,8 +36,8 @@ MIN_SCORE = 0.35  # of a rank that `rank=auto` settles for; LrGeniusAI's rule
 TAXA_MAX = 10_000  # of `within`
 LABEL_COST = 4096  # bytes of a caller's label, beside its text: token ids and a vector
 # Tokens. Shorter texts run more at once, up to four times as many: small matrices take longer for each text (ViT-B-32
-# and ONNX Runtime, 5 tokens: 321 a second by 8, 387 by 32), and such a batch is no more work than one of texts of 20.
-SHORT_TEXT = 20
+# and ONNX Runtime, 7 tokens: 280 a second by 8, 325 by 32), and such a batch is no more work than one of texts of 28.
+SHORT_TEXT = 28
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 
 
