@@ -56,7 +56,10 @@ def test_one_poison_image_in_a_batch_fails_alone(watched: Any) -> None:
     assert one(stub, "clip_image_embed", photos[0]).result
 
 
-@pytest.mark.parametrize(("text", "sizes"), [("cat {}", [30]), ("a very " + "red " * 30 + "cat {}", [8, 8, 8, 6])])
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("cat {}", [30]), ("a red cat {:02}", [30]), ("a very " + "red " * 30 + "cat {}", [8, 8, 8, 6])],
+)
 def test_short_texts_run_more_at_once(watched: Any, text: str, sizes: list[int]) -> None:
     """Lost otherwise: a fifth of the searches a second; and a batch of long texts that keeps all others waiting."""
     backend, stub = watched
