@@ -308,7 +308,7 @@ class Clients:
 def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, over: Any, found: Any) -> None:
     """The process of `Clients`. Requests are bytes before it begins, and one thread serves all the streams."""
     numbers, answers = itertools.count(number), list[tuple[float, float]]()
-    ready = requests(cases, numbers)  # one for all: in turns of their own, 64 clients take most of a minute for a mix
+    ready = requests(cases, numbers)  # one for all: in turns of their own, 64 clients take 20 s for a mix
 
     async def ask() -> None:
         sent = collections.deque[float]()
