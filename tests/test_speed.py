@@ -9,18 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from google.protobuf.empty_pb2 import Empty
 from PIL import Image
 
 import backends
+import bench
 import engine
 import machine
 from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import (
     COLOURS,
     RED,
@@ -287,11 +291,11 @@ def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Pat
     for i in range(3):
         picture(RED, (900, 700), i).save(tmp_path / "photos" / f"{i}.jpg")
 
-    def bench(*options: str) -> str:
+    def measured(*options: str) -> str:
         command = [sys.executable, str(ROOT / "bench.py"), *common, *options]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
-    said = bench("--cases", "640,mixed", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"))
+    said = measured("--cases", "640,mixed", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"))
     content = json.loads((tmp_path / "b.json").read_text())
     assert [(row["case"], row["clients"]) for row in content["rows"]] == [
         (case, clients) for case in ("640 px JPEG", "mixed") for clients in (1, 8, 64)
@@ -301,9 +305,47 @@ def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Pat
     assert content["rows"][0]["model_per_s"] > 0 and "Health in all of it: p99" in said
     assert Image.open(tmp_path / "b.png").size[0] == 1000
     assert re.search(
-        r"3 pictures .* 0 not readable: .* 40,000 photos in about", bench("--photos", str(tmp_path / "photos"))
+        r"3 pictures .* 0 not readable: .* 40,000 photos in about", measured("--photos", str(tmp_path / "photos"))
     )
-    assert "at least 2 x the model's side (the default): cosine mean" in bench("--fidelity", str(tmp_path / "photos"))
+    assert "at least 2 x the model's side (the default): cosine mean" in measured(
+        "--fidelity", str(tmp_path / "photos")
+    )
+
+
+class _HoldsPictures(pb_grpc.InferenceServicer):  # type: ignore[misc]
+    """Answers texts at once and pictures when it may, as a daemon with many pictures does."""
+
+    def __init__(self) -> None:
+        self.held: list[bytes] = []
+        self.release = threading.Event()
+
+    def Infer(self, requests: Iterator[pb.InferRequest], _: Any) -> Iterator[pb.InferResponse]:
+        for request in requests:
+            if request.task == "clip_image_embed":
+                self.held.append(request.payload)
+                assert self.release.wait(20)
+            yield pb.InferResponse(is_final=True)
+
+
+def test_many_clients_of_the_bench_ask_for_the_mix_that_one_does() -> None:
+    """Lost otherwise: a daemon that seems slower for 64 clients, who ask for larger pictures and fewer texts."""
+    cases = [bench.Case("large", "clip_image_embed", b"large")] * 5
+    cases += [bench.Case("small", "clip_image_embed", b"small"), *[bench.Case("text", "clip_embed", b"dog {}")] * 2]
+    holding = _HoldsPictures()
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(64))
+    pb_grpc.add_InferenceServicer_to_server(holding, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        clients = bench.Clients(address, cases, 64)
+        wait_until(lambda: len(holding.held) == 64, 30)
+        small = holding.held.count(b"small")
+        holding.release.set()
+        assert len(clients.stop()) >= 64
+        assert small in (10, 11)  # a sixth
+    finally:
+        holding.release.set()
+        server.stop(None).wait()
 
 
 # --- true size -----------------------------------------------------------------------------------------------------
