@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,34 @@ def cache_of_a_core(caches: Path = CACHES) -> int:
                 sharing = int((cache / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
                 parts.append((kilobytes << 10) // max(1, sharing))
     return max(parts)
+
+
+class RunningClock:
+    """A monotonic clock, in seconds, that does not count the time for which the whole process stood still.
+
+    SIGSTOP, a paused container and a paused virtual machine stop all threads at once. Limits on how long something may
+    take would otherwise end healthy work when the process goes on. One thread has to call `tick` regularly: a tick that
+    comes much too late shows that the process stood still.
+    """
+
+    def __init__(self) -> None:
+        self._stood_still = 0.0
+        self._ticked: float | None = None
+
+    def now(self) -> float:
+        return time.monotonic() - self._stood_still
+
+    def tick(self, interval: float) -> None:
+        """To be called every `interval` seconds; a delay of more than a quarter of that is not counted."""
+        now = time.monotonic()
+        if self._ticked is not None:
+            late = now - self._ticked - interval
+            if late > interval / 4:
+                self._stood_still += late
+        self._ticked = now
+
+
+clock = RunningClock()
 
 
 def step_back(steps: int) -> None:

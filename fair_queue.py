@@ -1,0 +1,152 @@
+"""Fair queueing: whose work runs next when several clients wait for the same resource.
+
+This is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) on measured work. Each flow has an account of the
+work that it has received, and the flow that has received least is served first. A flow that was idle starts at the
+virtual time, which is the account of the flow that was served last: idle time earns no credit, and past work is no
+debt. So a single picture does not wait for the queue of an import, whatever its length.
+
+How much work something is becomes known when it is done. Until then its flow is charged what is expected, which counts
+for the order but not for the virtual time: a flow that joins would come last if others were charged too much.
+
+Flows have two levels. Connections share the resource with each other, and the streams of a connection share the part
+of their connection. The first protects clients from an app that opens many streams; the second protects clients that
+reach the daemon through one connection of a proxy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Flow = tuple[Hashable, Hashable]  # (connection, stream)
+Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
+T = TypeVar("T")
+
+ACCOUNTS_MAX = 8192  # accounts kept, about 300 bytes each; the least recently used one is dropped
+
+
+@dataclass
+class Account:
+    """Work of a flow, and the virtual time of the level below it, all in core seconds."""
+
+    done: float = 0.0
+    expected: float = 0.0  # of what is being done
+    virtual_time: float = 0.0
+
+
+class Shares:
+    """The accounts of all flows for one resource. Several queues may share them; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._root = Account()
+        self._accounts: OrderedDict[Path, Account] = OrderedDict()
+
+    def work(self, path: Path) -> float:
+        """Core seconds received, on the scale of the virtual time of the level above."""
+        account = self._accounts.get(path)  # a lookup that does not touch the order costs half
+        if account is None:
+            account = self._account(path)
+        return account.done + account.expected
+
+    def join(self, path: Path) -> None:
+        """A flow that was idle has something to do again."""
+        account = self._account(path)
+        account.done = max(account.done, self._parent(path).virtual_time)
+
+    def begin(self, flow: Flow, expected: float) -> None:
+        """A flow was chosen, for work that is expected to take so many core seconds."""
+        for path in (flow[:1], flow):
+            account, parent = self._account(path), self._parent(path)
+            parent.virtual_time = max(parent.virtual_time, account.done)
+            account.expected += expected
+
+    def end(self, flow: Flow, expected: float, seconds: float) -> None:
+        """Work is done that was begun with `expected`; it took so many core seconds."""
+        for path in (flow[:1], flow):
+            account = self._account(path)
+            account.expected = max(0.0, account.expected - expected)
+            account.done += seconds
+
+    def _account(self, path: Path) -> Account:
+        account = self._accounts.get(path)
+        if account is None:
+            account = self._accounts[path] = Account(self._parent(path).virtual_time)
+            if len(self._accounts) > ACCOUNTS_MAX:
+                self._accounts.popitem(last=False)
+        self._accounts.move_to_end(path)
+        return account
+
+    def _parent(self, path: Path) -> Account:
+        return self._account(path[:1]) if len(path) > 1 else self._root
+
+
+class FairQueue(Generic[T]):
+    """Items that wait for a resource: the least served flow first, and first in, first out within a flow.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._queued: dict[Hashable, dict[Hashable, deque[T]]] = {}  # connection -> stream -> items
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def push(self, flow: Flow, item: T) -> None:
+        connection, stream = flow
+        if connection not in self._queued:
+            self._shares.join((connection,))
+            self._queued[connection] = {}
+        streams = self._queued[connection]
+        if stream not in streams:
+            self._shares.join(flow)
+            streams[stream] = deque()
+        streams[stream].append(item)
+        self._length += 1
+
+    def priority(self) -> float:
+        """The work of the connection that is next; the queue with the lowest is served first. Not of an empty queue."""
+        return self._shares.work((self._next()[0],))
+
+    def head(self) -> tuple[Flow, T]:
+        """The item that is next, and its flow. Not of an empty queue."""
+        flow = self._next()
+        return flow, self._queued[flow[0]][flow[1]][0]
+
+    def pop(self, flow: Flow, expected: float) -> T:
+        """Takes the first item of a flow, whose work is expected to take so many core seconds; see `Shares.end`."""
+        item = self._queued[flow[0]][flow[1]].popleft()
+        self._length -= 1
+        self._tidy(flow)
+        self._shares.begin(flow, expected)
+        return item
+
+    def remove(self, flow: Flow, unwanted: Callable[[T], bool]) -> list[T]:
+        """Takes out the items of a flow that are not wanted any more."""
+        items = self._queued.get(flow[0], {}).get(flow[1])
+        if items is None:
+            return []
+        removed: list[T] = []
+        kept = deque[T]()
+        for item in items:
+            (removed if unwanted(item) else kept).append(item)
+        self._length -= len(removed)
+        self._queued[flow[0]][flow[1]] = kept
+        self._tidy(flow)
+        return removed
+
+    def _next(self) -> Flow:
+        work = self._shares.work
+        connection = min(self._queued, key=lambda connection: work((connection,)))
+        return connection, min(self._queued[connection], key=lambda stream: work((connection, stream)))
+
+    def _tidy(self, flow: Flow) -> None:
+        connection, stream = flow
+        if not self._queued[connection][stream]:
+            del self._queued[connection][stream]
+        if not self._queued[connection]:
+            del self._queued[connection]
