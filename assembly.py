@@ -9,8 +9,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gen import ml_service_pb2 as pb
@@ -32,7 +31,7 @@ class Budget:
     """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model."""
 
     def __init__(self, limit: int) -> None:
-        self._free = limit
+        self._limit = self._free = limit
         self._changed = threading.Condition()
 
     def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf) -> None:
@@ -46,18 +45,37 @@ class Budget:
                 self._changed.wait(1)
             self._free -= size
 
+    def overdraw(self, size: int) -> None:
+        """Takes without waiting, though it may be more than there is; others then wait for so much longer."""
+        with self._changed:
+            self._free -= size
+
     def give(self, size: int) -> None:
         with self._changed:
             self._free += size
             self._changed.notify_all()
 
-    @contextmanager
-    def holding(self, size: int, gone: Callable[[], bool]) -> Iterator[None]:
-        self.take(size, gone)
-        try:
-            yield
-        finally:
-            self.give(size)
+    @property
+    def used(self) -> int:
+        return self._limit - self._free
+
+
+class Lease:
+    """A part of a budget that was taken, and is given back once, however often and by whom `release` is called."""
+
+    def __init__(self, budget: Budget, size: int) -> None:
+        self._budget, self._size = budget, size
+        self._lock = threading.Lock()
+
+    def release(self, _: object = None) -> None:
+        """Gives back what is left. It takes an argument so that it can be a future's callback."""
+        self.shrink(0)
+
+    def shrink(self, size: int) -> None:
+        """Gives back all but `size`, if that much is left."""
+        with self._lock:
+            surplus, self._size = max(self._size - size, 0), min(self._size, size)
+        self._budget.give(surplus)
 
 
 class ChunkError(ValueError):

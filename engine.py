@@ -1,4 +1,4 @@
-"""The inference thread, its lanes and the decode threads: who waits for whom, what runs as one batch, in which order.
+"""Scheduling: the queues, the inference thread, its workers and the decode threads.
 
 A task is a generator that yields `(line, items)` and gets the items' results; it knows nothing of threads or batches.
 Nothing here knows gRPC, models or tasks. Only the engine's own thread advances a task.
@@ -6,33 +6,44 @@ Nothing here knows gRPC, models or tasks. Only the engine's own thread advances 
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
 
 import machine
+from fair_queue import FairQueue, Flow, Shares
 from inputs import BadInput
+from machine import clock
 from watch import Traffic
 
 log = logging.getLogger("lumen.engine")
 
 TENSOR_MIME = "application/octet-stream"
+FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
+COST_WEIGHT = 0.2  # of the last batch in the moving average of an item's cost
+SMALLER_S = 300.0  # for so long batches stay at the size that worked after a larger one failed
+BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it ends
 
 
 class Line:
-    """The items that wait for one engine, which runs them in batches: `run(items) -> one result an item`."""
+    """The queue of one engine, which runs its items in batches: `run(items) -> one result an item`.
 
-    SCORING, TEXT, BULK = range(3)
+    `kind` decides the order: SCORING ends what has begun; TEXT and BULK take turns; BACKGROUND runs while no request
+    is in progress, or else for BACKGROUND_SHARE of the time.
+    """
+
+    SCORING, TEXT, BULK, BACKGROUND = range(4)
 
     def __init__(
         self,
@@ -42,12 +53,25 @@ class Line:
         kind: int,
         spread: bool = False,
         share: Callable[[Any], float] = lambda item: 1.0,
+        tower: str = "",
     ) -> None:
         """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
-        an item takes; all items of a batch count as its largest, for they are padded to that."""
+        an item takes; all items of a batch count as its largest, for they are padded to that. `tower`: the part of a
+        model that runs the items, whose failures are counted; see `Engine.failures`."""
         self.name, self.run, self.batch_size = name, run, batch_size
-        self.kind, self.spread, self.share = kind, spread, share
-        self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
+        self.kind, self.spread, self.share, self.tower = kind, spread, share, tower
+        self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives lines of one kind the same shares
+        self.cost = FIRST_COST  # core seconds of an item, a moving average
+        self._fits, self._fits_until = batch_size, 0.0
+
+    def size_limit(self) -> int:
+        """The most items that a batch may have now."""
+        return min(self._fits, self.batch_size) if time.monotonic() < self._fits_until else self.batch_size
+
+    def remember_size(self, size: int) -> None:
+        """Batches of this size work where a larger one failed, for want of memory for instance."""
+        self._fits, self._fits_until = min(size, self.size_limit()), time.monotonic() + SMALLER_S
+        log.warning("%s: batches of at most %d for the next %d s", self.name, self._fits, SMALLER_S)
 
 
 Steps = Generator[tuple[Line, Sequence[Any]], list[Any], "Answer"]  # a task at work
@@ -72,13 +96,17 @@ class Answer:
 
 
 class Job:
-    """A request on its way; `answer` resolves to an Answer or to the exception that the client shall hear of."""
+    """A request on its way; `answer` resolves to an Answer or to the exception that the client shall hear of.
 
-    def __init__(self, correlation_id: str, due: float, task: str, size: int) -> None:
-        self.correlation_id, self.task, self.size = correlation_id, task, size  # as the client named them; bytes
-        self.due = due  # when its turn comes, by time.monotonic()
+    Cancelling `answer` gives up the job: what it waits for is taken out of the queues, with its pixels.
+    """
+
+    def __init__(self, correlation_id: str, task: str, size: int, flow: Flow = ("", "")) -> None:
+        """`task`: as the client named it. `size`: bytes. `flow`: whose request it is, for the fair order."""
+        self.correlation_id, self.task, self.size, self.flow = correlation_id, task, size, flow
         self.digest = ""  # sha-256 of the payload, once it is worked on
         self.arrived = time.monotonic()
+        self.prepared_s = 0.0  # core seconds of its preparation that its flow has not been charged for yet
         self.steps: Steps | None = None
         self.answer: futures.Future[Answer] = futures.Future()
 
@@ -90,6 +118,12 @@ class Job:
                 self.answer.set_exception(result)
             else:
                 self.answer.set_result(result)
+
+    def discard(self) -> None:
+        """Lets go of the task of a job that was cancelled. Only the engine's own thread may call it."""
+        steps, self.steps = self.steps, None
+        if steps:
+            steps.close()
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -104,26 +138,50 @@ def forget_frames(error: BaseException | None) -> None:
         error = following
 
 
+def forget_locals(error: BaseException | None) -> None:
+    """Drops the local variables of the frames that an exception came through, such as a model's activations.
+
+    The traceback itself stays, for the log.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 class _Step:
     """One `yield` of a task: the job goes on when the last of its items has its result."""
 
-    def __init__(self, job: Job, count: int) -> None:
+    def __init__(self, job: Job, items: Sequence[Any]) -> None:
         self.job = job
-        self.results: list[Any] = [None] * count
-        self.missing = count
+        self.results = list(items)  # an item's place holds the item first, then its result
+        self.missing = len(items)
         self.error: Exception | None = None
 
 
-Batch = list[tuple[_Step, int]]
-Handed = queue.SimpleQueue[tuple[Line, Batch] | None]  # None: there is no more
+Entry = tuple[_Step, int]  # an item: its step, and its place there
+
+
+@dataclass
+class Batch:
+    """Entries that run together."""
+
+    line: Line
+    entries: list[Entry]
+    expected: list[float]  # core seconds of each, with those of its preparation
+    results: Sequence[Any] = ()
+    seconds: float = 0.0
+
+
+Handed = queue.SimpleQueue[Batch | None]  # None: there is no more
 
 
 class Engine:
     """The one inference thread, and a lane for each core. No timer: a batch is what has gathered while the last ran.
 
     Batches of a line that is spread run on lanes, so that no core waits until another has finished its part, and a text
-    need not wait for pictures: it takes the cores from the lanes. All others run on the inference thread. The engine's
-    own thread advances the tasks and forms the batches meanwhile.
+    need not wait for pictures: it takes the cores from the lanes. All others run one at a time: background batches on a
+    thread with the priority of a lane, the rest on the inference thread. The engine's own thread advances the tasks and
+    forms the batches meanwhile.
     """
 
     def __init__(
@@ -134,27 +192,33 @@ class Engine:
     ) -> None:
         """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
         self._traffic = traffic or Traffic(())
-        self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by time.monotonic()
-        self.failed_in_a_row = 0  # batches of which not one item had a result
+        self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by `machine.clock`
+        self.failures = Counter[str]()  # by tower: batches in a row of which not one item had a result
         self._holding = holding or (lambda digests: nullcontext())
         self._changed = threading.Condition()
         self._lines: list[Line] = []
+        self._shares = {kind: Shares() for kind in (Line.SCORING, Line.TEXT, Line.BULK, Line.BACKGROUND)}
         self._new: list[Job] = []
-        self._free = lanes
-        self._inferring = False  # the inference thread has a batch
+        self._cancelled: set[Flow] = set()  # flows of which a job was cancelled
+        self._expected = 0  # requests that wait for their answers, wherever they are
+        self._lanes = self._free = lanes
+        self._inferring = False  # the inference thread, or the background thread, has a batch
+        self._background_from = 0.0  # when background work may run although requests wait, by time.monotonic()
         self._for_lanes: Handed = queue.SimpleQueue()
         self._for_inference: Handed = queue.SimpleQueue()
-        self._ended: list[tuple[Line, Batch, Sequence[Any]]] = []  # with the results
-        self._serial = itertools.count()  # keeps the order of items that are due together
+        self._for_background: Handed = queue.SimpleQueue()
+        self._ended: list[Batch] = []
         self._text_ran_last = False
         self._stopping = False
         self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        work = [("inference", self._for_inference, 0), *((f"lane-{i}", self._for_lanes, 5) for i in range(lanes))]
+        work = [("inference", self._for_inference, 0), ("background", self._for_background, 5)]
+        work += [(f"lane-{i}", self._for_lanes, 5) for i in range(lanes)]
         self._workers = [
             threading.Thread(target=self._work, args=arguments, name=name, daemon=True) for name, *arguments in work
         ]
 
     def add(self, line: Line) -> Line:
+        line.queue = FairQueue(self._shares[line.kind])
         self._lines.append(line)
         return line
 
@@ -167,8 +231,22 @@ class Engine:
 
     @property
     def busy_since(self) -> float | None:
-        """When the oldest batch or pass that runs now began, by time.monotonic()."""
+        """When the oldest batch or pass that runs now began, by `machine.clock`."""
         return min(self._began.copy().values(), default=None)
+
+    def expect(self, job: Job) -> None:
+        """Counts a request that will be submitted when it is prepared: until its answer background work stands back."""
+        with self._changed:
+            self._expected += 1
+        job.answer.add_done_callback(partial(self._answered, job.flow))
+
+    def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
+        with self._changed:
+            self._expected -= 1
+            if answer.cancelled():
+                self._cancelled.add(flow)
+            if answer.cancelled() or not self._expected:
+                self._changed.notify()
 
     def submit(self, job: Job) -> None:
         with self._changed:
@@ -180,7 +258,7 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        for handed in (self._for_inference, *[self._for_lanes] * (len(self._workers) - 1)):
+        for handed in (self._for_inference, self._for_background, *[self._for_lanes] * self._lanes):
             handed.put(None)
         until = time.monotonic() + 5
         for thread in (self.thread, *self._workers):
@@ -191,11 +269,11 @@ class Engine:
         thread = threading.get_ident()
         while True:
             with self._changed:
-                while not (self._new or self._ended or self._stopping):
-                    self._changed.wait()
+                if not (self._new or self._ended or self._cancelled or self._stopping):
+                    self._changed.wait(self._until_background())
                 if self._stopping:
                     return
-            self._began[thread] = time.monotonic()
+            self._began[thread] = clock.now()
             self._pass()
             del self._began[thread]
 
@@ -204,44 +282,72 @@ class Engine:
         with self._changed:
             new, self._new = self._new, []
             ended, self._ended = self._ended, []
+            cancelled, self._cancelled = self._cancelled, set()
+        self._sweep(cancelled)
         for job in new:
             self._advance(job, None)
-        texts = [end for end in ended if end[0].kind == Line.TEXT]
-        for line, batch, results in ended:
-            if line.spread:
-                self._free += 1
-            else:
-                self._inferring = False
-            if line.kind != Line.TEXT:
-                self._settle(line, batch, results)
+        for batch in ended:
+            self._account_for(batch)
+            if batch.line.kind != Line.TEXT:
+                self._settle(batch)
         self._begin_all()
-        for end in texts:  # 64 clients take 10 ms to be told, for which the next batch need not wait
-            self._settle(*end)
+        for batch in ended:  # 64 clients take 10 ms to be told, for which the next batch need not wait
+            if batch.line.kind == Line.TEXT:
+                self._settle(batch)
         self._begin_all()
+
+    def _sweep(self, flows: set[Flow]) -> None:
+        """Takes the items of cancelled jobs out of the queues, so that no pixels wait there for nobody."""
+        for flow in flows:
+            for line in self._lines:
+                for step, position in line.queue.remove(flow, lambda entry: entry[0].job.answer.cancelled()):
+                    step.results[position] = None
+                    step.job.discard()
 
     def _begin_all(self) -> None:
         while line := self._choose():
             self._begin(line)
 
     def _choose(self) -> Line | None:
-        """Scoring first, for it ends what has begun; text next, but never twice while others wait; then by due time."""
-        waiting = [ln for ln in self._lines if ln.waiting and (self._free if ln.spread else not self._inferring)]
-        if not waiting:
+        """Scoring first, for it ends what has begun; text next, but never twice while others wait; then the fair order.
+
+        Background work comes last, but see BACKGROUND_SHARE.
+        """
+        ready = [ln for ln in self._lines if ln.queue and (self._free if ln.spread else not self._inferring)]
+        background = [line for line in ready if line.kind == Line.BACKGROUND]
+        if background and (time.monotonic() >= self._background_from or self._is_idle()):
+            return background[0]
+        ready = [line for line in ready if line.kind != Line.BACKGROUND]
+        if not ready:
             return None
-        kinds = {line.kind for line in waiting}
+        kinds = {line.kind for line in ready}
         if Line.SCORING in kinds:
             kind = Line.SCORING
         elif kinds == {Line.TEXT, Line.BULK}:
             kind = Line.BULK if self._text_ran_last else Line.TEXT
         else:
             kind = min(kinds)
-        chosen = min((line for line in waiting if line.kind == kind), key=lambda line: line.waiting[0])
+        chosen = min((line for line in ready if line.kind == kind), key=lambda line: line.queue.priority())
         if kind != Line.SCORING and not chosen.spread:  # lanes take no turn of the inference thread's
             self._text_ran_last = kind == Line.TEXT
         return chosen
 
+    def _is_idle(self) -> bool:
+        """Whether no request waits for anything."""
+        waiting = any(line.queue for line in self._lines if line.kind != Line.BACKGROUND)
+        return not (self._expected or waiting or self._inferring or self._free < self._lanes)
+
+    def _until_background(self) -> float | None:
+        """Seconds until background work may run although requests wait; None: nothing waits for that."""
+        if self._inferring or not any(line.queue for line in self._lines if line.kind == Line.BACKGROUND):
+            return None
+        return max(0.0, self._background_from - time.monotonic())
+
     def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
         """Takes a task to its next step, or to its end."""
+        if job.answer.cancelled():
+            job.discard()
+            return
         assert job.steps is not None  # set before submit()
         try:
             line, items = job.steps.throw(error) if error else job.steps.send(results)  # type: ignore[arg-type]
@@ -250,59 +356,75 @@ class Engine:
         except Exception as failure:
             job.finish(failure)
         else:
-            step = _Step(job, len(items))
-            for position, item in enumerate(items):
-                step.results[position] = item
-                heapq.heappush(line.waiting, (job.due, next(self._serial), step, position))
+            step = _Step(job, items)
+            for position in range(len(items)):
+                line.queue.push(job.flow, (step, position))
 
     def _begin(self, line: Line) -> None:
-        """Hands a line's next batch to the inference thread or to a lane."""
-        size = min(line.batch_size, -(-len(line.waiting) // self._free)) if line.spread else line.batch_size
-        batch: Batch = []
+        """Hands a line's next batch to the inference thread, to a lane or to the background thread."""
+        most = line.size_limit()
+        size = min(most, -(-len(line.queue) // self._free)) if line.spread else most
+        if line.kind == Line.BACKGROUND and not self._is_idle():
+            size = 1  # a text may come and wait for it
+        batch = Batch(line, [], [])
         largest = 0.0
-        while line.waiting:
-            _, _, step, position = line.waiting[0]
-            if not step.job.answer.cancelled():  # else nobody waits for it any more
-                largest = max(largest, line.share(step.results[position]))
-                if batch and (len(batch) + 1) * largest > size:
-                    break
-                batch.append((step, position))
-            heapq.heappop(line.waiting)
-        if not batch:
-            return
+        while line.queue:
+            flow, (step, position) = line.queue.head()
+            largest = max(largest, line.share(step.results[position]))
+            if batch.entries and (len(batch.entries) + 1) * largest > size:
+                break
+            batch.expected.append(line.cost + step.job.prepared_s)
+            batch.entries.append(line.queue.pop(flow, batch.expected[-1]))
         if line.spread:
             self._free -= 1
-            self._for_lanes.put((line, batch))
+            self._for_lanes.put(batch)
         else:
             self._inferring = True
-            self._for_inference.put((line, batch))
+            (self._for_background if line.kind == Line.BACKGROUND else self._for_inference).put(batch)
 
-    def _work(self, handed: Handed, behind: int) -> None:
-        machine.step_back(behind)
-        while (work := handed.get()) is not None:
-            line, batch = work
-            results = self._run(line, batch)
+    def _work(self, handed: Handed, lower: int) -> None:
+        machine.step_back(lower)
+        while (batch := handed.get()) is not None:
+            started = time.monotonic()
+            batch.results = self._run(batch)
+            batch.seconds = time.monotonic() - started
             with self._changed:
-                self._ended.append((line, batch, results))
+                self._ended.append(batch)
                 self._changed.notify()
-            del work, batch, results  # which would hold pictures until the next batch comes
+            del batch  # which would hold pictures until the next one comes
 
-    def _run(self, line: Line, batch: Batch) -> Sequence[Any]:
-        items = [step.results[position] for step, position in batch]
-        digests = list(dict.fromkeys(step.job.digest for step, _ in batch if step.job.digest))
+    def _run(self, batch: Batch) -> Sequence[Any]:
+        items = [step.results[position] for step, position in batch.entries]
+        digests = list(dict.fromkeys(step.job.digest for step, _ in batch.entries if step.job.digest))
         thread = threading.get_ident()
-        self._began[thread] = time.monotonic()
+        self._began[thread] = clock.now()
         with self._holding(digests):
-            results = self._results(line, items)
+            results = self._results(batch.line, items)
         del self._began[thread]
         return results
 
-    def _settle(self, line: Line, batch: Batch, results: Sequence[Any]) -> None:
+    def _account_for(self, batch: Batch) -> None:
+        """Frees the place of a batch that has run, and charges the flows for what it really took."""
+        line, count = batch.line, len(batch.entries)
+        if line.spread:
+            self._free += 1
+        else:
+            self._inferring = False
+        if line.kind == Line.BACKGROUND:
+            self._background_from = time.monotonic() + batch.seconds * (1 / BACKGROUND_SHARE - 1)
+        cost = batch.seconds * (1 if line.spread else self._lanes) / count
+        for (step, _), expected in zip(batch.entries, batch.expected, strict=True):
+            self._shares[line.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
+            step.job.prepared_s = 0.0
+        line.cost += COST_WEIGHT * (cost - line.cost)
+        self._traffic.ran(line.name, count)
+        if line.tower:
+            failed = all(isinstance(result, Exception) for result in batch.results)
+            self.failures[line.tower] = self.failures[line.tower] + 1 if failed else 0
+
+    def _settle(self, batch: Batch) -> None:
         """Takes the tasks of a batch that has run on."""
-        self._traffic.ran(line.name, len(batch))
-        failed = all(isinstance(result, Exception) for result in results)
-        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
-        for (step, position), result in zip(batch, results, strict=True):
+        for (step, position), result in zip(batch.entries, batch.results, strict=True):
             if isinstance(result, Exception):
                 step.error = result
             step.results[position] = result
@@ -312,38 +434,98 @@ class Engine:
 
     @staticmethod
     def _results(line: Line, items: list[Any]) -> Sequence[Any]:
-        """A batch that fails is run again item by item, so that one bad item fails alone."""
+        """Runs a batch. One that fails is run again in halves, so that an item that cannot be run fails alone.
+
+        If all items succeed in smaller batches, it was the size, and the line remembers the size that worked.
+        """
         try:
             log.debug("%s: batch of %d", line.name, len(items))
             return line.run(items)
         except Exception as error:
+            error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None  # this frame has items
+            forget_locals(error)
             if len(items) == 1:
                 return [error]
-            log.warning("%s: a batch of %d failed, running its items alone (%s)", line.name, len(items), error)
-        return [Engine._results(line, [item])[0] for item in items]
+            log.warning("%s: a batch of %d failed, running it in halves (%s)", line.name, len(items), error)
+        half = -(-len(items) // 2)
+        results = [*Engine._results(line, items[:half]), *Engine._results(line, items[half:])]
+        if not any(isinstance(result, Exception) for result in results):
+            line.remember_size(half)
+        return results
 
 
 class DecodePool:
-    """Threads that turn payloads into pixels, in the order of due times. Pillow frees the GIL meanwhile."""
+    """Threads that turn payloads into pixels, in the fair order. Pillow releases the GIL meanwhile."""
 
     def __init__(self, threads: int) -> None:
-        self._work: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]] = queue.PriorityQueue()
-        self._serial = itertools.count()
+        self._changed = threading.Condition()
+        self._shares = Shares()
+        self._queue: FairQueue[tuple[Job, Callable[[], None]]] = FairQueue(self._shares)
+        self._cost = FIRST_COST  # core seconds of a payload, a moving average
+        self._began: dict[int, float] = {}  # by thread: when its payload was begun, by `machine.clock`
+        self._stopping = False
         self._threads = [threading.Thread(target=self._loop, name=f"decode-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, due: float, work: Callable[[], None]) -> None:
-        """`work` must not raise."""
-        self._work.put((due, next(self._serial), work))
+    @property
+    def busy_since(self) -> float | None:
+        """When the oldest payload that is being decoded was begun, by `machine.clock`."""
+        return min(self._began.copy().values(), default=None)
+
+    def is_alive(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
+
+    def submit(self, job: Job, work: Callable[[], None]) -> None:
+        """`work` must not raise; it is dropped if the job is cancelled before its turn comes."""
+        with self._changed:
+            self._queue.push(job.flow, (job, work))
+            self._changed.notify()
+        job.answer.add_done_callback(partial(self._drop, job.flow))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For a decode thread that waits for others meanwhile: this does not count in `busy_since`."""
+        thread = threading.get_ident()
+        self._began.pop(thread, None)
+        try:
+            yield
+        finally:
+            self._began[thread] = clock.now()
 
     def stop(self) -> None:
-        for _ in self._threads:
-            self._work.put((float("inf"), next(self._serial), None))
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join(timeout=5)
 
+    def _drop(self, flow: Flow, answer: futures.Future[Answer]) -> None:
+        if answer.cancelled():
+            with self._changed:
+                self._queue.remove(flow, lambda entry: entry[0].answer.cancelled())
+
     def _loop(self) -> None:
         machine.step_back(4)  # before the lanes: a batch is as large as what is decoded by then
-        while (work := self._work.get()[2]) is not None:
-            work()
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """Waits for a payload and decodes it. A method, so that an idle thread keeps nothing."""
+        with self._changed:
+            while not (self._queue or self._stopping):
+                self._changed.wait()
+            if self._stopping:
+                return False
+            flow, _ = self._queue.head()
+            expected = self._cost
+            _, work = self._queue.pop(flow, expected)
+        thread, started = threading.get_ident(), time.thread_time()
+        self._began[thread] = clock.now()
+        work()
+        del self._began[thread]
+        seconds = time.thread_time() - started
+        with self._changed:
+            self._shares.end(flow, expected, seconds)
+            self._cost += COST_WEIGHT * (seconds - self._cost)
+        return True

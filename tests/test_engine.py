@@ -1,0 +1,231 @@
+"""The engine: which work may run when, and what it learns from batches that fail."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import engine
+from engine import Answer, Engine, Job, Line, Steps
+from tests.kit import wait_until
+
+Start = Callable[..., Engine]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts an engine with the given lines."""
+    engines: list[Engine] = []
+
+    def begin(*lines: Line, **options: Any) -> Engine:
+        made = Engine(**options)
+        for line in lines:
+            made.add(line)
+        made.start()
+        engines.append(made)
+        return made
+
+    yield begin
+    for made in engines:
+        made.stop()
+
+
+def submit(to: Engine, line: Line, items: Sequence[Any], client: str = "a") -> Job:
+    """A request of these items, whose answer says what they became."""
+
+    def steps() -> Steps:
+        return Answer("", "\n".join(map(str, (yield line, items))).encode(), {})
+
+    job = Job("", "", 0, (client, 1))
+    to.expect(job)
+    job.steps = steps()
+    to.submit(job)
+    return job
+
+
+def background(to: Engine, line: Line, items: Sequence[Any]) -> Job:
+    def steps() -> Steps:
+        yield line, items
+        return Answer("", b"", {})
+
+    job = Job("", "", 0)
+    job.steps = steps()
+    to.submit(job)
+    return job
+
+
+class Timed:
+    """Runs a batch by sleeping, and notes when each batch ran."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.ran: list[tuple[float, float, int]] = []  # from, to, items
+
+    def __call__(self, items: list[Any]) -> list[Any]:
+        began = time.monotonic()
+        time.sleep(self.seconds * len(items))
+        self.ran.append((began, time.monotonic(), len(items)))
+        return items
+
+    def time(self, since: float, until: float) -> float:
+        return sum(end - began for began, end, _ in list(self.ran) if began >= since and end <= until)
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["inference thread", "lanes"])
+def test_a_build_gets_a_twentieth_of_the_time_while_requests_wait(start: Start, spread: bool) -> None:
+    """An import would lose up to three quarters of its speed for the days in which species are built; and a build
+    that never ran beside requests would never end on a busy daemon."""
+    pictures, prompts = Timed(0.002), Timed(0.005)
+    image = Line("image", pictures, 4, Line.BULK, spread)
+    prompt = Line("prompts", prompts, 4, Line.BACKGROUND)
+    to = start(image, prompt, lanes=2)
+    build = background(to, prompt, range(10_000))
+    wait_until(lambda: len(prompts.ran) > 3)
+    assert max(items for _, _, items in prompts.ran) == 4  # alone, it runs in full batches
+    began, stop = time.monotonic(), threading.Event()
+    answered = [0]
+
+    def importing() -> None:
+        jobs = [submit(to, image, [0]) for _ in range(16)]
+        while not stop.is_set():
+            jobs.pop(0).answer.result(20)
+            answered[0] += 1
+            jobs.append(submit(to, image, [0]))
+
+    client = threading.Thread(target=importing)
+    client.start()
+    time.sleep(4)
+    until = time.monotonic()
+    stop.set()
+    client.join()
+    share = prompts.time(began + 0.1, until) / (until - began - 0.1)
+    print(f"the build had {100 * share:.1f} % of the time")
+    assert 0.01 < share < 0.1
+    assert {items for begin, _, items in prompts.ran if began + 0.1 < begin < until} == {1}
+    build.answer.cancel()
+
+
+def test_a_build_stands_back_while_a_picture_is_still_being_decoded(start: Start) -> None:
+    """Each picture of a slow import would find the model busy with the build."""
+    prompts = Timed(0.01)
+    prompt = Line("prompts", prompts, 4, Line.BACKGROUND)
+    to = start(prompt)
+    background(to, prompt, range(10_000))
+    wait_until(lambda: len(prompts.ran) > 3)
+    request = Job("", "", 0, ("a", 1))
+    to.expect(request)
+    time.sleep(0.2)  # the batch that was running ends
+    began = time.monotonic()
+    time.sleep(1)
+    assert prompts.time(began, time.monotonic()) < 0.1
+    request.answer.cancel()  # or answered
+    ran = len(prompts.ran)
+    wait_until(lambda: len(prompts.ran) > ran + 5)
+
+
+def test_a_callers_own_labels_keep_their_turn(start: Start) -> None:
+    """The labels that come with a picture would wait until nobody else asks for anything."""
+    pictures, prompts = Timed(0.005), Timed(0.005)
+    image, prompt = Line("image", pictures, 4, Line.BULK), Line("prompts", prompts, 4, Line.BULK)
+    to = start(image, prompt)
+    imports = [submit(to, image, [0], "import") for _ in range(200)]
+    labels = submit(to, prompt, range(4), "person")
+    labels.answer.result(20)
+    assert not all(job.answer.done() for job in imports)
+    assert sum(items for _, _, items in pictures.ran) < 40
+    for job in imports:
+        job.answer.cancel()
+
+
+class Memory:
+    """A model that has memory for so many items at once."""
+
+    def __init__(self, fits: int) -> None:
+        self.fits, self.sizes = fits, list[int]()
+        self.activations: list[weakref.ref[Any]] = []
+
+    def __call__(self, items: list[Any]) -> list[Any]:
+        self.sizes.append(len(items))
+        activations = np.ones((len(items), 1000))
+        self.activations.append(weakref.ref(activations))
+        if len(items) > self.fits or "bad" in items:
+            raise MemoryError(f"no memory for {len(items)}")
+        return items
+
+    def kept(self) -> int:
+        """Sets of activations that are still in memory."""
+        return sum(activations() is not None for activations in self.activations)
+
+
+def gathered(to: Engine, line: Line, count: int, first: str = "first") -> list[Job]:
+    """So many requests that are taken as one batch: submitted while the engine cannot look."""
+    with to._changed:
+        jobs = []
+        for number in range(count):
+            job = submit(to, line, [number or first])
+            jobs.append(job)
+    return jobs
+
+
+def test_a_batch_that_is_too_large_is_halved_and_the_size_remembered(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU without memory every batch would fail first and then run one by one, for ever."""
+    model = Memory(fits=3)
+    line = Line("image", model, 8, Line.BULK)
+    to = start(line)
+    assert all(job.answer.result(20) for job in gathered(to, line, 8))
+    assert model.sizes == [8, 4, 2, 2, 4, 2, 2]
+    model.sizes.clear()
+    assert all(job.answer.result(20) for job in gathered(to, line, 8))
+    assert model.sizes == [2, 2, 2, 2]
+    monkeypatch.setattr(engine, "SMALLER_S", 0.0)  # for the next one
+    model.fits = 8  # memory is there again
+    model.sizes.clear()
+    line._fits_until = 0.0
+    assert all(job.answer.result(20) for job in gathered(to, line, 8))
+    assert model.sizes == [8]
+
+
+def test_an_item_that_fails_alone_does_not_make_batches_smaller(start: Start) -> None:
+    """One picture that the model cannot take would make all others slow for five minutes."""
+    model = Memory(fits=8)
+    line = Line("image", model, 8, Line.BULK)
+    to = start(line)
+    bad, *good = gathered(to, line, 8, "bad")
+    assert isinstance(bad.answer.exception(20), MemoryError) and all(job.answer.result(20) for job in good)
+    assert model.sizes == [8, 4, 2, 1, 1, 2, 4] and line.size_limit() == 8
+
+
+def test_failed_batches_keep_nothing_in_memory(start: Start) -> None:
+    """Eight exceptions would keep eight sets of activations: a shortage of memory that makes itself worse."""
+    model = Memory(fits=0)
+    line = Line("image", model, 8, Line.BULK)
+    to = start(line)
+    gc.disable()  # the exceptions themselves must not hold anything
+    try:
+        jobs = gathered(to, line, 8)
+        errors = [job.answer.exception(20) for job in jobs]
+        assert all(isinstance(error, MemoryError) for error in errors) and len(model.activations) == 15
+        assert model.kept() == 0
+    finally:
+        gc.enable()
+
+
+def test_failures_are_counted_for_each_tower(start: Start) -> None:
+    """A model that fails on everything would never be noticed while another one works."""
+    broken = Line("clip image", Memory(fits=0), 4, Line.BULK, tower="clip image")
+    works = Line("bioclip image", Memory(fits=4), 4, Line.BULK, tower="bioclip image")
+    to = start(broken, works)
+    for _ in range(3):
+        assert submit(to, works, [1]).answer.result(20)
+        assert submit(to, broken, [1]).answer.exception(20)
+    wait_until(lambda: to.failures["clip image"] == 3)
+    assert to.failures["bioclip image"] == 0
