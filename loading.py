@@ -1,26 +1,23 @@
-"""Species for a daemon that serves already: what is not there yet is fetched or computed behind everybody's back.
+"""Species for a daemon that serves already: what is not there yet is fetched or computed in the background.
 
-The vectors of a tree of life take a board days. They are computed by the inference thread like all else, in small
-batches that come last; `Models` has them from the moment they are whole.
+The vectors of a tree of life take a board days. They are computed by the engine in small batches that come after all
+requests; `Models` has them from the moment they are whole.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import treeoflife
 import vectorfile
 import watch
-from engine import Engine, Job, Line
+from engine import Answer, Engine, Job, Line, Steps
 from labels import LabelError, Vectors
 from tasks import Model, Models
 from taxa import RECIPE, Species
@@ -28,7 +25,6 @@ from vectorfile import TextVectors
 
 log = logging.getLogger("lumen.loading")
 
-BATCH = 4  # prompts; what a search may have to wait for
 RETRY_S = 600  # after a download that failed
 STATUS_S = 10  # between two words on how far it is
 
@@ -40,8 +36,8 @@ class SpeciesLoader:
         """`folder` keeps the vectors of this model."""
         self.name = source or treeoflife.SOURCES[0]
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
-        self._line = engine.add(Line("species prompts", model.prompts.run, BATCH, Line.BULK))
-        self._rest = engine.add(Line("bioclip rest", self._let_go, 1, Line.BULK))
+        self._through_engine = model.encoder(engine)
+        self._rest = engine.add(Line("bioclip rest", self._let_go, 1, Line.BACKGROUND))
 
     def at_once(self, say: Callable[[str], None]) -> Species | None:
         """The species, if they are there or few; before the inference thread runs. Raises LabelError."""
@@ -88,7 +84,7 @@ class SpeciesLoader:
                     progress.failure = ""
                 else:
                     break
-            self._submit(self._rest, [None])
+            self._rest_text()
             say("serving")
             log.info("%s: ready", self.name)
 
@@ -114,21 +110,18 @@ class SpeciesLoader:
     def _encode(self, texts: list[str]) -> Vectors:
         return self._model.backend.encode_text(self._model.backend.tokenize(texts))
 
-    def _through_engine(self, texts: list[str]) -> Vectors:
-        return np.stack(self._submit(self._line, list(self._model.backend.tokenize(texts))))
+    def _rest_text(self) -> None:
+        """In the engine's order, for the text tower is the inference thread's."""
 
-    def _submit(self, line: Line, items: list[Any]) -> Any:
-        """The results of items that come last."""
+        def steps() -> Steps:
+            yield self._rest, [None]
+            return Answer("", b"", {})
 
-        def steps() -> Generator[Any, Any, Any]:
-            return (yield line, items)
-
-        job = Job("", math.inf, "species", 0)
+        job = Job("", "", 0)
         job.steps = steps()
         self._engine.submit(job)
-        return job.answer.result()
+        job.answer.result()
 
     def _let_go(self, items: list[Any]) -> list[None]:
-        """A step, for the text tower is the inference thread's."""
         self._model.backend.rest_text()
         return [None for _ in items]

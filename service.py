@@ -5,7 +5,7 @@ Each Infer call has two threads: a reader, which makes jobs of messages, and gRP
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import logging
 import queue
 import socket
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,7 +22,7 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health, health_pb2
 
 import machine
-from assembly import CHUNK_COST, ID_MAX, Assembler, Budget, ChunkError, Overload
+from assembly import CHUNK_COST, ID_MAX, Assembler, ChunkError, Overload
 from doors import (
     UNREADABLE,
     Doorkeeper,
@@ -33,10 +34,12 @@ from doors import (
     readable,
     tls_credentials,
 )
-from engine import TENSOR_MIME, DecodePool, Engine, Job, forget_frames
+from engine import TENSOR_MIME, Engine, Job, forget_frames
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from inputs import BadInput
+from intake import Intake
+from machine import clock
 from settings import VERSION, Settings
 from tasks import (
     IMAGE_MIMES,
@@ -50,9 +53,6 @@ from tasks import (
     NotReady,
     Request,
     Task,
-    prepare,
-    prepared_bytes,
-    read_meta,
 )
 from taxa import LABEL_FORMATS, RANKS
 from watch import Journal, Traffic
@@ -62,7 +62,6 @@ log = logging.getLogger("lumen.service")
 PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
 WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
-TURN_SECONDS = 0.05  # each request that a stream has in work puts its next one so much further back in line
 CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
@@ -72,8 +71,6 @@ KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must ans
 LOBBY_PLACES = 16
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
-PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
-TASK_NAME_SHOWN = 80  # characters of a task's name that are kept for the log
 FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
 
 
@@ -85,11 +82,17 @@ class Closing:
     details: str = ""
 
 
+SHUTTING_DOWN = Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
+
+
 class Stream:
     """One Infer call: a reader thread makes jobs of its messages, its own thread answers them in their order."""
 
+    _numbers = itertools.count()
+
     def __init__(self, daemon: Daemon, models: Models, messages: Iterator[pb.InferRequest], context: Any) -> None:
         self._daemon, self._models, self._messages, self._context = daemon, models, messages, context
+        self._flow = context.peer(), next(self._numbers)  # a peer's address and port name its connection
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_work: set[Job] = set()
         self._window = threading.Semaphore(WINDOW)
@@ -98,7 +101,7 @@ class Stream:
         self._closed = False  # a closing stands in it
         self._gone = False  # the client has left or the call is over
         self._held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
-        self._idle_since = time.monotonic()
+        self._idle_since = clock.now()
         self._reading_since: float | None = None  # when the reader began to wait for a message
         self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
 
@@ -115,9 +118,9 @@ class Stream:
                     return
                 self._daemon.traffic.ended(job, OUTCOMES[response.error.code])
                 self._in_work.discard(job)
-                self._yielding_since = time.monotonic()
+                self._yielding_since = clock.now()
                 yield response
-                self._yielding_since, self._idle_since = None, time.monotonic()
+                self._yielding_since, self._idle_since = None, clock.now()
                 self._window.release()
                 answered += 1
             if job.code is not grpc.StatusCode.OK and not self._gone:
@@ -169,9 +172,9 @@ class Stream:
         closing = Closing()
         try:
             empty = True
-            self._reading_since = time.monotonic()
+            self._reading_since = clock.now()
             for message in self._messages:
-                self._reading_since, self._idle_since = None, time.monotonic()
+                self._reading_since, self._idle_since = None, clock.now()
                 empty = False
                 if message is UNREADABLE:
                     closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
@@ -180,7 +183,7 @@ class Stream:
                 del message  # else it stays until the next one comes
                 if self._gone:
                     break
-                self._reading_since = time.monotonic()
+                self._reading_since = clock.now()
             self._reading_since = None
             for key in self._assembler.unfinished():
                 if self._gone:
@@ -196,7 +199,7 @@ class Stream:
             closing = Closing(grpc.StatusCode.INTERNAL, internal_error(error))
         finally:
             self._reading_since = None
-            self._daemon.budget.give(self._held)
+            self._daemon.intake.payloads.give(self._held)
             self._jobs.put(closing)
 
     def _take(self, message: pb.InferRequest) -> None:
@@ -204,7 +207,7 @@ class Stream:
         payload = message.payload  # each access makes a copy
         message.ClearField("payload")
         size = len(payload) + message.ByteSize() + CHUNK_COST
-        self._daemon.budget.take(size, lambda: self._gone, CHUNK_IDLE_S)
+        self._daemon.intake.payloads.take(size, lambda: self._gone, CHUNK_IDLE_S)
         self._held += size
         try:
             request = self._assembler.add(message, payload)
@@ -215,77 +218,25 @@ class Stream:
                 self._held -= request.held
                 self._start(request.correlation_id, request)
         kept = self._assembler.held()
-        self._daemon.budget.give(self._held - kept)
+        self._daemon.intake.payloads.give(self._held - kept)
         self._held = kept
 
     def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
         """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
         self._window.acquire()
-        task_name, size = (request.task[:TASK_NAME_SHOWN], len(request.payload)) if request else ("", 0)
-        due = time.monotonic() + len(self._in_work) * TURN_SECONDS
-        job = Job(correlation_id, due, task_name, size)
+        job = self._daemon.intake.job(correlation_id, self._flow, request)
         with self._line:
             if self._closed:
-                self._daemon.budget.give(request.held if request else 0)
-                return
-            self._in_work.add(job)
-            self._jobs.put(job)
-        self._daemon.traffic.queued(1)
-        job.answer.add_done_callback(lambda _: self._daemon.traffic.queued(-1))
-        try:
-            if request is None or self._gone:
-                raise error or BadInput("the client has left")
-            task = self._task(request.task)
-            read_meta(task, request)
-        except (BadInput, NotReady) as bad:
-            self._daemon.budget.give(request.held if request else 0)
-            job.finish(bad)
-            return
-        if task.takes == "text":  # quick: no reason to wait among pictures
-            self._prepare(job, task, request)
-        else:
-            self._daemon.decoders.submit(job.due, lambda: self._prepare(job, task, request))
-
-    def _task(self, name: str) -> Task:
-        offered = self._models.offered()
-        for task in offered:
-            if task.name == name:
-                return task
-        allowed = ", ".join(task.name for task in offered)
-        if name in TASKS and TASKS[name].only_species and self._models.progress:
-            self._models.ask_species()
-        reason = "its model is switched off here" if name in TASKS else "unknown"
-        raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {allowed}")
-
-    def _prepare(self, job: Job, task: Task, request: Request) -> None:
-        daemon, gone = self._daemon, job.answer.cancelled
-        try:
-            if gone():
-                return
-            job.digest = hashlib.sha256(request.payload).hexdigest()
-            daemon.journal.check(job.digest)
-            self._prepare_within_bounds(job, task, request)
-            job.steps = task.run(self._models, request)
-            daemon.engine.submit(job)
-        except Exception as error:
+                job.answer.cancel()
+            else:
+                self._in_work.add(job)
+                self._jobs.put(job)
+        if self._gone:  # `_leave` may not have seen this job
+            job.answer.cancel()
+        if error:
             job.finish(error)
-        finally:
-            request.payload, request.meta = b"", {}
-            daemon.budget.give(request.held)
-
-    def _prepare_within_bounds(self, job: Job, task: Task, request: Request) -> None:
-        daemon, gone = self._daemon, job.answer.cancelled
-        most = prepared_bytes(task, request, self._models)
-        daemon.prepared.take(most, gone)
-        try:
-            with daemon.journal.holding([job.digest], "prepare"):
-                prepare(task, request, self._models, daemon.settings, lambda size: daemon.pixels.holding(size, gone))
-        except BaseException:
-            daemon.prepared.give(most)
-            raise
-        kept = prepared_bytes(task, request, self._models)
-        daemon.prepared.give(most - kept)
-        job.answer.add_done_callback(lambda _: daemon.prepared.give(kept))
+        if request:
+            self._daemon.intake.begin(job, request, self._models, alone=self._in_work == {job})
 
     def _response(self, job: Job) -> pb.InferResponse:
         """Waits for a job's answer. Raises CancelledError when the client has left."""
@@ -326,6 +277,7 @@ def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
     else:
         code, text = pb.ERROR_CODE_INTERNAL, internal_error(error)
         forget_frames(error)
+    text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
     problem = pb.Error(code=code, message=text)
     return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
 
@@ -336,21 +288,19 @@ def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
 class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     """The four RPCs, and what they share."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, journal: Journal | None = None) -> None:
         self.settings = settings
-        self.journal = Journal()
+        self.journal = journal or Journal()
         self.traffic = Traffic(TASKS)
         self.engine = Engine(self.journal.holding, self.traffic, machine.usable_cores())
-        self.decoders = DecodePool(min(machine.usable_cores(), 4))
-        self.budget = Budget(4 * settings.lumen_max_request_mb << 20)  # bytes of requests until they are prepared
-        self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders: of one picture or of several
-        self.prepared = Budget(PREPARED_MAX)
+        self.intake = Intake(settings, self.journal, self.traffic, self.engine)
         self.health = health.HealthServicer()
         self.lobby = Lobby(LOBBY_PLACES)
         self.loading = "starting"  # said to clients until the models are there
         self._models: Models | None = None
         self._admission = threading.BoundedSemaphore(settings.lumen_max_streams)
-        self._streams: set[Stream] = set()
+        self._streams: set[Stream] = set()  # a stream stays until gRPC has sent its status
+        self._streams_changed = threading.Condition()
         self._draining = False
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
@@ -362,18 +312,20 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             models.own.watch(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    def drain(self) -> None:
-        """Answers what is in work and ends every stream; the port is closed by the caller."""
+    def drain(self, seconds: float) -> None:
+        """Ends every stream once its requests are answered, refuses new ones, and waits so long for all of that."""
         self._draining = True
         self.health.enter_graceful_shutdown()
         for stream in list(self._streams):
-            stream.close(Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down"))
+            stream.close(SHUTTING_DOWN)
+        with self._streams_changed:
+            self._streams_changed.wait_for(lambda: not self._streams, seconds)
 
     def check_streams(self) -> None:
-        now = time.monotonic()
+        now = clock.now()
         for stream in list(self._streams):
             stream.check(now)
-        self.lobby.check(now)
+        self.lobby.check(time.monotonic())
 
     def make_room(self) -> int:
         """When memory is short: ends the streams whose next message has been on its way for a while; -> how many.
@@ -381,11 +333,11 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         gRPC holds up to LUMEN_MAX_REQUEST_MB of each before we see a byte of it, and has no limit over all. Whatever is
         in work is answered first.
         """
-        now = time.monotonic()
+        now = clock.now()
         slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]
         for stream in slow:
             stream.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory is short; try later, or in chunks"))
-        self.lobby.check(now, READING_S)
+        self.lobby.check(time.monotonic(), READING_S)
         return len(slow)
 
     def stop_serving(self) -> None:
@@ -393,15 +345,19 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def trouble(self) -> str:
-        """What is wrong with the engine's threads, or ""."""
-        engine, limit = self.engine, self.settings.lumen_hang_s
-        busy_since = engine.busy_since
-        if not engine.is_alive():
-            return "an inference thread has died"
-        if busy_since is not None and time.monotonic() - busy_since > limit:
-            return f"a batch or a task's step has been running for over {limit} s (LUMEN_HANG_S)"
-        if engine.failed_in_a_row >= FAILURES_MAX:
-            return f"{engine.failed_in_a_row} batches failed in a row"
+        """What is wrong with the threads that do the work, or ""."""
+        engine, decoders, limit = self.engine, self.intake.decoders, self.settings.lumen_hang_s
+        if not (engine.is_alive() and decoders.is_alive()):
+            return "a thread of the engine or of the decoders has died"
+        for what, since in (
+            ("a batch or a task's step", engine.busy_since),
+            ("the preparation of a picture", decoders.busy_since),
+        ):
+            if since is not None and clock.now() - since > limit:
+                return f"{what} has been running for over {limit} s (LUMEN_HANG_S)"
+        for tower, count in engine.failures.copy().items():
+            if count >= FAILURES_MAX:
+                return f"{tower}: {count} batches failed in a row"
         return ""
 
     def _set_health(self, status: Any) -> None:
@@ -431,7 +387,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def _ready(self, context: Any) -> Models:
         if self._draining:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
+            context.abort(SHUTTING_DOWN.code, SHUTTING_DOWN.details)
         if self._models is None:
             context.abort(grpc.StatusCode.UNAVAILABLE, f"not ready: {self.loading}")
         assert self._models is not None
@@ -444,18 +400,30 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self.traffic.turned_away("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         stream = Stream(self, models, request_iterator, context)
-        self._streams.add(stream)
         self.traffic.stream(1)
         try:
+            self._add_stream(stream, context)
             yield from stream.answers()
         finally:
             self.traffic.stream(-1)
-            self._streams.discard(stream)
             self._admission.release()
+
+    def _add_stream(self, stream: Stream, context: Any) -> None:
+        with self._streams_changed:
+            self._streams.add(stream)
+        if not context.add_callback(partial(self._remove_stream, stream)):
+            self._remove_stream(stream)
+        if self._draining:  # since `_ready`, so that `drain` may not have seen this stream
+            stream.close(SHUTTING_DOWN)
+
+    def _remove_stream(self, stream: Stream) -> None:
+        with self._streams_changed:
+            self._streams.discard(stream)
+            self._streams_changed.notify_all()
 
     def _place_of_a_silent_one(self) -> bool:
         """Ends the stream that has had nothing in work for longest, if that is long."""
-        now = time.monotonic()
+        now = clock.now()
         silent = max(list(self._streams), key=lambda stream: stream.silent(now), default=None)
         if silent is None or silent.silent(now) < WANTED_IDLE_S:
             return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,11 +37,16 @@ LABEL_COST = 4096  # bytes of a caller's label, beside its text: token ids and a
 # Tokens. Shorter texts run more at once, up to four times as many: small matrices take longer for each text (ViT-B-32
 # and ONNX Runtime, 7 tokens: 280 a second by 8, 325 by 32), and such a batch is no more work than one of texts of 28.
 SHORT_TEXT = 28
+BACKGROUND_BATCH = 4  # prompts; a search that comes meanwhile waits for them
 TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
 
 
 class Model:
-    """A backend with its lines. Prompts are texts nobody types a query with: they wait among the images."""
+    """A backend with its lines.
+
+    Prompts are texts that no user waits for as for a search: those of a request wait among the images, and those of a
+    label set that is built in the background come after all requests.
+    """
 
     def __init__(
         self, backend: Backend, name: str, engine: Engine, batch_size: int, tuning: backends.Tuning | None = None
@@ -65,9 +69,15 @@ class Model:
             return min(max(true_length(tokens[None]) / SHORT_TEXT, least), 1.0)
 
         images_at_once = tuning.batch_size if tuning else batch_size
-        self.image = engine.add(Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1))
-        self.text = engine.add(Line(f"{name} text", texts, batch_size, Line.TEXT, share=share))
-        self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share))
+        self.image = engine.add(
+            Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1, tower=f"{name} image")
+        )
+        tower = f"{name} text"
+        self.text = engine.add(Line(tower, texts, batch_size, Line.TEXT, share=share, tower=tower))
+        self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share, tower=tower))
+        self._background = engine.add(
+            Line(f"{name} background prompts", texts, BACKGROUND_BATCH, Line.BACKGROUND, tower=tower)
+        )
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the engine's own thread's alone
 
     def facts(self) -> dict[str, str]:
@@ -91,16 +101,16 @@ class Model:
         return [found[key] for key in keys]
 
     def encoder(self, engine: Engine) -> Encode:
-        """Encodes prompts on the inference thread, among everybody's work, for another thread that waits for them."""
+        """Encodes prompts in the background, for a thread that waits for them while the daemon serves."""
 
         def encode(texts: list[str]) -> labels.Vectors:
             tokens, rows = self.backend.tokenize(texts), []
 
             def steps() -> Steps:
-                rows.extend((yield from self.embed(tokens, self.prompts)))
+                rows.extend((yield self._background, list(tokens)))  # not remembered: nobody asks for them again
                 return Answer("", b"", {})
 
-            job = Job("", time.monotonic(), "", 0)
+            job = Job("", "", 0)
             job.steps = steps()
             engine.submit(job)
             job.answer.result()
@@ -347,6 +357,18 @@ TASKS = {
 TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
 
 
+def find_task(models: Models, name: str) -> Task:
+    """The task that a request names. Raises BadInput, or NotReady if it will work later."""
+    available = models.offered()
+    for task in available:
+        if task.name == name:
+            return task
+    if name in TASKS and TASKS[name].only_species and models.progress:
+        models.ask_species()
+    reason = "its model is switched off here" if name in TASKS else "unknown"
+    raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(task.name for task in available)}")
+
+
 def read_meta(task: Task, request: Request) -> None:
     """Checks the request against its task's row and fills its options. Raises BadInput, naming the field."""
     base = request.mime.partition(";")[0].strip().lower()
@@ -414,14 +436,21 @@ def _min_score(meta: Mapping[str, str], default: float) -> float:
     return value
 
 
+def _json_list(text: str) -> list[Any] | None:
+    """A JSON list, or None for anything else. A string with a lone surrogate is JSON, but no text: None as well."""
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, list) else None
+
+
 def _taxa(text: str) -> tuple[str, ...]:
     """A JSON list of names, or names with commas between them."""
-    try:
-        content = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
-    except (ValueError, RecursionError):
-        content = None
+    content = _json_list(text) if text.lstrip().startswith("[") else text.split(",")
     if (
-        not isinstance(content, list)
+        content is None
         or not 1 <= len(content) <= TAXA_MAX
         or not all(isinstance(name, str) and 0 < len(name.strip()) <= 500 for name in content)
     ):
@@ -433,20 +462,18 @@ def _taxa(text: str) -> tuple[str, ...]:
 
 
 def _topk(key: str, text: str) -> int:
-    digits = text.strip()
-    if not (digits.isascii() and digits.isdigit()) or not digits.strip("0"):
+    number = text.strip()
+    digits = number.lstrip("0") if number.isascii() and number.isdigit() else ""
+    if not digits:
         raise BadInput(f"meta {key}: {text[:80]!r}; allowed: a whole number from 1 (at most {TOPK_MAX} are returned)")
-    return TOPK_MAX if len(digits.lstrip("0")) > 9 else min(int(digits), TOPK_MAX)
+    # int() is only for short texts: it raises beyond 4,300 digits, leading zeros included.
+    return TOPK_MAX if len(digits) > len(str(TOPK_MAX)) else min(int(digits), TOPK_MAX)
 
 
 def _own_labels(text: str) -> tuple[str, ...]:
-    try:
-        content = json.loads(text)
-        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
-    except (ValueError, RecursionError):
-        content = None
+    content = _json_list(text)
     if (
-        not isinstance(content, list)
+        content is None
         or not 1 <= len(content) <= OWN_LABELS_MAX
         or not all(isinstance(label, str) and label.strip() and len(label) <= 1000 for label in content)
     ):

@@ -121,14 +121,14 @@ def watched(tiny_onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> 
     sets = {"classes": labels.LabelSet(names, vectors, 100.0)}
     server, port = service.start_server(daemon, "127.0.0.1", 0)
     daemon.serve(tasks.Models(daemon.engine, model, None, sets, 8))
-    backend.daemon = daemon
+    backend.daemon, backend.address = daemon, f"127.0.0.1:{port}"
     backend.batches.clear()
     backend.busy.clear()
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with grpc.insecure_channel(backend.address) as channel:
         yield backend, pb_grpc.InferenceStub(channel)
     backend.gate.set()
     server.stop(0).wait()
-    daemon.decoders.stop()
+    daemon.intake.decoders.stop()
     daemon.engine.stop()
 
 

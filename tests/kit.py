@@ -344,7 +344,7 @@ def submitted(to: engine.Engine, line: engine.Line) -> engine.Job:
     def steps() -> engine.Steps:
         return engine.Answer("", str((yield line, [1])[0]).encode(), {})
 
-    job = engine.Job("", time.monotonic(), "", 0)
+    job = engine.Job("", "", 0)
     job.steps = steps()
     to.submit(job)
     return job

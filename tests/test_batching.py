@@ -69,7 +69,7 @@ def test_short_texts_run_more_at_once(watched: Any, text: str, sizes: list[int])
         assert backend.busy.wait(10)
         requests = [pb.InferRequest(task="clip_embed", payload=text.format(i).encode()) for i in range(30)]
         waiting = clients.submit(lambda: list(stub.Infer(iter(requests), timeout=30)))
-        wait_until(lambda: sum(len(line.waiting) for line in backend.daemon.engine._lines) == 30)
+        wait_until(lambda: sum(len(line.queue) for line in backend.daemon.engine._lines) == 30)
         backend.gate.set()
         assert first.result().result and len({r.result for r in waiting.result()}) == 30
     assert [count for kind, count in backend.batches if kind == "text"] == sizes

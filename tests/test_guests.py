@@ -194,8 +194,9 @@ def test_packed_messages_are_refused_unopened(harsh: Node) -> None:
 def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: as much memory for each core as the largest picture takes."""
     backend, stub = watched
-    backend.daemon.pixels = assembly.Budget(1_000_000)
-    backend.daemon.decoders = engine.DecodePool(2)
+    backend.daemon.intake.pixels = assembly.Budget(1_000_000)
+    backend.daemon.intake.decoders.stop()
+    backend.daemon.intake.decoders = engine.DecodePool(2)
     to_rgb, inside, together = inputs._to_rgb, threading.Semaphore(0), collections.Counter[int]()
 
     def slowly(image: Image.Image) -> Image.Image:
@@ -210,7 +211,6 @@ def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pyt
         photo = encoded(picture(RED, size), "PNG")
         requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * 4
         assert all(r.result for r in stub.Infer(iter(requests), timeout=30))
-    backend.daemon.decoders.stop()
     assert together == {600: 1, 500: 2}
 
 

@@ -1,0 +1,212 @@
+"""Whatever a request contains, it is answered and gives back what it held."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import lumen_clip
+import service
+import tasks
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+from settings import Settings
+from tests.kit import RED, encoded, label_files, picture, wait_until
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, tiny_immich: Path) -> Iterator[Any]:
+    """A daemon with both models inside this process, so that a test can read its budgets, and a stub."""
+    settings = Settings(
+        lumen_data_dir=label_files(tmp_path_factory.mktemp("intake")),
+        clip_backend="onnxrt",
+        clip_model=str(tiny_onnx),
+        bioclip_backend="onnxrt",
+        bioclip_model=str(tiny_immich),
+        clip_templates=1,
+        lumen_tune=False,
+    )
+    daemon = service.Daemon(settings)
+    server, port = service.start_server(daemon, "127.0.0.1", 0)
+    models, _ = lumen_clip.load_models(settings, daemon.engine, lambda text: None)
+    daemon.serve(models)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        daemon.stub = pb_grpc.InferenceStub(channel)  # type: ignore[attr-defined]
+        yield daemon
+    server.stop(0).wait()
+    daemon.intake.decoders.stop()
+    daemon.engine.stop()
+
+
+def held(daemon: Any) -> dict[str, int]:
+    """What requests hold of all that is bounded; empty if nothing."""
+    intake, engine = daemon.intake, daemon.engine
+    counts = {name: getattr(intake, name).used for name in ("payloads", "prepared", "pixels")}
+    counts |= {line.name: len(line.queue) for line in engine._lines} | {"decoders": len(intake.decoders._queue)}
+    counts |= {"in progress": engine._expected, "counted": daemon.traffic._queue, "streams": len(daemon._streams)}
+    counts["admitted"] = daemon.settings.lumen_max_streams - daemon._admission._value
+    return {name: count for name, count in counts.items() if count}
+
+
+def settled(daemon: Any) -> None:
+    wait_until(lambda: not held(daemon), 20)
+
+
+@pytest.mark.parametrize(
+    ("topk", "count"),
+    [("0" * 5000 + "5", 5), ("5" * 5000, 999), ("9" * 100_000, 999), ("0" * 5000, 0)],  # of 999 labels
+    ids=["5 after zeros", "5,000 digits", "100,000 digits", "zeros"],
+)
+def test_a_long_number_is_answered(daemon: Any, topk: str, count: int) -> None:
+    """All pictures of everybody, until a restart: `int()` raises beyond 4,300 digits, and the request kept its part
+    of the memory for payloads."""
+    request = pb.InferRequest(task="clip_classify", payload=encoded(picture(RED)), meta={"topk": topk})
+    [response] = daemon.stub.Infer(iter([request]), timeout=20)
+    if count:
+        assert len(json.loads(response.result)["labels"]) == count
+    else:
+        assert response.error.code == pb.ERROR_CODE_INVALID_ARGUMENT and len(response.error.message) < 300
+    settled(daemon)
+
+
+@pytest.mark.parametrize("key", ["within", "labels", "labels of labels", "lumen.tensor.shape", "label_set", "topk"])
+def test_text_that_is_no_unicode_fails_alone(daemon: Any, key: str) -> None:
+    """The whole stream would end, with all its other requests, by one name that JSON allows and UTF-8 does not."""
+    photo = encoded(picture(RED))
+    value = json.dumps([["\ud800"]] if key == "labels of labels" else ["a", "\ud800"])
+    meta = {key.partition(" ")[0]: value, "lumen.input.kind": "tensor" if "tensor" in key else "raw"}
+    task = "clip_classify" if key.startswith(("label", "topk")) else "bioclip_classify"
+    bad = pb.InferRequest(task=task, correlation_id="bad", payload=photo, meta=meta)
+    good = pb.InferRequest(task="clip_image_embed", correlation_id="good", payload=photo)
+    responses = list(daemon.stub.Infer(iter([bad, good]), timeout=20))
+    assert [response.correlation_id for response in responses] == ["bad", "good"] and responses[1].result
+    assert responses[0].error.code == pb.ERROR_CODE_INVALID_ARGUMENT
+    assert responses[0].error.message.startswith(f"meta {'lumen.tensor' if 'tensor' in key else key.split()[0]}")
+
+
+KEYS = [
+    *(*tasks.TOPK_KEYS, "labels", "label_set", "min_score", "label_format", "rank", "within", "prompt_template"),
+    *("lumen.output.kind", "lumen.input.kind", "lumen.preprocess.id", "lumen.preprocess.skip"),
+    *(f"lumen.tensor.{key}" for key in ("dtype", "shape", "layout", "format", "byte_order")),
+]
+VALUES = [
+    *("", " ", "0", "-1", "1.5", "NaN", "1e309", "\0", "true", "tensor", "raw", "json", "auto", "order", "lineage"),
+    *("[", "{", "{}", "[]", "null", '"a"', "[1]", "[null]", "[{}]", '["a"]', '["a", ""]', "Animalia", "Aves,Plantae"),
+    *("0" * 5000 + "7", "9" * 5000, "[" * 50_000, '["' + "a" * 50_000 + '"]', "a," * 20_000, "\U0001f98a" * 5000),
+    *(json.dumps(["x"] * 20_000), json.dumps(["\ud800"]), json.dumps([f"label {i}" for i in range(40)])),
+    *("[1,3,224,224]", f"[{'9' * 5000}]", "a {} b", "{}{}", "{}" + "x" * 2000, "fp32", "NCHW", "contiguous"),
+    *("little", "bioclip2_224_image_v1", "É\u202e\ufeff", "١٢٣", "²", "1_000", "+5", "0x10"),
+]
+
+
+def random_request(number: int, source: random.Random) -> pb.InferRequest:
+    photo = encoded(picture(RED, (40, 30)))
+    payloads = [
+        b"",
+        b"a dog",
+        b"\xff\xfe",
+        b" ",
+        b"x" * 70_000,
+        photo,
+        photo[:300],
+        b"GIF89a",
+        bytes(224 * 224 * 3 * 4),
+    ]
+    task = source.choice([*tasks.TASKS, *tasks.TASKS, "", "x" * 5000, "clip_classify\0"])
+    fits = task in tasks.TASKS and source.random() < 0.7
+    payload = source.choice(payloads)
+    if fits:
+        payload = photo if tasks.TASKS[task].takes == "image" else b"a dog"
+    keys = source.sample(KEYS, source.choice([0, 1, 1, 2, 3, 6]))
+    if source.random() < 0.1:
+        keys += [source.choice(VALUES)]
+    meta = {key: source.choice(VALUES) for key in keys}
+    mime = source.choice(["", "", "", "image/jpeg", "text/plain", "application/octet-stream", "image/" + "x" * 5000])
+    return pb.InferRequest(task=task, correlation_id=str(number), payload=payload, meta=meta, payload_mime=mime)
+
+
+def test_fuzz_requests_through_a_stream(daemon: Any) -> None:
+    """Every request is answered and everything that it held is free again, or one client stops the daemon for all.
+
+    Prints its seed; LUMEN_SEED takes another.
+    """
+    seed = int(os.environ.get("LUMEN_SEED", "21"))
+    print(f"\nLUMEN_SEED={seed}")
+    source, outcomes = random.Random(seed), {"answered": 0, "refused": 0}
+    for _ in range(30):
+        requests = [random_request(number, source) for number in range(40)]
+        responses = list(daemon.stub.Infer(iter(requests), timeout=60))
+        assert [r.correlation_id for r in responses] == [r.correlation_id for r in requests]
+        for request, response in zip(requests, responses, strict=True):
+            code, told = response.error.code, response.error.message
+            assert response.is_final and (response.result or code == pb.ERROR_CODE_INVALID_ARGUMENT), (request, told)
+            assert len(told) < 2000
+            outcomes["refused" if told else "answered"] += 1
+    print(outcomes)
+    assert min(outcomes.values()) > 100
+    settled(daemon)
+
+
+def test_fuzz_streams_that_are_cut_off(daemon: Any) -> None:
+    """Clients that leave at any moment would take the memory for payloads with them, a little each time."""
+    source = random.Random(7)
+    for _ in range(60):
+        requests = [random_request(number, source) for number in range(20)]
+        call = daemon.stub.Infer(iter(requests), timeout=source.choice([0.01, 0.05, 60]))
+        time.sleep(source.random() * 0.05)
+        call.cancel()
+    settled(daemon)
+
+
+def test_an_error_of_our_own_is_answered_and_gives_back(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the daemon's own code would cost one request and, with it, memory that nobody gives back."""
+
+    def fail(*arguments: Any) -> Any:
+        raise ZeroDivisionError
+
+    photo = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))
+    text = pb.InferRequest(task="clip_embed", payload=b"a dog")
+    for module, name in (("find_task", photo), ("read_meta", photo), ("prepare", photo), ("prepare", text)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"intake.{module}", fail)
+            [response] = daemon.stub.Infer(iter([name]), timeout=20)
+            assert response.error.code == pb.ERROR_CODE_INTERNAL and "internal error" in response.error.message
+        settled(daemon)
+    assert all(r.result for r in daemon.stub.Infer(iter([photo, text]), timeout=20))
+
+
+def test_cancelled_pictures_keep_nothing(watched: Any) -> None:
+    """Pixels of clients that had left would stay in the queue outside every budget, and after 344 cancelled calls a
+    connection would refuse all others."""
+    backend, stub = watched
+    daemon, photo = backend.daemon, encoded(picture(RED))
+    request = pb.InferRequest(task="clip_image_embed", payload=photo)
+    backend.gate.clear()
+    with futures.ThreadPoolExecutor(1) as person:
+        first = person.submit(lambda: list(stub.Infer(iter([request]), timeout=120)))
+        assert backend.busy.wait(10)  # the model is busy for as long as the test wants
+        running = held(daemon)
+        for _ in range(60):
+            calls = [stub.Infer(iter([request] * 4), timeout=60) for _ in range(10)]
+            wait_until(lambda: daemon.engine._expected > 20)
+            for call in calls:
+                call.cancel()
+            wait_until(lambda: held(daemon) == running)
+        gc.collect()
+        assert sum(type(thing) is service.Stream for thing in gc.get_objects()) == 1
+        text = stub.Infer(iter([pb.InferRequest(task="x")]), timeout=10)  # the connection still takes calls
+        assert [response.error.code for response in text] == [pb.ERROR_CODE_INVALID_ARGUMENT]
+        backend.gate.set()
+        assert first.result()[0].result
+    assert [count for kind, count in backend.batches if kind == "image"] == [1]
+    settled(daemon)
