@@ -2,8 +2,8 @@
 
 The way of one request:
 
-    stream's reader thread   chunks -> one whole Request         (service: Assembler, Stream)
-    decode threads           bytes -> pixels or token ids        (engine: DecodePool; tasks: prepare)
+    stream's reader thread   chunks -> one whole Request         (service: Stream; assembly: Assembler)
+    decode threads           bytes -> pixels or token ids        (intake: Intake; engine: DecodePool; tasks: prepare)
     the engine's thread      the task's steps, in true batches   (engine: Engine)
     inference thread, lanes  a batch through a model             (engine: Engine; backends)
     stream's own thread      answers, in the order of requests   (service: Stream)
@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import grpc
 from google.protobuf import empty_pb2
 
 import backends
@@ -45,15 +44,18 @@ from inputs import BackendError
 from labels import LabelError, LabelSet
 from labelsets import PROMPTS, Maker, OwnSets
 from loading import SpeciesLoader
+from machine import clock
 from scenes import SceneSet, read_scenes
 from service import Daemon, start_server
 from settings import VERSION, SettingError, Settings, demo_environment
 from tasks import Model, Models
 from taxa import Species
+from watch import Journal
 
 log = logging.getLogger("lumen")
 
 DRAIN_S = 20  # for requests in work when the daemon is told to stop
+LINGER_S = 0.2  # between the last answer and the end, which closes the connections without waiting for their peers
 TRAFFIC_LOG_S = 60  # between two lines that say what went through
 PROGRESS_LOG_S = 30  # between two lines that say how far a start is, where no bar does
 SILENCE_S = 300  # that systemd bears of a start before it takes it for hung; it hears of every bit of progress
@@ -62,6 +64,7 @@ MEMORY_FLOOR = 64 << 20  # bytes, or a twenty-fifth of what there is: less than 
 
 
 Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
+Events = queue.SimpleQueue[Loaded | BaseException | None]  # None: told to stop
 
 
 def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) -> Loaded:
@@ -234,19 +237,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_process(options)
     if options.doctor:
         return see_the_doctor(options)
+    journal = Journal()
+    events: Events = queue.SimpleQueue()
+    handle_signals(events, journal)
     try:
         settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
-        daemon = Daemon(settings)
+        daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
             serve_metrics(daemon, options.host)
-        server, port = start_server(daemon, options.host, options.port)
+        _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
         complain(error)
         return 2 if isinstance(error, SettingError) else 1
-    events: queue.SimpleQueue[Loaded | BaseException | None] = queue.SimpleQueue()  # None: told to stop
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: events.put(None))
-    daemon.journal.open(settings.lumen_data_dir)
+    journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
     beacon = Beacon(settings, options.host, port)
@@ -264,10 +267,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
         beacon.close()
-        server.stop(None).wait(2)  # what is in work has no one who could answer it
-        _leave(1)
-    stop(daemon, beacon, server)
-    return 0
+        _leave(1)  # what is in work has no one who could answer it
+    stop(daemon, beacon)
+    _leave(0)
+
+
+def handle_signals(events: Events, journal: Journal) -> None:
+    """SIGTERM and SIGINT: the first asks for an orderly stop, the second ends the process at once.
+
+    A handler in Python runs on the main thread, which may learn of a signal only when its current wait ends, seconds
+    later. So a thread of its own reads the signals' numbers from a pipe.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
+
+    def read() -> None:
+        told = False
+        while True:
+            if os.read(reading, 1)[0] not in numbers:
+                continue
+            if told:
+                # TMP journal.close()  # to stop is not to crash
+                _leave(0)
+            told = True
+            events.put(None)
+
+    threading.Thread(target=read, name="signals", daemon=True).start()
 
 
 def prepare_process(options: argparse.Namespace) -> None:
@@ -299,20 +328,23 @@ def serve(daemon: Daemon, beacon: Beacon, models: Models, loader: SpeciesLoader 
     log.info("ready: %s", ", ".join(task.name for task in models.offered()))
 
 
-def stop(daemon: Daemon, beacon: Beacon, server: grpc.Server) -> None:
-    """Answers what is in work first."""
+def stop(daemon: Daemon, beacon: Beacon) -> None:
+    """Answers what is in work first. The caller then leaves the process, which closes the port and all connections.
+
+    `grpc.Server.stop` would end calls that arrive at that moment with CANCELLED. A connection that closes is
+    UNAVAILABLE, which tells clients to try again.
+    """
     notify("STOPPING=1")
     log.info("stopping: answering what is in work")
     beacon.close()
-    daemon.drain()
-    server.stop(DRAIN_S).wait()
-    daemon.decoders.stop()
-    daemon.engine.stop()
+    daemon.drain(DRAIN_S)
+    time.sleep(LINGER_S)
+    # TMP daemon.journal.close()
     daemon.traffic.say(0)
     log.info("stopped")
 
 
-def supervise(daemon: Daemon, events: queue.SimpleQueue[Loaded | BaseException | None]) -> str:
+def supervise(daemon: Daemon, events: Events) -> str:
     """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
     systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
@@ -324,6 +356,7 @@ def supervise(daemon: Daemon, events: queue.SimpleQueue[Loaded | BaseException |
             events.get(timeout=beat)
             return ""
         except queue.Empty:
+            clock.tick(beat)
             daemon.check_streams()
             machine.trim_memory()
             daemon.traffic.say(TRAFFIC_LOG_S)

@@ -1,0 +1,149 @@
+"""How the daemon stops: in order, at once when it is told twice, and never as if it had crashed."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+from tests.kit import ROOT, Node, encoded, label_files, one_model, picture, wait_until
+
+# A daemon whose model never finishes a white picture.
+STUCK = """
+import sys, time
+sys.path.insert(0, "@ROOT@")
+import doors, lumen_clip, onnxrt
+
+encode = onnxrt.ONNXRTBackend.encode_images
+
+def encode_or_hang(backend, pixels):
+    if backend.self_test_cosine is not None and (pixels > 235).all():  # it has started
+        time.sleep(3600)
+    return encode(backend, pixels)
+
+onnxrt.ONNXRTBackend.encode_images = encode_or_hang
+if "@LOADING@":
+    lumen_clip.load_models = lambda *arguments: time.sleep(3600)
+    doors.Beacon.close = lambda beacon: time.sleep(3600)  # a network that takes no goodbye
+sys.exit(lumen_clip.main())
+"""
+WHITE = encoded(picture((255, 255, 255)), "PNG")
+
+
+@pytest.fixture
+def stuck(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
+    data = label_files(tmp_path / "data")
+
+    def start(loading: str = "") -> Node:
+        (tmp_path / "daemon.py").write_text(STUCK.replace("@ROOT@", str(ROOT)).replace("@LOADING@", loading))
+        node = Node(data, program=(sys.executable, str(tmp_path / "daemon.py")), **one_model(tiny_onnx))
+        return node.bound() if loading else node.ready()
+
+    return start
+
+
+def in_flight(node: Node) -> bytes:
+    return (Path(node.data) / "in-flight").read_bytes().strip(b"\0")
+
+
+def hanging(node: Node) -> Any:
+    """A call whose picture the model has."""
+    request = pb.InferRequest(task="clip_image_embed", payload=WHITE)
+    call = node.stub.Infer(iter([request]), timeout=60)
+    wait_until(lambda: b" batch " in in_flight(node))
+    return call
+
+
+def test_every_call_during_a_stop_is_answered_or_unavailable(tmp_path: Path) -> None:
+    """An app that is told CANCELLED takes its own request for withdrawn, and does not try again."""
+    outcomes = collections.Counter[str]()
+    for _ in range(6):
+        node = Node(tmp_path, ("--demo",)).ready()
+        stopped = threading.Event()
+
+        def client(number: int, address: str = node.address, stopped: threading.Event = stopped) -> None:
+            requests = [pb.InferRequest(task="clip_embed", payload=b"a dog")] * (1 + number % 3)
+            with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", number % 4)]) as channel:
+                stub = pb_grpc.InferenceStub(channel)
+                while not stopped.is_set():
+                    try:
+                        responses = list(stub.Infer(iter(requests), timeout=20))
+                        outcomes["OK"] += len(responses) == len(requests) and all(r.result for r in responses)
+                        outcomes["incomplete"] += len(responses) != len(requests)
+                    except grpc.RpcError as error:
+                        outcomes[error.code().name] += 1
+
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(12)]
+        for thread in clients:
+            thread.start()
+        time.sleep(1)
+        assert node.stop() == 0
+        stopped.set()
+        for thread in clients:
+            thread.join()
+    print(outcomes)
+    assert outcomes["OK"] > 100 and outcomes["UNAVAILABLE"] > 0
+    assert +outcomes - collections.Counter(OK=10**9, UNAVAILABLE=10**9) == {}
+
+
+def test_a_signal_that_another_thread_receives_stops_at_once(tmp_path: Path) -> None:
+    """A stop would take up to five seconds: the kernel may hand a signal to any thread, and Python acts on it only
+    when the main thread wakes."""
+    node = Node(tmp_path, ("--demo",)).ready()
+    time.sleep(0.5)
+    threads = [int(task.name) for task in Path(f"/proc/{node.process.pid}/task").iterdir()]
+    other = max(threads)  # not the main thread, whose number is the process's
+    began = time.monotonic()
+    assert ctypes.CDLL(None).syscall(234, node.process.pid, other, signal.SIGTERM) == 0  # tgkill
+    node.wait_for("stopping: ", 20)
+    assert time.monotonic() - began < 3
+    assert node.process.wait(20) == 0
+
+
+def test_a_stop_is_not_taken_for_a_crash(stuck: Callable[..., Node]) -> None:
+    """A good photograph would be suspected at each restart, and refused after the second, because the daemon was told
+    to stop while a client that had left was still being served."""
+    node = stuck()
+    call = hanging(node)
+    call.cancel()
+    assert node.stop() == 0 and in_flight(node) == b""
+    node = stuck()
+    assert "the last run" not in node.log and not (Path(node.data) / "suspects.json").exists()
+    assert node.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_drain_at_once(stuck: Callable[..., Node], number: signal.Signals) -> None:
+    """Ctrl-C would have to be followed by 20 seconds of waiting, or by kill -9."""
+    node = stuck()
+    call = hanging(node)
+    node.process.send_signal(number)
+    node.wait_for("stopping: ")
+    time.sleep(0.5)
+    assert node.process.poll() is None  # it waits for the request in progress
+    node.process.send_signal(number)
+    assert node.process.wait(10) == 0
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert in_flight(node) == b"" and "Traceback" not in node.log
+
+
+def test_a_second_signal_ends_a_load_at_once(stuck: Callable[..., Node]) -> None:
+    """A start that hangs could only be ended by kill -9."""
+    node = stuck("loading")
+    node.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    node.process.send_signal(signal.SIGINT)
+    assert node.process.wait(10) == 0 and "Traceback" not in node.log
