@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -297,6 +298,50 @@ def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.Monke
         tree.path.write_bytes(garbled)
         with pytest.raises(vectorfile.Damaged):
             vectorfile.load(tree.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
+def test_a_damaged_note_does_not_make_a_good_file_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """Lost otherwise: days of computed vectors, after a power cut that emptied the small note beside them."""
+    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    tree = TreeOfLife(tmp_path)
+    note = tmp_path / vectorfile.NOTE
+    good = note.read_bytes()
+    note.unlink()
+    if content is None:
+        note.mkdir()  # cannot be read or replaced
+    else:
+        note.write_bytes(content)
+    found = vectorfile.load(tree.path)
+    assert found and np.array_equal(found.vecs, tree.stored.vecs)  # type: ignore[union-attr]
+    assert content is None or note.read_bytes() == good  # the checksums have been compared again
+    whole = bytearray(tree.path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    tree.path.write_bytes(whole)
+    if content is not None:
+        note.write_bytes(content)
+    with pytest.raises(vectorfile.Damaged):  # such a note does not hide a damaged file either
+        vectorfile.load(tree.path)
+
+
+def test_the_note_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a note that a power cut or a full disk leaves empty."""
+    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    tree = TreeOfLife(tmp_path)
+    note = tmp_path / vectorfile.NOTE
+    before = note.read_bytes()
+    os.utime(tree.path)  # so that the note is out of date
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert vectorfile.load(tree.path)
+    assert note.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    assert vectorfile.load(tree.path) and note.read_bytes() != before
 
 
 MANY = [  # more than are computed before the daemon is ready
