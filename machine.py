@@ -103,9 +103,11 @@ def trim_memory() -> None:
 
 
 def memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """(bytes that can still be had, of how many), by the system or the tightest control group.
+    """(available bytes, total bytes) of the system or of its tightest control group (v2), whichever has less available.
 
-    Without end, of 0, where that is unknown.
+    In a control group the page cache counts as available, hot pages (`active_file`) included: the kernel drops pages of
+    files before it kills a process, and a mapped label set consists of such pages. Returns (sys.maxsize, 0) where
+    nothing is known.
     """
     try:
         lines = (line.split() for line in meminfo.read_text().splitlines())
@@ -119,7 +121,8 @@ def memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/mem
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # the root has none; "max" is no limit
             continue
-        found.append((limit - used + int(stat.get("inactive_file", 0)), limit))  # files that were read count as used
+        cached = sum(int(stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+        found.append((limit - used + cached, limit))
     return min(found)
 
 
