@@ -17,6 +17,7 @@ if sys.platform != "win32":
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def control_groups(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
@@ -52,6 +53,19 @@ def cache_of_a_core(caches: Path = CACHES) -> int:
                 sharing = int((cache / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
                 parts.append((kilobytes << 10) // max(1, sharing))
     return max(parts)
+
+
+def nvidia_gpus(folder: Path = NVIDIA_GPUS) -> str:
+    """The models of the NVIDIA GPUs as the driver names them, with commas between them, or "" where there are none.
+
+    Read from /proc, so that neither torch nor `nvidia-smi` is needed.
+    """
+    models = []
+    for path in sorted(folder.glob("*/information")):
+        with suppress(OSError, ValueError):  # a container may hide the file of a GPU
+            lines = (line.partition(":") for line in path.read_text().splitlines())
+            models += [value.strip() for name, _, value in lines if name.strip() == "Model"]
+    return ", ".join(models)
 
 
 def step_back(steps: int) -> None:
