@@ -42,11 +42,13 @@ class Line:
         kind: int,
         spread: bool = False,
         share: Callable[[Any], float] = lambda item: 1.0,
+        journaled: bool = False,
     ) -> None:
         """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
-        an item takes; all items of a batch count as its largest, for they are padded to that."""
+        an item takes; all items of a batch count as its largest, for they are padded to that. `journaled`: if a batch
+        crashes the process, its payloads are suspected; see `Journal`."""
         self.name, self.run, self.batch_size = name, run, batch_size
-        self.kind, self.spread, self.share = kind, spread, share
+        self.kind, self.spread, self.share, self.journaled = kind, spread, share, journaled
         self.waiting: list[tuple[float, int, _Step, int]] = []  # a heap by the due time
 
 
@@ -77,7 +79,7 @@ class Job:
     def __init__(self, correlation_id: str, due: float, task: str, size: int) -> None:
         self.correlation_id, self.task, self.size = correlation_id, task, size  # as the client named them; bytes
         self.due = due  # when its turn comes, by time.monotonic()
-        self.digest = ""  # sha-256 of the payload, once it is worked on
+        self.digest = ""  # sha-256 of the payload in hex, if it may be suspected of a crash; see `Journal`
         self.arrived = time.monotonic()
         self.steps: Steps | None = None
         self.answer: futures.Future[Answer] = futures.Future()
@@ -132,7 +134,7 @@ class Engine:
         traffic: Traffic | None = None,
         lanes: int = 1,
     ) -> None:
-        """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
+        """`holding`: entered while a batch runs, with the digests of its payloads if its line is journaled."""
         self._traffic = traffic or Traffic(())
         self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by time.monotonic()
         self.failed_in_a_row = 0  # batches of which not one item had a result
@@ -289,7 +291,7 @@ class Engine:
 
     def _run(self, line: Line, batch: Batch) -> Sequence[Any]:
         items = [step.results[position] for step, position in batch]
-        digests = list(dict.fromkeys(step.job.digest for step, _ in batch if step.job.digest))
+        digests = list(dict.fromkeys(step.job.digest for step, _ in batch)) if line.journaled else []
         thread = threading.get_ident()
         self._began[thread] = time.monotonic()
         with self._holding(digests):

@@ -262,8 +262,9 @@ class Stream:
         try:
             if gone():
                 return
-            job.digest = hashlib.sha256(request.payload).hexdigest()
-            daemon.journal.check(job.digest)
+            if task.takes == "image":  # texts crash no decoder and no model
+                job.digest = hashlib.sha256(request.payload).hexdigest()
+                daemon.journal.check(job.digest)
             self._prepare_within_bounds(job, task, request)
             job.steps = task.run(self._models, request)
             daemon.engine.submit(job)

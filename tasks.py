@@ -65,7 +65,9 @@ class Model:
             return min(max(true_length(tokens[None]) / SHORT_TEXT, least), 1.0)
 
         images_at_once = tuning.batch_size if tuning else batch_size
-        self.image = engine.add(Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1))
+        self.image = engine.add(
+            Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1, journaled=True)
+        )
         self.text = engine.add(Line(f"{name} text", texts, batch_size, Line.TEXT, share=share))
         self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share))
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the engine's own thread's alone
