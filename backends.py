@@ -111,6 +111,7 @@ class Backend(Protocol):
     golden: Mapping[str, Any]  # inputs and vectors of the model's export, or {}; see `self_test`
     self_test_cosine: float | None  # what `self_test` found here, or None if there is nothing golden
     npu: str  # what of an NPU runs, for people, or ""
+    accelerator: str  # the name of the GPU that runs the images, or "" if a CPU or an NPU does or it is not known
     refusal: str  # why an NPU that was asked for is not used, or ""
     open_length: bool  # texts run at their true length, so that short ones take less than long ones
     lanes: int  # how many `encode_images` may run at once, each on a core of its own; 1: on all that there are
@@ -210,7 +211,7 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
 
     `most` bounds the batch. What was found is kept as `tuning.json` in `folder`.
     """
-    key = json.dumps([TUNING, _processor(), usable_cores(), backend.runtime, backend.space, most, *_versions()])
+    key = _tuning_key(backend, most)
     path = folder / "tuning.json"
     try:
         kept = json.loads(path.read_text())
@@ -228,6 +229,13 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
         backend.arrange(found.arrangement)
     log.info("%s: images run %s, up to %d at once, %.1f a second", backend.model_id, *asdict(found).values())
     return found
+
+
+def _tuning_key(backend: Backend, most: int) -> str:
+    """Everything that a tuning depends on; if any of it changes, the next start tunes again."""
+    hardware = [_processor(), usable_cores(), backend.accelerator]
+    model = [backend.runtime, backend.precision, backend.space]
+    return json.dumps([TUNING, *hardware, *model, most, *_versions()])
 
 
 def _try_out(backend: Backend, most: int) -> Tuning:
@@ -288,8 +296,9 @@ def _processor() -> str:
 
 
 def _versions() -> list[str]:
+    """Names and versions of the installed runtimes; ONNX Runtime has a package of its own for CUDA."""
     versions = []
-    for name in ("onnxruntime", "torch", "rknn-toolkit-lite2"):
+    for name in ("onnxruntime", "onnxruntime-gpu", "torch", "rknn-toolkit-lite2"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -439,6 +448,7 @@ class TorchBackend:
         self.golden: Mapping[str, Any] = {}
         self.self_test_cosine: float | None = None
         self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
+        self.accelerator = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.preprocess = Preprocess.from_config(model.visual.preprocess_cfg, model.visual.image_size)
         self._mean, self._std = (

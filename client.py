@@ -12,17 +12,21 @@ a progress bar) and zeroconf (for --discover) are imported where they are used. 
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import itertools
 import json
 import logging
 import mimetypes
 import os
 import sys
+import tempfile
 import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,8 @@ IMAGE_TASKS = ("clip_classify", "bioclip_classify", "smart_classify", "clip_imag
 TEXT_TASKS = ("clip_embed", "bioclip_embed")
 AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of the bytes of JSON; a server that knows it not sends JSON
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
+NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
+NOT_A_FILE = "not a regular file"
 SERVICE_TYPE, DISCOVERY_SECONDS = "_lumen._tcp.local.", 3.0
 # Of several daemons: how long a request may be with one, so that a slow one holds few when the end is near; how far
 # answers may run ahead of the slowest; the bytes that may have to be sent again; when a lost one is asked again.
@@ -395,10 +401,15 @@ def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest
 
 def _result_or_error(task: str, response: pb.InferResponse) -> Result | LumenError:
     if response.error.message or response.error.code:
-        name = pb.ErrorCode.Name(response.error.code).removeprefix("ERROR_CODE_").lower()
-        return LumenError(name, response.error.message, response.error.detail)
+        code = response.error.code  # a newer server may have codes that are unknown here
+        name = pb.ErrorCode.Name(code) if code in pb.ErrorCode.values() else f"code_{code}"
+        return LumenError(name.removeprefix("ERROR_CODE_").lower(), response.error.message, response.error.detail)
     meta = dict(response.meta)
-    data = _vector(response.result, meta) if meta.get("lumen.output.kind") == "tensor" else json.loads(response.result)
+    try:
+        tensor = meta.get("lumen.output.kind") == "tensor"
+        data = _vector(response.result, meta) if tensor else json.loads(response.result)
+    except ValueError as error:
+        return LumenError("internal", f"the answer cannot be read ({error})")
     return Result(task, response.result_mime, data, meta)
 
 
@@ -504,7 +515,7 @@ def door_of(options: argparse.Namespace, addresses: Sequence[str]) -> Door:
 
     if bool(options.cert) != bool(options.key):
         raise UsageError("--cert and --key: one without the other")
-    token = options.token_file.read_text("utf-8").strip() if options.token_file else ""
+    token = read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
     for address in addresses if token and not options.tls else ():
         host = address.rpartition(":")[0].strip("[]")
         if not (host == "localhost" or host == "::1" or host.startswith("127.")):
@@ -513,47 +524,146 @@ def door_of(options: argparse.Namespace, addresses: Sequence[str]) -> Door:
     return Door(options.tls, ca, certificate, key, options.server_name, token)
 
 
+def read_utf8(path: Path, option: str) -> str:
+    """Raises UsageError if it is not UTF-8, OSError if it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{option}: {readable(str(path))} is not UTF-8") from None
+
+
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
-    """The options as request meta. Raises OSError if a file of labels or taxa cannot be read."""
+    """The options as request meta. Raises UsageError for one that is not UTF-8, OSError for an unreadable file."""
     plain = ("topk", "label_format", "prompt_template", "label_set", "rank", "min_score")
     meta = {name: getattr(options, name) for name in plain}
     for name in ("labels", "within"):
         if text := getattr(options, name):
-            own = Path(text[1:]).read_text("utf-8").splitlines() if text.startswith("@") else text.split(",")
-            meta[name] = json.dumps([item.strip() for item in own if item.strip()])
+            file = Path(text[1:]) if text.startswith("@") else None
+            own = read_utf8(file, f"--{name}").splitlines() if file else text.split(",")
+            meta[name] = json.dumps([item.strip() for item in own if item.strip()], ensure_ascii=False)
     given = {key: value for key, value in meta.items() if value is not None}
+    for name, value in given.items():
+        if not is_text(value):
+            raise UsageError(f"--{name.replace('_', '-')}: {readable(value)} is not UTF-8")
     return given | AS_TENSOR if options.task.endswith("_embed") else given
 
 
+def is_text(name: str) -> bool:
+    """Whether a command line argument or file name is UTF-8; Python keeps other bytes as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(name: str) -> str:
+    """A command line argument or file name as text that UTF-8 can encode: each byte that is not UTF-8 as `\\xNN`.
+
+    It is what `os.fsencode(name).decode("utf-8", "backslashreplace")` gives on a system whose file names are UTF-8.
+    """
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte; Windows allows them in file names
+        return name.encode("utf-8", "backslashreplace").decode()
+
+
 def image_paths(inputs: Sequence[str]) -> list[str]:
-    """Files as they are, folders searched for pictures; sorted within a folder. Raises UsageError."""
+    """Files as they are, folders replaced by the pictures in them, sorted within a folder.
+
+    What cannot be read stays in the list, so that it fails alone when its turn comes; `read_input` says why. Raises
+    UsageError if no input is a file or a folder with pictures.
+    """
     paths: list[str] = []
+    wrong = []
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not found:
-                raise UsageError(f"{name}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder")
-            paths += map(str, found)
-        elif name != "-" and not path.is_file():
-            raise UsageError(f"{name}: no such file or folder")
-        else:
-            paths.append(name)
+        path, found, reason = Path(name), [name], ""
+        try:
+            if name == "-":
+                pass
+            elif path.is_dir():
+                found = pictures_in(name)
+                if not found:
+                    found, reason = [name], NO_PICTURES
+            elif not path.is_file():
+                reason = NOT_A_FILE if path.exists() else "no such file or folder"
+        except OSError as error:
+            reason = reason_of(error)
+        paths += found
+        if reason:
+            wrong.append(f"{readable(name)}: {reason}")
+    if wrong and len(wrong) == len(inputs):
+        raise UsageError(wrong[0])
     return paths
 
 
-def read_requests(task: str, inputs: Iterable[str], meta: Mapping[str, str]) -> Iterator[Request]:
-    """One request an input, read when it is about to be sent; an unreadable file is sent empty and so answered."""
-    for name in inputs:
-        if task in TEXT_TASKS:
-            yield Request(task, (sys.stdin.read() if name == "-" else name).encode(), "text/plain", meta)
-            continue
-        try:
-            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        except OSError as error:
-            print(f"client.py: {name}: {error.strerror}", file=sys.stderr)
-            data = b""
-        yield Request(task, data, mimetypes.guess_type(name)[0] or "application/octet-stream", meta)
+def pictures_in(folder: str) -> list[str]:
+    """The pictures in a folder and its subfolders, and the subfolders that cannot be read; sorted."""
+    unreadable: list[str] = []
+    found = [
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=lambda error: unreadable.append(error.filename))
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
+    return list(map(str, sorted([*found, *map(Path, unreadable)])))
+
+
+def read_input(task: str, name: str) -> bytes:
+    """The payload of an input, "-" for standard input. Raises OSError or ValueError; the text says what is wrong."""
+    if task in TEXT_TASKS:
+        text = sys.stdin.read() if name == "-" else name
+        if not is_text(text):
+            raise ValueError("the text is not UTF-8")
+        return text.encode()
+    if name == "-":
+        return sys.stdin.buffer.read()
+    path = Path(name)
+    if path.is_dir():
+        raise OSError(errno.EISDIR, NO_PICTURES if os.access(name, os.R_OK | os.X_OK) else "Permission denied")
+    if path.exists() and not path.is_file():  # reading a named pipe could wait for ever
+        raise OSError(errno.EINVAL, NOT_A_FILE)
+    return path.read_bytes()
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with an input, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(f"{'' if isinstance(error, OSError | ValueError) else type(error).__name__} {error}".split())
+
+
+class Requests:
+    """The requests for a list of inputs, each read when it is about to be sent.
+
+    `rows` pairs the answers with the inputs. An input that cannot be read is not sent; it fails in its place.
+    """
+
+    def __init__(self, task: str, inputs: Iterable[str], meta: Mapping[str, str]) -> None:
+        self._task, self._inputs, self._meta = task, inputs, meta
+        self._drawn: deque[tuple[str, LumenError | None]] = deque()  # inputs without a row yet; their own errors
+
+    def __iter__(self) -> Iterator[Request]:
+        for name in self._inputs:
+            try:
+                payload = read_input(self._task, name)
+                mime = "text/plain" if self._task in TEXT_TASKS else mimetypes.guess_type(name)[0]
+            except Exception as error:  # whatever it is, it is this input's alone
+                self._drawn.append((name, LumenError("invalid_argument", reason_of(error))))
+                continue
+            self._drawn.append((name, None))
+            yield Request(self._task, payload, mime or "application/octet-stream", self._meta)
+
+    def rows(self, answers: Iterable[Result | LumenError]) -> Iterator[tuple[str, Result | LumenError]]:
+        """(input, its answer) in the order of the inputs."""
+        for answer in answers:
+            yield from self._failed()
+            yield self._drawn.popleft()[0], answer
+        yield from self._failed()
+
+    def _failed(self) -> Iterator[tuple[str, LumenError]]:
+        while self._drawn and (error := self._drawn[0][1]):
+            yield self._drawn.popleft()[0], error
 
 
 def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
@@ -576,42 +686,142 @@ def as_text(data: Mapping[str, Any]) -> str:
 
 
 def row_writer(options: argparse.Namespace, several: bool, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
-    """Where a result's row goes: plain text, JSON lines, or a file that appears whole when the stack closes."""
+    """Where a result's row goes: plain text, JSON lines, or a file. Raises UsageError or OSError."""
     if options.out is None:
+        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a label is no reason to stop
+            sys.stdout.reconfigure(errors="backslashreplace")
 
         def show(row: dict[str, Any]) -> None:
             if options.json:
-                print(json.dumps(row, ensure_ascii=False))
+                print(json.dumps(row, ensure_ascii=not utf8))
             elif "error" not in row:
                 print((f"{row['input']}\n" if several else "") + as_text(row))
 
         return show
+    name = readable(str(options.out))
     if options.out.suffix not in (".jsonl", ".npz"):
-        raise UsageError(f"--out {options.out}: allowed: a name that ends in .jsonl or .npz")
+        raise UsageError(f"--out {name}: allowed: a name that ends in .jsonl or .npz")
     if options.out.suffix == ".npz" and options.task.endswith("classify"):
-        raise UsageError(f"--out {options.out}: only embeddings go to .npz; allowed for {options.task}: .jsonl")
-    temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-    file = temporary.open("wb")
-    rows: list[dict[str, Any]] = []
+        raise UsageError(f"--out {name}: only embeddings go to .npz; allowed for {options.task}: .jsonl")
+    if options.out.is_dir():
+        raise UsageError(f"--out {name}: a folder; allowed: the name of a file")
+    file = (NpzFile if options.out.suffix == ".npz" else JsonLinesFile)(options.out)
+    stack.push(lambda kind, *_: file.close(complete=kind is None))
+    return file.add
 
-    def finish(kind: type[BaseException] | None, *_: object) -> None:
-        with file:
-            if kind is None and options.out.suffix == ".npz":
-                write_npz(file, rows)
-        if kind is None:
-            temporary.replace(options.out)
-        else:
-            temporary.unlink()
 
-    stack.push(finish)
-    if options.out.suffix == ".npz":
-        import_numpy()
-        return rows.append
+def create_partial(out: Path) -> tuple[Path, io.FileIO]:
+    """A new file beside `out` for the rows of a run that has not ended; one of an earlier run is never overwritten.
 
-    def append(row: dict[str, Any]) -> None:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    Raises OSError.
+    """
+    for number in itertools.count(1):
+        path = out.with_name(f"{out.stem}.partial{f'-{number}' if number > 1 else ''}{out.suffix}")
+        with suppress(FileExistsError):
+            return path, path.open("xb", buffering=0)
+    raise AssertionError
 
-    return append
+
+def report_partial(count: int, path: Path) -> None:
+    print(f"client.py: {count} rows are in {readable(str(path))}", file=sys.stderr)
+
+
+class JsonLinesFile:
+    """Rows as JSON lines, each written as soon as it is known.
+
+    They go to NAME.partial.jsonl, which is renamed to NAME.jsonl when the run is complete. A run that is interrupted
+    leaves NAME.partial.jsonl with whole lines only, and does not touch an earlier NAME.jsonl.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Raises OSError."""
+        self._out = out
+        self._path, self._file = create_partial(out)
+        self._count = self._size = 0  # of whole lines
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Raises OSError, such as on a full disk."""
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        left = memoryview(line)
+        while left:
+            left = left[self._file.write(left) :]
+        self._size += len(line)
+        self._count += 1
+
+    def close(self, complete: bool) -> None:
+        """Raises OSError."""
+        with self._file, suppress(OSError):
+            if not complete:
+                self._file.truncate(self._size)  # a full disk or an interrupt may have cut the last line
+        try:
+            if complete:
+                self._path.replace(self._out)
+        finally:
+            if self._path.exists():
+                if self._count:
+                    report_partial(self._count, self._path)
+                else:
+                    self._path.unlink()
+
+
+class NpzFile:
+    """Embeddings as an npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`.
+
+    Failed inputs are left out. A run that is interrupted leaves NAME.partial.npz, as `JsonLinesFile` does. If the file
+    cannot be written, such as on a full disk, the folder for temporary files is tried.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Raises UsageError without numpy, OSError if the folder cannot be written."""
+        self._np = import_numpy()
+        self._out = out
+        path, file = create_partial(out)  # shows before the run whether a file can be created there at all
+        file.close()
+        path.unlink()
+        self._paths: list[str] = []
+        self._vectors: list[Any] = []
+        self._model_id = ""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Raises LumenError for a vector of another length, which would make the file unusable."""
+        if "error" in row:
+            return
+        vector = self._np.array(row["vector"], self._np.float32)
+        if self._vectors and vector.shape != self._vectors[0].shape:
+            raise LumenError("internal", f"{row['input']}: {len(vector)} dimensions; before: {len(self._vectors[0])}")
+        self._model_id = self._model_id or row["model_id"]
+        self._vectors.append(vector)
+        self._paths.append(row["input"])
+
+    def close(self, complete: bool) -> None:
+        """Raises OSError."""
+        if not (complete or self._paths):
+            return
+        try:
+            path = self._write(self._out)
+        except OSError:
+            report_partial(len(self._paths), self._write(Path(tempfile.gettempdir(), self._out.name)))
+            raise
+        try:
+            if complete:
+                path.replace(self._out)
+        finally:
+            if path.exists():
+                report_partial(len(self._paths), path)
+
+    def _write(self, out: Path) -> Path:
+        """-> the new file beside `out`. Raises OSError and leaves nothing."""
+        np = self._np
+        vectors = np.stack(self._vectors) if self._vectors else np.array([], np.float32)
+        path, file = create_partial(out)
+        try:
+            with io.BufferedWriter(file) as buffered:
+                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, model_id=self._model_id)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
 
 
 def import_numpy() -> Any:
@@ -622,18 +832,6 @@ def import_numpy() -> Any:
     return numpy
 
 
-def write_npz(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`; failed inputs are left out."""
-    np = import_numpy()
-    good = [row for row in rows if "error" not in row]
-    np.savez(
-        file,
-        paths=np.array([row["input"] for row in good], dtype=str),
-        vectors=np.array([row["vector"] for row in good], dtype=np.float32),
-        model_id=np.array(good[0]["model_id"] if good else ""),
-    )
-
-
 def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
     """Asks for every input; -> 1 if one failed. Raises LumenError, UsageError or OSError."""
     if not options.inputs:
@@ -642,17 +840,18 @@ def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int
         )
     inputs = options.inputs if options.task in TEXT_TASKS else image_paths(options.inputs)
     failed = 0
-    requests = read_requests(options.task, inputs, request_meta(options))
+    requests = Requests(options.task, inputs, request_meta(options))
     with ExitStack() as stack:
         write = row_writer(options, len(inputs) > 1, stack)
         answers = infer_many(clients, requests)
-        for name, answer in zip(inputs, progress(answers, len(inputs)), strict=True):
+        for name, answer in progress(requests.rows(answers), len(inputs)):
+            shown = readable(name)
             if isinstance(answer, LumenError):
                 failed += 1
-                print(f"client.py: {name}: {answer.message}", file=sys.stderr)
-                write({"input": name, "error": answer.message})
+                print(f"client.py: {shown}: {answer.message}", file=sys.stderr)
+                write({"input": shown, "error": answer.message})
             else:
-                write({"input": name, **answer.data})
+                write({"input": shown, **answer.data})
     return 1 if failed else 0
 
 

@@ -54,12 +54,14 @@ class Line:
         spread: bool = False,
         share: Callable[[Any], float] = lambda item: 1.0,
         tower: str = "",
+        journaled: bool = False,
     ) -> None:
         """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
         an item takes; all items of a batch count as its largest, for they are padded to that. `tower`: the part of a
-        model that runs the items, whose failures are counted; see `Engine.failures`."""
+        model that runs the items, whose failures are counted; see `Engine.failures`. `journaled`: if a batch crashes
+        the process, its payloads are suspected; see `Journal`."""
         self.name, self.run, self.batch_size = name, run, batch_size
-        self.kind, self.spread, self.share, self.tower = kind, spread, share, tower
+        self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives lines of one kind the same shares
         self.cost = FIRST_COST  # core seconds of an item, a moving average
         self._fits, self._fits_until = batch_size, 0.0
@@ -104,7 +106,7 @@ class Job:
     def __init__(self, correlation_id: str, task: str, size: int, flow: Flow = ("", "")) -> None:
         """`task`: as the client named it. `size`: bytes. `flow`: whose request it is, for the fair order."""
         self.correlation_id, self.task, self.size, self.flow = correlation_id, task, size, flow
-        self.digest = ""  # sha-256 of the payload, once it is worked on
+        self.digest = ""  # sha-256 of the payload in hex, if it may be suspected of a crash; see `Journal`
         self.arrived = time.monotonic()
         self.prepared_s = 0.0  # core seconds of its preparation that its flow has not been charged for yet
         self.steps: Steps | None = None
@@ -190,7 +192,7 @@ class Engine:
         traffic: Traffic | None = None,
         lanes: int = 1,
     ) -> None:
-        """`holding`: entered while a batch runs, with the digests of its payloads; see `Journal`."""
+        """`holding`: entered while a batch runs, with the digests of its payloads if its line is journaled."""
         self._traffic = traffic or Traffic(())
         self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by `machine.clock`
         self.failures = Counter[str]()  # by tower: batches in a row of which not one item had a result
@@ -395,7 +397,7 @@ class Engine:
 
     def _run(self, batch: Batch) -> Sequence[Any]:
         items = [step.results[position] for step, position in batch.entries]
-        digests = list(dict.fromkeys(step.job.digest for step, _ in batch.entries if step.job.digest))
+        digests = list(dict.fromkeys(step.job.digest for step, _ in batch.entries)) if batch.line.journaled else []
         thread = threading.get_ident()
         self._began[thread] = clock.now()
         with self._holding(digests):

@@ -291,7 +291,7 @@ def handle_signals(events: Events, journal: Journal) -> None:
             if os.read(reading, 1)[0] not in numbers:
                 continue
             if told:
-                # TMP journal.close()  # to stop is not to crash
+                journal.close()  # to stop is not to crash
                 _leave(0)
             told = True
             events.put(None)
@@ -339,7 +339,7 @@ def stop(daemon: Daemon, beacon: Beacon) -> None:
     beacon.close()
     daemon.drain(DRAIN_S)
     time.sleep(LINGER_S)
-    # TMP daemon.journal.close()
+    daemon.journal.close()
     daemon.traffic.say(0)
     log.info("stopped")
 

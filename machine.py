@@ -18,6 +18,7 @@ if sys.platform != "win32":
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def control_groups(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
@@ -83,6 +84,19 @@ class RunningClock:
 clock = RunningClock()
 
 
+def nvidia_gpus(folder: Path = NVIDIA_GPUS) -> str:
+    """The models of the NVIDIA GPUs as the driver names them, with commas between them, or "" where there are none.
+
+    Read from /proc, so that neither torch nor `nvidia-smi` is needed.
+    """
+    models = []
+    for path in sorted(folder.glob("*/information")):
+        with suppress(OSError, ValueError):  # a container may hide the file of a GPU
+            lines = (line.partition(":") for line in path.read_text().splitlines())
+            models += [value.strip() for name, _, value in lines if name.strip() == "Model"]
+    return ", ".join(models)
+
+
 def step_back(steps: int) -> None:
     """Lowers the calling thread's priority by so many steps of `nice`, where a thread has one of its own.
 
@@ -132,9 +146,11 @@ def trim_memory() -> None:
 
 
 def memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """(bytes that can still be had, of how many), by the system or the tightest control group.
+    """(available bytes, total bytes) of the system or of its tightest control group (v2), whichever has less available.
 
-    Without end, of 0, where that is unknown.
+    In a control group the page cache counts as available, hot pages (`active_file`) included: the kernel drops pages of
+    files before it kills a process, and a mapped label set consists of such pages. Returns (sys.maxsize, 0) where
+    nothing is known.
     """
     try:
         lines = (line.split() for line in meminfo.read_text().splitlines())
@@ -148,7 +164,8 @@ def memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/mem
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # the root has none; "max" is no limit
             continue
-        found.append((limit - used + int(stat.get("inactive_file", 0)), limit))  # files that were read count as used
+        cached = sum(int(stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+        found.append((limit - used + cached, limit))
     return min(found)
 
 

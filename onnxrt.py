@@ -27,7 +27,7 @@ from backends import (
     unit_rows,
 )
 from inputs import ClipTokenizer, Pixels, Preprocess, Tokens, true_length
-from machine import usable_cores
+from machine import nvidia_gpus, usable_cores
 
 log = logging.getLogger("lumen.onnxrt")
 
@@ -39,7 +39,7 @@ class ONNXRTBackend:
     each with a fixed or an open batch; the first output is the embedding, whatever its name.
     """
 
-    npu = refusal = ""
+    npu = refusal = accelerator = ""
     lanes = 1
     _form = "onnxrt"  # of a download; see `fetch_repository`
 
@@ -121,6 +121,7 @@ class ONNXRTBackend:
         used = self._image.get_providers()[0]
         short = used.removesuffix("ExecutionProvider").lower()
         self.runtime = "onnxrt" if short == "cpu" else f"onnxrt-{short}"
+        self.accelerator = "" if short == "cpu" else nvidia_gpus()  # ONNX Runtime names no device
 
     def _load_text_tower(self, config: Mapping[str, Any]) -> None:
         path = self._text_path = self._tower_path("ONNX_TEXT", self._options.onnx_text, "textual")

@@ -70,7 +70,15 @@ class Model:
 
         images_at_once = tuning.batch_size if tuning else batch_size
         self.image = engine.add(
-            Line(f"{name} image", images, images_at_once, Line.BULK, backend.lanes > 1, tower=f"{name} image")
+            Line(
+                f"{name} image",
+                images,
+                images_at_once,
+                Line.BULK,
+                backend.lanes > 1,
+                tower=f"{name} image",
+                journaled=True,
+            )
         )
         tower = f"{name} text"
         self.text = engine.add(Line(tower, texts, batch_size, Line.TEXT, share=share, tower=tower))

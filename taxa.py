@@ -7,8 +7,10 @@ its scores are sums between them.
 
 from __future__ import annotations
 
+import sys
 import threading
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +73,51 @@ def species_prompts(lineage: str) -> list[str]:
 RECIPE = Recipe("bioclip-taxon-com", species_prompts)
 
 
+Resolved = tuple[NDArray[np.int64], tuple[str, ...]]  # rows in order, read-only; names that are no taxon
+
+
+class _Memo:
+    """The most recently used lists of names with what they resolve to, bounded by count and by bytes. Thread-safe."""
+
+    LISTS_MAX = 64
+    BYTES_MAX = 32 << 20  # of names and rows together; a list of 10,000 names takes about 1 MB
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, ...], tuple[Resolved, int]] = OrderedDict()  # with its bytes
+        self._lock = threading.Lock()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, names: tuple[str, ...]) -> Resolved | None:
+        with self._lock:
+            if names not in self._kept:
+                return None
+            self._kept.move_to_end(names)
+            return self._kept[names][0]
+
+    def put(self, names: tuple[str, ...], resolved: Resolved) -> None:
+        """Keeps a result if it fits into BYTES_MAX, and drops the least recently used ones that no longer fit."""
+        size = sys.getsizeof(names) + sum(map(sys.getsizeof, names)) + resolved[0].nbytes
+        if size > self.BYTES_MAX:
+            return
+        with self._lock:
+            if names not in self._kept:
+                self._kept[names] = resolved, size
+                self.bytes += size
+            while len(self._kept) > self.LISTS_MAX or self.bytes > self.BYTES_MAX:
+                self.bytes -= self._kept.popitem(last=False)[1][1]
+
+
 class Tree:
     """Rows of lineages in order, by rank and by name."""
 
     def __init__(self, names: Sequence[str], depth: NDArray[np.uint8]) -> None:
         """`depth`: see `depths`."""
         self._names, self._depth = names, depth
+        self._resolved = _Memo()
+        self._resolving = threading.Lock()  # several requests with the same new list resolve it once
         self._starts: dict[int, NDArray[np.intp]] = {}
         self._index: tuple[NDArray[np.int64], NDArray[np.int64]] | None = (
             None  # hashes of names in order; rank, first row
@@ -90,11 +131,26 @@ class Tree:
         return self._starts[rank]
 
     def within(self, taxa: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
-        """The rows of any of the taxa, in order, and the names that are none.
+        """The rows of any of the taxa, int64 in order, and the names that are no taxon of this set. Thread-safe.
 
         A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), the name of a genus or of anything above
-        ("Aves"), or a binomial ("Vulpes vulpes"); upper and lower case are one but in a lineage.
+        ("Aves"), or a binomial ("Vulpes vulpes"). Upper and lower case are equal except in a lineage.
+
+        Results are remembered, because clients send the same long list with every picture. The rows are therefore
+        shared between callers and read-only.
         """
+        key = tuple(taxa)
+        found = self._resolved.get(key)
+        if found is None:
+            with self._resolving:
+                found = self._resolved.get(key)  # another thread may have resolved it meanwhile
+                if found is None:
+                    found = self._resolve(key)
+                    self._resolved.put(key, found)
+        rows, unknown = found
+        return rows, list(unknown)
+
+    def _resolve(self, taxa: Sequence[str]) -> Resolved:
         spans: set[tuple[int, int]] = set()
         unknown = []
         for name in taxa:
@@ -102,15 +158,17 @@ class Tree:
             spans.update(found)
             if not found:
                 unknown.append(name)
-        rows, end = [], 0
+        parts, end = [], 0
         for start, stop in sorted(spans):  # which may lie in one another
-            rows.append(np.arange(max(start, end), max(stop, end)))
+            parts.append(np.arange(max(start, end), max(stop, end)))
             end = max(stop, end)
-        return np.concatenate([np.empty(0, np.int64), *rows]), unknown
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        rows.setflags(write=False)
+        return rows, tuple(unknown)
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
         if "/" in name:
-            return self._under(name.rstrip("/*"))
+            return self._under(name.rstrip("/*"), 0, len(self._names))
         if found := self._named(name):
             return [(first, self._end(rank, first)) for rank, first in found]
         genus, _, epithet = name.partition(" ")
@@ -118,11 +176,14 @@ class Tree:
         for rank, first in self._named(genus) if epithet else ():
             if rank == RANKS.index("genus"):
                 parent = "/".join(self._names[first].split("/")[: rank + 1])
-                spans += self._under(f"{parent}/{epithet.strip()}")
+                # A genus has few species, so the search in it is much shorter than one in the whole set.
+                spans += self._under(f"{parent}/{epithet.strip()}", first, self._end(rank, first))
         return spans
 
-    def _under(self, prefix: str) -> list[tuple[int, int]]:
-        first, end = (bisect_left(self._names, prefix + after) for after in ("/", AFTER_SLASH))
+    def _under(self, prefix: str, low: int, high: int) -> list[tuple[int, int]]:
+        """The rows below a lineage, looked for from row `low` to row `high`."""
+        first = bisect_left(self._names, prefix + "/", low, high)
+        end = bisect_left(self._names, prefix + AFTER_SLASH, first, high)
         return [(first, end)] if first < end else []
 
     def _end(self, rank: int, first: int) -> int:

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labels import Encode, Recipe, label_vectors
+from machine import replace_file
 
 log = logging.getLogger("lumen.vectorfile")
 
@@ -264,20 +265,31 @@ def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
 
 
 def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
-    """Compares a file with its checksums unless that was done since it was written: gigabytes take a board long."""
+    """Compares a file with its checksums, unless `note` says that this was done since the file was written.
+
+    Reading gigabytes takes a small board long. A note that is missing or cannot be read only costs that time.
+    """
     status = path.stat()
     seen = [str(path.resolve()), status.st_size, status.st_mtime_ns]
     large = status.st_size > HALF_PRECISION_BYTES
-    if large and note.exists() and json.loads(note.read_text()) == seen:
+    if large and _read_note(note) == seen:
         return
     if damaged := archive.testzip():
         raise Damaged(f"the checksum of {damaged}")
     if large:
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(seen))
+            replace_file(note, json.dumps(seen).encode())
         except OSError as error:
             log.debug("cannot note that %s was checked (%s)", path, error)
+
+
+def _read_note(note: Path) -> Any:
+    """The content of a note, or None if it is missing or damaged: a power cut may have emptied it."""
+    try:
+        return json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def checked(vecs: NDArray[Any], count: int, dim: int) -> NDArray[Any]:

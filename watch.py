@@ -23,6 +23,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 from wsgiref import simple_server
@@ -40,27 +41,32 @@ log = logging.getLogger("lumen.watch")
 
 
 class Journal:
-    """The payloads that are being worked on, in a file that outlives the process.
+    """Records which payloads are in progress, in a file that survives the process, and rejects those that crash it.
 
-    After a crash in native code, faulthandler's report names the thread, and the journal what it had in hand: those
-    bytes are refused from the next start on, instead of ending the daemon again. Where it cannot be told which of
-    several it was (they ran as one batch), or where the process was killed from outside (memory, power, kill -9),
-    having been in hand proves little: then it takes a second time, without an answer in between.
+    After a crash in native code, faulthandler's report names the thread, and the file the payloads of each thread. If
+    the crashing thread had exactly one payload, that payload is rejected from the next start on. In every other case
+    (a batch of several, a thread without a payload, a kill from outside) it is not known what caused the end: each
+    payload that may have done so gets one strike. It is rejected after the second strike, and an answer in between
+    clears it.
     """
 
     SLOT = 96  # bytes: thread, kind, digest
     SLOTS = 1024
     KEPT = 1000  # suspects
-    CERTAIN = 2
+    STRIKES = 2  # of a payload that is rejected
 
     def __init__(self) -> None:
-        """Keeps nothing and refuses nothing until it is opened."""
-        self._suspects = Counter[str]()
+        """Records and rejects nothing until `open` is called."""
+        self._suspects = Counter[str]()  # digest -> strikes
+        self._file: FileIO | None = None
         self._free: list[int] = []  # slots of the file
         self._lock = threading.Lock()
 
     def open(self, folder: Path) -> None:
-        """Reads what the last run left in `folder`, and from now on keeps this run's there; once in a process."""
+        """Reads what the previous process left in `folder`, and records there from now on; once in a process.
+
+        A folder that cannot be used costs a warning: then nothing is recorded.
+        """
         self._folder = folder
         try:
             self._open()
@@ -74,43 +80,81 @@ class Journal:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "in-flight"
         path.touch()
-        self._file = path.open("r+b", buffering=0)
+        file = path.open("r+b", buffering=0)
         if sys.platform != "win32":
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                file.close()
                 raise OSError("another daemon uses this folder") from error
-        if (kept := self._folder / "suspects.json").exists():
-            self._suspects.update(json.loads(kept.read_text()))
-        self._learn()
-        self._file.truncate(0)
-        os.pwrite(self._file.fileno(), bytes(self.SLOT * self.SLOTS), 0)
+        self._suspects.update(self._read_suspects())
+        self._learn(file.read())
+        file.truncate(0)
+        os.pwrite(file.fileno(), bytes(self.SLOT * self.SLOTS), 0)
         self._report = (self._folder / "crash.txt").open("w")
         faulthandler.enable(self._report)
-        self._free = list(range(self.SLOTS))
+        self._file, self._free = file, list(range(self.SLOTS))
 
-    def _learn(self) -> None:
-        """What the last run left: nothing, if it ended as it should."""
-        self._file.seek(0)
-        held = [line.split() for line in self._file.read().decode("ascii", "replace").split("\0") if line.strip()]
+    def close(self) -> None:
+        """Empties the file, so that the next start does not take this stop for a crash; for an orderly stop.
+
+        Payloads that are still in progress are not recorded any more. May be called twice, and without `open`.
+        """
+        with self._lock:
+            if self._file is None:
+                return
+            file, self._file = self._file, None
+            self._free.clear()
+            try:
+                with file:
+                    file.truncate(0)
+            except OSError as error:
+                log.warning("cannot empty the crash journal (%s)", error)
+
+    def _read_suspects(self) -> dict[str, int]:
+        """The strikes of earlier crashes; a damaged file counts as none."""
+        path = self._folder / "suspects.json"
+        try:
+            kept = json.loads(path.read_bytes())
+            return {str(digest): int(strikes) for digest, strikes in kept.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged (%s); starting without it", path, error)
+            return {}
+
+    def _learn(self, slots: bytes) -> None:
+        """Gives strikes for what the previous process left in its slots: nothing, if its stop was an orderly one."""
+        held = [line.split() for line in slots.decode("ascii", "replace").split("\0") if line.strip()]
         held = [slot for slot in held if len(slot) == 3]
         path = self._folder / "crash.txt"
         report = path.read_text("utf-8", "replace") if path.exists() else ""
-        thread = re.search(r"Current thread 0x0*([0-9a-f]+)", report)
-        # A native library's own thread is none that we know: then it was at work on a batch.
-        blamed = [slot for slot in held if thread and slot[0] == thread[1]]
-        blamed = blamed or [slot for slot in held if report and slot[1] == "batch"] or held
-        digests = {digest for _, _, digest in blamed}
+        digests, certain = self._suspects_of(held, report)
         for digest in digests:
-            self._suspects[digest] += self.CERTAIN if report and len(digests) == 1 else 1
+            self._suspects[digest] += self.STRIKES if certain else 1
         if report:
-            log.error("the last run crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
+            log.error("Previous process crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
             log.debug("%s", report)
         if digests:
             self._keep()
-            refused = [digest for digest in digests if self._suspects[digest] >= self.CERTAIN]
-            text = "the last run ended while it worked on %d payloads; refused from now on: %s"
-            log.error(text, len(digests), ", ".join(f"sha-256 {digest[:16]}..." for digest in refused) or "none")
+            rejected = [digest for digest in digests if self._suspects[digest] >= self.STRIKES]
+            text = "Previous process exited while processing %d payloads. Rejecting: %s"
+            log.error(text, len(digests), ", ".join(f"sha-256 {digest[:16]}..." for digest in rejected) or "none")
+
+    @staticmethod
+    def _suspects_of(held: Sequence[Sequence[str]], report: str) -> tuple[set[str], bool]:
+        """Which payloads may have ended the process, and whether that is certain.
+
+        `held`: (thread, kind, digest) of each slot; `report`: faulthandler's, or "" after a kill from outside.
+        """
+        thread = re.search(r"Current thread 0x0*([0-9a-f]+)", report)
+        own = {digest for ident, _, digest in held if thread and ident == thread[1]}
+        if own:
+            # A bus error is a fault of a mapped file or of the memory, whatever the payload was.
+            return own, len(own) == 1 and "Bus error" not in report.partition("\n")[0]
+        # The report names no thread of a native library. Such a thread works on a batch.
+        native = {digest for _, kind, digest in held if report and not thread and kind == "batch"}
+        return native or {digest for *_, digest in held}, False
 
     def _keep(self) -> None:
         while len(self._suspects) > self.KEPT:
@@ -121,12 +165,12 @@ class Journal:
             log.warning("cannot keep suspects.json in %s (%s)", self._folder, error)
 
     def check(self, digest: str) -> None:
-        """Raises BadInput for bytes that ended the daemon before."""
-        if self._suspects.get(digest, 0) >= self.CERTAIN:
+        """Raises BadInput for a payload that is rejected."""
+        if self._suspects.get(digest, 0) >= self.STRIKES:
             raise BadInput("payload: the daemon crashed over these bytes before, so they are refused")
 
     def answered(self, digest: str) -> None:
-        """A suspect that was answered is none."""
+        """Clears the strikes of a payload."""
         if digest in self._suspects:
             with self._lock:
                 self._suspects.pop(digest, None)
@@ -134,19 +178,28 @@ class Journal:
 
     @contextmanager
     def holding(self, digests: Sequence[str], kind: str = "batch") -> Iterator[None]:
+        """Records that the calling thread works on these payloads while the body runs.
+
+        `digests`: SHA-256 in hex; "" stands for a payload that is never suspected, such as a text. `kind` is "prepare"
+        or "batch".
+        """
+        digests = [digest for digest in digests if digest]
         with self._lock:
-            slots = [self._free.pop() for _ in digests[: len(self._free)]]
+            # All or none: a part of a batch could look like the only payload of a thread.
+            slots = [self._free.pop() for _ in digests] if len(digests) <= len(self._free) else []
             for slot, digest in zip(slots, digests, strict=False):
                 self._write(slot, f"{threading.get_ident():x} {kind} {digest}")
         try:
             yield
         finally:
             with self._lock:
-                for slot in slots:
-                    self._write(slot, "")
-                self._free += slots
+                if self._file is not None:  # else it was closed meanwhile
+                    for slot in slots:
+                        self._write(slot, "")
+                    self._free += slots
 
     def _write(self, slot: int, text: str) -> None:
+        assert self._file is not None  # whose slots these are
         # Not through mmap: on a full disk that ends the process.
         try:
             os.pwrite(self._file.fileno(), text.encode().ljust(self.SLOT, b"\0"), slot * self.SLOT)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,11 +26,13 @@ import numpy as np
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
+import client
 import doors
 import machine
 import watch
+from gen import ml_service_pb2 as pb
 from tests.hub import FakeHub, folder_content
-from tests.kit import KEPT, ROOT, Node, label_files, run_client
+from tests.kit import KEPT, ROOT, Node, label_files, run_client, wait_until
 
 
 def test_the_command_line_speaks_to_people_and_to_programs(onnx_node: Node, album: Path) -> None:
@@ -73,13 +80,235 @@ def test_a_folder_goes_into_one_file_and_a_bad_photograph_is_named(
     assert not list(tmp_path.glob(".*tmp"))
 
 
+ODD = b"caf\xe9 \xff.jpg"  # as an old camera or a Latin-1 disk names it
+ODD_SHOWN = "caf\\xe9 \\xff.jpg"
+
+
+@pytest.mark.parametrize("out", ["v.jsonl", "v.npz", "", "--json"])
+def test_a_file_name_that_is_not_utf8_costs_no_row(onnx_node: Node, album: Path, tmp_path: Path, out: str) -> None:
+    """Lost otherwise: a night's work on a whole library, because of one file that an old camera has named."""
+    odd = os.fsencode(album / "0" / "x")[:-1] + ODD
+    Path(os.fsdecode(odd)).write_bytes((album / "0" / "0.jpg").read_bytes())
+    Path(os.fsdecode(odd.replace(b"caf", b"bad"))).write_bytes(b"not a picture")
+    arguments = ["--out", str(tmp_path / out)] if out.startswith("v") else [out] if out else []
+    run = run_client("clip_image_embed", str(album), *arguments, address=onnx_node.address)
+    assert run.returncode == 1 and run.stderr.count("payload: not an image") == 1, run.stderr
+    assert f"0/{ODD_SHOWN.replace('caf', 'bad')}: payload: not an image" in run.stderr
+    if out == "v.jsonl":
+        rows = [json.loads(line) for line in (tmp_path / out).read_text("utf-8").splitlines()]
+        paths = [row["input"] for row in rows if "error" not in row]
+    elif out == "v.npz":
+        with np.load(tmp_path / out, allow_pickle=False) as file:
+            paths = file["paths"].tolist()
+            assert file["vectors"].shape == (7, 64)
+    elif out == "--json":
+        paths = [row["input"] for row in map(json.loads, run.stdout.splitlines()) if "error" not in row]
+    else:
+        paths = run.stdout.splitlines()[::2]
+    # The README says how a name is found again.
+    names = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in album.rglob("*.jpg")]
+    assert len(paths) == 7 and sum(ODD_SHOWN in path for path in paths) == 1 and set(paths) < set(names)
+
+
+def test_an_input_that_cannot_be_read_fails_alone(onnx_node: Node, album: Path, tmp_path: Path) -> None:
+    """Lost otherwise: all other pictures of the run, or their order."""
+    first, last = str(album / "0" / "0.jpg"), str(album / "1" / "1.jpg")
+    (album / "empty").mkdir()
+    (album / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(album / "pipe.jpg")
+    (album / "loop").symlink_to("loop")
+    inputs = [first, *(str(album / name) for name in ("absent.jpg", "gone.jpg", "pipe.jpg", "loop", "empty")), last]
+    out = tmp_path / "v.jsonl"
+    run = run_client("clip_image_embed", *inputs, "--out", str(out), address=onnx_node.address)
+    assert run.returncode == 1, run.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["input"] for row in rows] == inputs
+    said = [row.get("error") for row in rows]
+    assert said[0] is None is said[-1] and said[1:3] == ["No such file or directory"] * 2
+    assert said[3] == "not a regular file" and "symbolic links" in said[4] and said[5].startswith("no pictures (.jpg")
+    assert [row["vector"] for row in (rows[0], rows[-1])] == [
+        pytest.approx(onnx_node.result("clip_image_embed", Path(name).read_bytes())["vector"], abs=1e-5)
+        for name in (first, last)
+    ]
+    run = run_client("clip_image_embed", str(album), "--out", str(tmp_path / "v.npz"), address=onnx_node.address)
+    assert run.returncode == 1 and run.stderr.count("client.py: ") == 2, run.stderr  # the pipe and the dangling link
+    with np.load(tmp_path / "v.npz", allow_pickle=False) as file:
+        assert len(file["paths"]) == 6
+
+
+def test_a_file_that_vanishes_during_the_run_fails_alone(
+    onnx_node: Node, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the run, to somebody who tidies up meanwhile, or to a bad sector."""
+    read, out = Path.read_bytes, tmp_path / "v.jsonl"
+
+    def read_or_fail(path: Path) -> bytes:
+        if path.name == "0.jpg":
+            path.unlink()
+        if path.name == "1.jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        if path.name == "2.jpg":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_or_fail)
+    arguments = ["clip_image_embed", str(album), "--out", str(out), "--address", onnx_node.address]
+    assert client.main(arguments) == 1
+    errors = {Path(row["input"]).name: row.get("error") for row in map(json.loads, out.read_text().splitlines())}
+    assert errors.pop("0.jpg") == "No such file or directory" and errors.pop("1.jpg") == "Input/output error"
+    assert errors.pop("2.jpg") == "MemoryError" and errors == dict.fromkeys(("3.jpg", "4.jpg", "5.jpg"))
+
+
+def test_a_text_that_is_not_utf8_fails_alone(onnx_node: Node, tmp_path: Path) -> None:
+    """Lost otherwise: the vectors of all other texts."""
+    out, bad = tmp_path / "v.jsonl", os.fsdecode(b"a caf\xe9")
+    run = run_client("clip_embed", "a dog", bad, "a cat", "--out", str(out), address=onnx_node.address)
+    assert run.returncode == 1 and run.stderr.count("client.py: a caf\\xe9: the text is not UTF-8") == 1, run.stderr
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [row["input"] for row in rows] == ["a dog", "a caf\\xe9", "a cat"]
+    assert [row.get("error") for row in rows] == [None, "the text is not UTF-8", None]
+    assert rows[2]["vector"] == pytest.approx(onnx_node.result("clip_embed", b"a cat")["vector"], abs=1e-5)
+    (tmp_path / "labels").write_bytes(b"a dog\na caf\xe9\n")
+    for option, value, said in (
+        ("--labels", bad, "--labels: "),
+        ("--labels", f"@{tmp_path / 'labels'}", f"--labels: {tmp_path / 'labels'} is not UTF-8"),
+        ("--prompt-template", f"{bad} {{}}", "--prompt-template: a caf\\xe9 {} is not UTF-8"),
+    ):
+        run = run_client("clip_classify", __file__, option, value, address=onnx_node.address)
+        assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_an_answer_that_cannot_be_read_fails_alone() -> None:
+    """Lost otherwise: the answers before and after it, to one fault of another server."""
+    garbled = pb.InferResponse(result=b"{", result_mime="application/json")
+    short = pb.InferResponse(result=b"abc", meta={"lumen.output.kind": "tensor"})
+    for response in (garbled, short):
+        found = client._result_or_error("clip_image_embed", response)
+        assert isinstance(found, client.LumenError) and "the answer cannot be read" in found.message
+    newer = pb.InferResponse(error=pb.Error(code=77, message="no"))
+    found = client._result_or_error("clip_image_embed", newer)
+    assert isinstance(found, client.LumenError) and found.code == "code_77"
+
+
+@pytest.fixture
+def slow_answers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Three rows come at once, and the others when the event is set."""
+    release = threading.Event()
+
+    def answers(_: Any, requests: Any) -> Any:
+        for number, _request in enumerate(requests):
+            assert number < 3 or release.wait(60)
+            yield client.Result("clip_image_embed", "", {"vector": [0.6, 0.8], "dim": 2, "model_id": "m"}, {})
+
+    monkeypatch.setattr(client, "infer_many", answers)
+    return release
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".npz"])
+def test_an_interrupted_run_keeps_the_rows_so_far(album: Path, tmp_path: Path, suffix: str) -> None:
+    """Lost otherwise: hours of work, to a Ctrl-C or to a daemon that goes away; or the result of an earlier run."""
+    program = (
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import client\n"
+        "def answers(clients, requests):\n"
+        "    for number, _ in enumerate(requests):\n"
+        "        if number == 3:\n"
+        "            print('waiting', flush=True); time.sleep(60)\n"
+        "        yield client.Result('', '', {'vector': [0.6, 0.8], 'dim': 2, 'model_id': 'm'}, {})\n"
+        "client.infer_many = answers; sys.exit(client.main())"
+    )
+    out, partial = tmp_path / f"v{suffix}", tmp_path / f"v.partial{suffix}"
+    out.write_bytes(b"an earlier run's")
+    command = [sys.executable, "-c", program, str(ROOT), "clip_image_embed", str(album), "--out", str(out)]
+    for number in ("", "-2"):  # the second one spares what the first one has left
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout and process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        kept = partial.with_name(f"v.partial{number}{suffix}")
+        assert process.returncode == 130 and f"client.py: 3 rows are in {kept}" in said, said
+        assert out.read_bytes() == b"an earlier run's"
+        names = ["0.jpg", "2.jpg", "4.jpg"]
+        if suffix == ".npz":
+            with np.load(kept, allow_pickle=False) as file:
+                assert [Path(path).name for path in file["paths"]] == names and file["vectors"].shape == (3, 2)
+        else:
+            rows = [json.loads(line) for line in kept.read_text().splitlines()]
+            assert [Path(row["input"]).name for row in rows] == names
+    assert len(list(tmp_path.glob("*"))) == 4  # the album as well
+
+
+def test_rows_are_on_the_disk_before_the_run_ends(album: Path, tmp_path: Path, slow_answers: threading.Event) -> None:
+    """Lost otherwise: all rows of a run that is killed."""
+    out, partial = tmp_path / "v.jsonl", tmp_path / "v.partial.jsonl"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        run = pool.submit(client.main, ["clip_image_embed", str(album), "--out", str(out)])
+        wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") == 3)
+        assert not out.exists()
+        slow_answers.set()
+        assert run.result(30) == 0
+    assert out.read_bytes().count(b"\n") == 6 and not partial.exists()
+
+
+def test_a_full_disk_leaves_whole_rows(onnx_node: Node, album: Path, tmp_path: Path) -> None:
+    """Lost otherwise: what was computed before the disk was full."""
+    out = tmp_path / "v.jsonl"
+    program = (
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import client\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(client.main())"
+    )
+    command = [sys.executable, "-c", program, str(ROOT), "clip_image_embed", str(album), "--out", str(out)]
+    run = subprocess.run([*command, "--address", onnx_node.address], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    text = (tmp_path / "v.partial.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert text.endswith("\n") and 1 <= len(rows) < 6 and not out.exists()
+    assert f"client.py: {len(rows)} rows are in {tmp_path / 'v.partial.jsonl'}\nclient.py: " in run.stderr
+
+
+def test_an_npz_that_does_not_fit_goes_to_the_temporary_files(
+    album: Path, tmp_path: Path, slow_answers: threading.Event, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Lost otherwise: a whole run, at its very end."""
+    slow_answers.set()
+    savez, other = np.savez, tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+
+    def savez_or_fail(file: Any, **arrays: Any) -> None:
+        savez(file, **arrays)
+        if Path(file.name).parent == tmp_path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez_or_fail)
+    assert client.main(["clip_image_embed", str(album), "--out", str(tmp_path / "v.npz")]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and f"6 rows are in {other / 'v.partial.npz'}" in said
+    with np.load(other / "v.partial.npz", allow_pickle=False) as file:
+        assert file["vectors"].shape == (6, 2)
+    assert not list(tmp_path.glob("v*"))
+
+
+def test_a_terminal_without_utf8_gets_all_rows(onnx_node: Node) -> None:
+    """Lost otherwise: the rows after the first label that an old terminal cannot show."""
+    texts = ["a dog", "\u0431\u0443\u0440\u044f", "a cat"]
+    for arguments in ((), ("--json",)):
+        run = run_client("clip_embed", *texts, *arguments, address=onnx_node.address, PYTHONIOENCODING="ascii")
+        assert run.returncode == 0, run.stderr
+        if arguments:
+            assert [json.loads(line)["input"] for line in run.stdout.splitlines()] == texts
+        else:
+            assert run.stdout.splitlines()[::2] == ["a dog", "\\u0431\\u0443\\u0440\\u044f", "a cat"]
+
+
 def test_a_mistake_at_the_command_line_is_one_line(onnx_node: Node, tmp_path: Path) -> None:
     """Lost otherwise: a traceback for a typing error."""
+    (tmp_path / "folder.jsonl").mkdir()
     for arguments, status, said in (
         (("clip_classify", "nowhere.jpg"), 2, "nowhere.jpg: no such file or folder"),
         (("clip_classify",), 2, "name at least one file or folder"),
         (("clip_classify", str(tmp_path)), 2, "no pictures"),
         (("clip_embed", "x", "--out", "x.csv"), 2, ".jsonl or .npz"),
+        (("clip_embed", "x", "--out", str(tmp_path / "folder.jsonl")), 2, "a folder"),
         (("clip_classify", __file__, "--out", "x.npz"), 2, "only embeddings"),
         (("clip_classify", __file__, "--labels", "@nowhere"), 1, "nowhere"),
         (("clip_embed", "x", "--topk", "0", "--address", "127.0.0.1:9"), 1, "127.0.0.1:9"),

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,9 +29,11 @@ MISBEHAVING = """
 import ctypes, os, sys, time
 sys.path.insert(0, "@ROOT@")
 import numpy as np
-import backends, inputs, lumen_clip, onnxrt
+import backends, inputs, labels, lumen_clip, onnxrt
 
 decode, encode, fault = inputs.decode_image, onnxrt.ONNXRTBackend.encode_images, os.environ.get("FAULT")
+tokenize, encode_text, score = onnxrt.ONNXRTBackend.tokenize, onnxrt.ONNXRTBackend.encode_text, labels.LabelSet.top
+remembered = set()
 
 def decode_or_crash(data, *rest, **more):
     if data.endswith(b"CRASH"):
@@ -54,7 +57,24 @@ def encode_or_worse(backend, pixels):
             return wrong[fault] if "rows" in fault else backends.unit_rows(wrong[fault])
     return encode(backend, pixels)
 
+def tokenize_and_remember(backend, texts):
+    tokens = tokenize(backend, texts)
+    remembered.update(row.tobytes() for row, text in zip(tokens, texts) if "rain" in text.split())
+    return tokens
+
+def encode_text_or_abort(backend, tokens):
+    if fault == "text" and any(row.tobytes() in remembered for row in tokens):
+        os.abort()
+    return encode_text(backend, tokens)
+
+def score_or_abort(labelset, *rest):
+    if fault == "scoring":
+        os.abort()
+    return score(labelset, *rest)
+
 inputs.decode_image = decode_or_crash
+onnxrt.ONNXRTBackend.tokenize, onnxrt.ONNXRTBackend.encode_text = tokenize_and_remember, encode_text_or_abort
+labels.LabelSet.top = score_or_abort
 onnxrt.ONNXRTBackend.encode_images = encode_or_worse
 sys.exit(lumen_clip.main())
 """
@@ -91,14 +111,14 @@ def test_a_picture_that_crashes_the_decoder_does_so_once(misbehaving: Callable[.
     assert node.process.wait(20) == -signal.SIGSEGV
 
     node = misbehaving()
-    [told] = [line for line in node.log.splitlines() if "refused from now on" in line]
-    assert f"sha-256 {hashlib.sha256(poison).hexdigest()[:16]}" in told and "on 1 payloads" in told
-    assert "the last run crashed: Fatal Python error: Segmentation fault" in node.log
+    [told] = [line for line in node.log.splitlines() if "Rejecting: " in line]
+    assert f"sha-256 {hashlib.sha256(poison).hexdigest()[:16]}" in told and "processing 1 payloads" in told
+    assert "Previous process crashed: Fatal Python error: Segmentation fault" in node.log
     assert node.ask("clip_image_embed", poison).error.message == REFUSED
     assert node.ask("clip_image_embed", good).result  # which was at hand as well
     assert node.stop() == 0
     node = misbehaving()
-    assert "the last run" not in node.log and node.ask("clip_image_embed", poison).error.message == REFUSED
+    assert "Previous process" not in node.log and node.ask("clip_image_embed", poison).error.message == REFUSED
     assert node.stop() == 0
 
 
@@ -139,11 +159,152 @@ def test_being_killed_is_held_against_no_picture(misbehaving: Callable[..., Node
     node.process.wait(10)
     call.cancel()
     node = misbehaving()
-    assert "ended while it worked on 1 payloads; refused from now on: none" in node.log
+    assert "Previous process exited while processing 1 payloads. Rejecting: none" in node.log
     suspects = Path(node.data) / "suspects.json"
     assert json.loads(suspects.read_text()) == {digest.decode(): 1}  # a second time without an answer would tell
     assert node.ask("clip_image_embed", encoded(picture(RED))).result
     assert node.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "task", "payload"),
+    [
+        ("text", "clip_embed", b"a red bicycle in the rain"),
+        ("scoring", "clip_classify", encoded(picture(GREEN))),
+    ],
+)
+def test_a_crash_over_a_text_or_a_label_set_is_held_against_nobody(
+    misbehaving: Callable[..., Node], fault: str, task: str, payload: bytes
+) -> None:
+    """Lost otherwise: a search that works no more, or a good photograph, after a crash that had another reason."""
+    node = misbehaving(FAULT=fault)
+    with pytest.raises(grpc.RpcError):
+        node.ask(task, payload)
+    assert node.process.wait(20) == -signal.SIGABRT
+    node = misbehaving()
+    assert "Previous process crashed: Fatal Python error: Aborted" in node.log and "Rejecting" not in node.log
+    assert node.ask(task, payload).result and not (Path(node.data) / "suspects.json").exists()
+    assert node.stop() == 0
+
+
+# Each part runs in a process of its own, on one folder: `held(ident, kind)` is in progress on a thread of its own.
+JOURNAL = """
+import contextlib, ctypes, os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, "@ROOT@")
+import inputs, watch
+
+journal = watch.Journal()
+journal.open(Path(sys.argv[1]))
+
+def held(*digests, kind="batch", then=lambda: time.sleep(60)):
+    def work():
+        with journal.holding(digests, kind):
+            recorded.release()
+            then()
+    recorded = threading.Semaphore(0)
+    threading.Thread(target=work, daemon=True).start()
+    assert recorded.acquire(timeout=20)
+
+def rejected(*digests):
+    found = []
+    for digest in digests:
+        try:
+            journal.check(digest)
+        except inputs.BadInput:
+            found.append(digest)
+    print(" ".join(found))
+
+def raise_here(number):
+    return lambda: signal.pthread_kill(threading.get_ident(), number)
+
+def in_a_library(function):
+    library, thread = ctypes.CDLL(None), ctypes.c_ulong()
+    library.pthread_create(ctypes.byref(thread), None, getattr(library, function), None)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run_with_journal(tmp_path: Path) -> Callable[..., str]:
+    """Runs statements in a process of its own with a crash journal, always on the same folder; -> what it prints."""
+
+    def run(statements: str, status: int = 0) -> str:
+        program = JOURNAL.replace("@ROOT@", str(ROOT)) + statements
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == status, ended.stderr
+        return ended.stdout.strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("crash", "number"),
+    [
+        ("held('good')\nos.abort()", signal.SIGABRT),  # as glibc and systemd do, on another thread
+        ("held('good')\nos.kill(os.getpid(), signal.SIGBUS)", signal.SIGBUS),
+        ("held('good', then=raise_here(signal.SIGBUS))\ntime.sleep(60)", signal.SIGBUS),  # a truncated model file
+        ("held('good', kind='prepare')\nctypes.string_at(0)", signal.SIGSEGV),
+        ("held('good', 'other', then=raise_here(signal.SIGSEGV))\ntime.sleep(60)", signal.SIGSEGV),  # a batch of two
+        ("held('good')\nin_a_library('abort')", signal.SIGABRT),  # a runtime's own thread
+        ("held('good')\nos.kill(os.getpid(), signal.SIGKILL)", signal.SIGKILL),
+    ],
+)
+def test_a_payload_that_was_merely_in_progress_is_rejected_after_the_second_crash(
+    run_with_journal: Callable[..., str], crash: str, number: int
+) -> None:
+    """Lost otherwise: a good photograph, refused for ever because something else crashed while it was in progress."""
+    run_with_journal(crash, -number)
+    assert run_with_journal("rejected('good', 'other')\njournal.answered('good')\njournal.answered('other')") == ""
+    run_with_journal(crash, -number)
+    assert run_with_journal("rejected('good')") == ""  # the answer in between has cleared it
+    run_with_journal(crash, -number)
+    assert run_with_journal("rejected('good')") == "good"
+    assert run_with_journal("rejected('good')") == "good"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE])
+def test_only_the_payload_of_the_crashing_thread_is_rejected_at_once(
+    run_with_journal: Callable[..., str], number: int
+) -> None:
+    """Lost otherwise: one more crash over the same photograph, or strikes for those that other threads had."""
+    crash = f"held('good', 'more')\nheld('fine', kind='prepare')\nheld('bad', '', then=raise_here({int(number)}))"
+    run_with_journal(f"{crash}\ntime.sleep(60)", -number)
+    assert run_with_journal("print(*journal._suspects)\nrejected('good', 'more', 'fine', 'bad')") == "bad\nbad"
+
+
+def test_an_orderly_stop_is_no_crash_whatever_was_in_progress(run_with_journal: Callable[..., str]) -> None:
+    """Lost otherwise: photographs that collect strikes by restarts of a busy server."""
+    run_with_journal(
+        "held('good', then=lambda: time.sleep(0.2))\n"
+        "held('slow')\n"
+        "journal.close()\n"
+        "assert not (Path(sys.argv[1]) / 'in-flight').read_bytes()\n"
+        "held('late')\n"
+        "time.sleep(0.5)\n"  # by now the first one has ended
+        "journal.close()\n"
+        "assert not (Path(sys.argv[1]) / 'in-flight').read_bytes()\n"
+        "watch.Journal().close()\n"  # was never opened
+        "os._exit(0)"
+    )
+    assert run_with_journal("print(*journal._suspects)") == ""
+    # A journal that is refused because another daemon uses the folder leaves that daemon's file alone.
+    assert run_with_journal(
+        "held('good')\n"
+        "second = watch.Journal()\n"
+        "second.open(Path(sys.argv[1]))\n"
+        "second.close()\n"
+        "print('good' in (Path(sys.argv[1]) / 'in-flight').read_text())"
+    )
+
+
+def test_a_damaged_list_of_suspects_costs_the_list_only(run_with_journal: Callable[..., str], tmp_path: Path) -> None:
+    """Lost otherwise: the crash journal, and with it every restart after a crash, because a disk lost one file."""
+    for content in (b"", b"{", b"[1]", b'{"bad": "x"}', b"\xff"):
+        (tmp_path / "suspects.json").write_bytes(content)
+        run_with_journal("held('bad', then=raise_here(signal.SIGSEGV))\ntime.sleep(60)", -signal.SIGSEGV)
+        assert run_with_journal("rejected('bad')") == "bad"
 
 
 def test_a_second_daemon_on_a_data_folder_is_told_and_serves(torch_node: Node, tiny_onnx: Path) -> None:
@@ -209,7 +370,16 @@ def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable
         assert node.process.wait(20) == -signal.SIGABRT
         call.cancel()
     node = misbehaving()
-    assert "the last run crashed: Fatal Python error: Aborted" in node.log
+    assert "Previous process crashed: Fatal Python error: Aborted" in node.log
+    assert "exited while processing 1 payloads. Rejecting: none" in node.log  # the signal came from outside
+    assert node.ask("clip_image_embed", encoded(picture(RED))).result
+    call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=blue)]), timeout=60)
+    digest = hashlib.sha256(blue).hexdigest().encode()
+    wait_until(lambda: b"batch " + digest in (Path(node.data) / "in-flight").read_bytes())
+    node.process.send_signal(signal.SIGABRT)
+    assert node.process.wait(20) == -signal.SIGABRT
+    call.cancel()
+    node = misbehaving()
     assert node.ask("clip_image_embed", blue).error.message == REFUSED
     assert node.ask("clip_image_embed", encoded(picture(RED))).result and node.stop() == 0
 

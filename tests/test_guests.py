@@ -287,7 +287,10 @@ def test_messages_that_never_end_do_not_eat_the_machine(tmp_path: Path, tiny_onn
 
 
 def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
-    """Lost otherwise: a container whose limit nobody looked at."""
+    """Lost otherwise: a container whose limit is ignored, or idle streams that are ended because a label set is mapped.
+
+    Pages of mapped files count as used in a control group, but the kernel can drop them at any time.
+    """
     meminfo, inner = tmp_path / "meminfo", tmp_path / "unit"
     meminfo.write_text("MemTotal:  4000000 kB\nMemFree: 10 kB\nMemAvailable:  3000000 kB\nHugePages_Total: 0\n")
     inner.mkdir()
@@ -295,6 +298,8 @@ def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
     for name, text in (("memory.max", "1000000"), ("memory.current", "900000"), ("memory.stat", "inactive_file 50000")):
         (inner / name).write_text(text + "\n")
     assert machine.memory([inner], meminfo) == (150_000, 1_000_000)
+    (inner / "memory.stat").write_text("anon 300000\ninactive_file 50000\nactive_file 500000\n")
+    assert machine.memory([inner], meminfo) == (650_000, 1_000_000)
     (inner / "memory.max").write_text("max\n")
     assert machine.memory([inner], meminfo) == (3_000_000 << 10, 4_000_000 << 10)
     assert machine.memory([], tmp_path / "absent")[0] > 1 << 60  # nothing is known: nothing is done

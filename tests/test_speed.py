@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -228,6 +229,54 @@ def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
     (tmp_path / "tuning.json").write_text("{")
     monkeypatch.setattr(backends, "seconds_of_a_batch", lambda _, size: {1: 0.1, 2: 0.3}[size])
     assert backends.tuned(backend, 2, tmp_path).batch_size == 1
+
+
+def test_a_new_card_precision_or_runtime_is_tuned_anew(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the speed of a faster card, for which the batch of the previous one is kept for good."""
+    backend = load(tiny_onnx)
+    installed = {"onnxruntime": "1.32.0"}
+    tried: list[int] = []
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    def measured(_: Any, size: int) -> float:
+        tried.append(size)
+        return 0.1
+
+    def tuned_anew() -> bool:
+        tried.clear()
+        backends.tuned(backend, 2, tmp_path)
+        return bool(tried)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(backends, "seconds_of_a_batch", measured)
+    assert tuned_anew() and not tuned_anew()
+    for name, value in (
+        ("accelerator", "NVIDIA GeForce GTX 1060"),
+        ("accelerator", "NVIDIA GeForce RTX 4090"),
+        ("precision", "fp16"),
+        ("runtime", "onnxrt-cuda"),
+    ):
+        monkeypatch.setattr(backend, name, value, raising=False)
+        assert tuned_anew() and not tuned_anew(), name
+    for changed in ({"onnxruntime-gpu": "1.24.0"}, {"onnxruntime-gpu": "1.25.0"}, {"onnxruntime": "1.33.0"}):
+        installed.update(changed)
+        assert tuned_anew() and not tuned_anew(), changed
+
+
+def test_a_card_is_named_without_torch(tmp_path: Path) -> None:
+    """Lost otherwise: a box with ONNX Runtime alone, on which a new card is taken for the old one."""
+    assert machine.nvidia_gpus(tmp_path / "absent") == ""
+    for bus, model in (("0000:41:00.0", "NVIDIA H100 80GB HBM3"), ("0000:01:00.0", "NVIDIA GeForce GTX 1060 6GB")):
+        (tmp_path / bus).mkdir()
+        text = f"Model: \t\t {model}\nIRQ:   \t\t 166\nGPU UUID: \t GPU-1:2\nDevice Minor: \t 0\n"
+        (tmp_path / bus / "information").write_text(text)
+    assert machine.nvidia_gpus(tmp_path) == "NVIDIA GeForce GTX 1060 6GB, NVIDIA H100 80GB HBM3"
 
 
 @pytest.mark.parametrize(
