@@ -55,7 +55,7 @@ from watch import Journal
 log = logging.getLogger("lumen")
 
 DRAIN_S = 20  # for requests in work when the daemon is told to stop
-LINGER_S = 0.2  # between the last answer and the end, which closes the connections without waiting for their peers
+LINGER_S = 0.2  # between the last message and the end, which closes the connections without waiting for their peers
 TRAFFIC_LOG_S = 60  # between two lines that say what went through
 PROGRESS_LOG_S = 30  # between two lines that say how far a start is, where no bar does
 SILENCE_S = 300  # that systemd bears of a start before it takes it for hung; it hears of every bit of progress
@@ -267,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
         beacon.close()
+        time.sleep(LINGER_S)
         _leave(1)  # what is in work has no one who could answer it
     stop(daemon, beacon)
     _leave(0)
@@ -351,6 +352,7 @@ def supervise(daemon: Daemon, events: Events) -> str:
     """
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
     beat = min(5.0, watchdog or 5.0, daemon.settings.lumen_hang_s / 2)
+    clock.tick(beat)
     while True:
         try:
             events.get(timeout=beat)

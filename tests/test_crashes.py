@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -21,7 +22,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gen import ml_service_pb2 as pb
-from tests.hostile import outlived
+from tests.hostile import held, outlived
 from tests.kit import GREEN, RED, ROOT, SERVICE, Node, encoded, label_files, picture, wait_until
 
 # A daemon whose native code misbehaves on demand: no model of ours does so by itself.
@@ -38,6 +39,8 @@ remembered = set()
 def decode_or_crash(data, *rest, **more):
     if data.endswith(b"CRASH"):
         ctypes.string_at(0)
+    if data.endswith(b"HANG"):
+        time.sleep(3600)
     return decode(data, *rest, **more)
 
 def encode_or_worse(backend, pixels):
@@ -45,6 +48,8 @@ def encode_or_worse(backend, pixels):
     if backend.self_test_cosine is not None:  # it has started
         if (means.max(axis=1) < 20).any():  # black
             os.abort()
+        if (means[:, 0] > 235).any() and (means.max(axis=1) - means.min(axis=1) > 200).any():  # pure red
+            time.sleep(1)
         if (means.min(axis=1) > 235).any():  # white
             time.sleep(3600)
         if (means[:, 0] < 20).any() and (means[:, 1] > 200).any():
@@ -349,6 +354,41 @@ def test_a_hung_model_ends_the_process_so_that_it_is_started_again(
     assert node.ask("clip_image_embed", encoded(picture(GREEN))).result and node.stop() == 0
 
 
+def test_a_decoder_that_hangs_ends_the_process_so_that_it_is_started_again(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: all pictures, as soon as each decode thread has met one that it never finishes, with Health
+    SERVING."""
+    node = misbehaving(LUMEN_HANG_S="2")
+    hang = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)) + b"HANG")
+    call = node.stub.Infer(iter([hang]), timeout=60)
+    time.sleep(1)
+    call.cancel()  # the client does not wait, but the thread is gone all the same
+    assert node.process.wait(20) == 1
+    assert node.log.count("the preparation of a picture has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+
+
+def test_a_process_that_was_stopped_goes_on(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: a healthy daemon, each time that its machine sleeps or somebody pauses its container."""
+    node = misbehaving(LUMEN_HANG_S="4")
+    release = threading.Event()
+    try:
+        idle = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog"), release), timeout=60)
+        assert next(idle).result
+        slow = pb.InferRequest(task="clip_image_embed", payload=encoded(picture((255, 0, 0)), "PNG"))
+        with concurrent.futures.ThreadPoolExecutor(1) as client:
+            answers = client.submit(lambda: list(node.stub.Infer(iter([slow] * 20), timeout=120)))
+            for _ in range(2):
+                wait_until(lambda: b" batch " in (Path(node.data) / "in-flight").read_bytes(), 30)
+                node.process.send_signal(signal.SIGSTOP)
+                time.sleep(6)
+                node.process.send_signal(signal.SIGCONT)
+                time.sleep(1)
+            assert len(answers.result()) == 20 and all(answer.result for answer in answers.result())
+        release.set()
+        assert list(idle) == []
+    finally:
+        assert node.stop() == 0, node.log
+
+
 def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable[..., Node], tmp_path: Path) -> None:
     """Lost otherwise: a board whose driver holds the GIL; no line of Python can help then, only systemd."""
     blue = encoded(picture((0, 30, 230)), "PNG")
@@ -410,4 +450,14 @@ def test_a_model_that_only_fails_is_started_again(misbehaving: Callable[..., Nod
             r"internal error \w+; the daemon's log says more", response.error.message
         )
     node.ask("clip_image_embed", bad)
-    assert node.process.wait(20) == 1 and "3 batches failed in a row; leaving" in node.log
+    assert node.process.wait(20) == 1 and "clip image: 3 batches failed in a row; leaving" in node.log
+
+
+def test_a_model_that_only_fails_is_noticed_beside_one_that_works(misbehaving: Callable[..., Node]) -> None:
+    """Lost otherwise: all pictures of one model, with Health SERVING, because searches are still answered."""
+    node = misbehaving()
+    bad = encoded(picture((0, 230, 30)), "PNG")
+    for number in range(3):
+        assert node.ask("clip_embed", f"a dog {number}".encode()).result
+        assert node.ask("clip_image_embed", bad).error.code == pb.ERROR_CODE_INTERNAL
+    assert node.process.wait(20) == 1 and "clip image: 3 batches failed in a row; leaving" in node.log
