@@ -29,6 +29,8 @@ METADATA_BYTES_MAX = 16 << 20
 EXIF_BYTES_MAX = 1 << 20
 # EXIF segments of a JPEG. Pillow joins them, which takes time in the square of their number.
 EXIF_SEGMENTS_MAX = 8
+# Compressed chunks of a PNG (texts, ICC profile). Pillow unpacks each to at most 1 MB, in 2 ms; editors write a few.
+PACKED_CHUNKS_MAX = 256
 # Bytes of JPEG tables (Huffman, quantization) and headers. A scan has at most 4 Huffman tables of 280 bytes.
 TABLE_BYTES_MAX = 256 << 10
 # Bytes before the first scan of a JPEG that belong to no segment. Pillow reads them one at a time.
@@ -138,7 +140,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    position, parts, data_parts, metadata = 8, 0, 0, 0
+    position, parts, data_parts, packed, metadata = 8, 0, 0, 0, 0
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind in (b"IDAT", b"DDAT", b"fdAT", b"fcTL"):
@@ -148,6 +150,9 @@ def _check_png(data: bytes) -> None:
             parts, metadata = parts + 1, metadata + length
             _limit(parts, PARTS_MAX, "chunks of the PNG")
             _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the PNG")
+        if kind in (b"zTXt", b"iTXt", b"iCCP"):
+            packed += 1
+            _limit(packed, PACKED_CHUNKS_MAX, "texts of the PNG")
         if kind == b"eXIf" or data.startswith((b"exif\0", b"Raw profile type exif\0"), position + 8):
             _limit(length, EXIF_BYTES_MAX, "bytes of EXIF of the PNG")
         if kind == b"IEND":
