@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from tests.kit import BLUE, RED, encoded, picture
+from tests.kit import RED, encoded, picture
 
 SIZE = (96, 72)
 
@@ -138,7 +138,9 @@ def avif(
     own = b"".join(box_of(base, kind) for kind in (b"pixi", b"av1C", b"colr"))
     own = full_box(b"ispe", struct.pack(">II", *size)) + own
     meta = full_box(b"hdlr", bytes(4) + b"pict" + bytes(13)) + full_box(b"pitm", b"\0\1")
-    meta += full_box(b"iloc", struct.pack(">BBHHHHII", 0x44, 0, 1 + extent_count, 1, 0, 1, len(start) + 8, len(av1)) + extents)
+    meta += full_box(
+        b"iloc", struct.pack(">BBHHHHII", 0x44, 0, 1 + extent_count, 1, 0, 1, len(start) + 8, len(av1)) + extents
+    )
     meta += full_box(b"iinf", struct.pack(">H", 1 + item_count) + item(1) + items)
     associated = full_box(b"ipma", struct.pack(">IHB4B", 1, 1, 4, 1, 2, 0x83, 4) + associations)
     meta += box(b"iprp", box(b"ipco", own + properties) + associated)
