@@ -379,7 +379,7 @@ class _AvifCheck:
                 width, height = _av1_size(payload[position : position + min(size, 512)])
                 _check_size(width, height, self._max_pixels)
                 frame = width * height
-            elif header >> 3 & 15 in (3, 6):  # a frame header alone, or with its frame
+            elif header >> 3 & 15 in (3, 6, 7):  # a frame header alone, with its frame, or repeated
                 self._pixels += frame
                 _limit(self._pixels, AV1_PICTURES_MAX * self._max_pixels, "pixels of all AV1 frames of the AVIF")
             position += size
