@@ -49,11 +49,13 @@ class StructureError(ValueError):
     """A file has more parts than any real picture, or an unsupported coding; the text is for the client."""
 
 
-def check_structure(data: bytes, max_pixels: int) -> None:
+def check_structure(data: bytes, max_pixels: int) -> int:
     """Raises StructureError if decoding `data` could cost far more than a real picture of `max_pixels` pixels.
 
-    Also raises for WebP and AVIF files whose coded size is above `max_pixels`, because their decoders allocate
-    memory for it before Pillow reports the size. Bytes of other formats pass.
+    Also raises for WebP and AVIF files whose coded size is above `max_pixels`: libwebp allocates memory for it before
+    Pillow reports the size, and the size that an AVIF reports can be smaller. Bytes of other formats pass.
+
+    Returns the pixels of the largest AV1 frame of an AVIF, for which libavif needs memory; 0 for other formats.
     """
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data)
@@ -62,7 +64,8 @@ def check_structure(data: bytes, max_pixels: int) -> None:
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         _check_webp(data, max_pixels)
     elif data[4:8] == b"ftyp":
-        _AvifCheck(data, max_pixels).run()
+        return _AvifCheck(data, max_pixels).run()
+    return 0
 
 
 def _limit(value: int, limit: int, what: str) -> None:
@@ -262,9 +265,9 @@ class _AvifCheck:
         self._items: list[_Item] = []
         self._idat = 0  # where the content of the `idat` box begins
         self._tracks: list[_Track] = []
-        self._units = self._pixels = 0  # AV1 units read; pixels of all AV1 frames
+        self._units = self._pixels = self._largest = 0  # AV1 units; pixels of all AV1 frames and of the largest
 
-    def run(self) -> None:
+    def run(self) -> int:
         self._walk()
         data = memoryview(self._data)
         total = metadata = 0
@@ -285,6 +288,7 @@ class _AvifCheck:
         for track in self._tracks:
             _limit(track.chunks * track.samples_per_chunk, DATA_PARTS_MAX, "frames of the AVIF")
             self._check_av1(data[track.offset : track.offset + track.size])
+        return self._largest
 
     def _walk(self) -> None:
         """Counts the boxes, and reads those that say where the AV1 data is."""
@@ -379,6 +383,7 @@ class _AvifCheck:
                 width, height = _av1_size(payload[position : position + min(size, 512)])
                 _check_size(width, height, self._max_pixels)
                 frame = width * height
+                self._largest = max(self._largest, frame)
             elif header >> 3 & 15 in (3, 6, 7):  # a frame header alone, with its frame, or repeated
                 self._pixels += frame
                 _limit(self._pixels, AV1_PICTURES_MAX * self._max_pixels, "pixels of all AV1 frames of the AVIF")

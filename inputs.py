@@ -108,7 +108,7 @@ def decode_image(
     """
     recipes = list(recipes)
     try:
-        check_structure(data, max_pixels)
+        coded = check_structure(data, max_pixels)
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except StructureError as error:
         raise BadInput(f"payload: {error}") from error
@@ -125,7 +125,7 @@ def decode_image(
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
             image.draft(None, (side, side))
         # A progressive JPEG's coefficients are all in memory, whatever the scale.
-        with room(max(image.width * image.height, width * height // 4)):
+        with room(max(image.width * image.height, width * height // 4, coded)):
             image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
             orientation = _orientation(image)
             rgb = _to_rgb(image)
