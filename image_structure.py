@@ -261,9 +261,10 @@ class _AvifCheck:
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
         self._data, self._max_pixels = data, max_pixels
-        self._kinds: dict[int, bytes] = {}  # item number -> type
+        # Item number -> types, places of `idat` boxes: several only in a file that is to deceive the check.
+        self._kinds: dict[int, set[bytes]] = {}
+        self._idats: list[int] = []
         self._items: list[_Item] = []
-        self._idat = 0  # where the content of the `idat` box begins
         self._tracks: list[_Track] = []
         self._units = self._pixels = self._largest = 0  # AV1 units; pixels of all AV1 frames and of the largest
 
@@ -275,15 +276,16 @@ class _AvifCheck:
             size = sum(length for _, length in item.extents)
             total += size
             _limit(total, len(data) + (1 << 20), "bytes of items of the AVIF")  # identical tiles are stored once
-            kind = self._kinds.get(item.number)
-            if kind == b"av01":
-                base = item.base + (self._idat if item.in_idat else 0)
-                parts = [data[base + offset : base + offset + length] for offset, length in item.extents]
-                self._check_av1(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)))
+            kinds = self._kinds.get(item.number, ())
+            if b"av01" in kinds:
+                for start in self._idats if item.in_idat else [0]:
+                    base = start + item.base
+                    parts = [data[base + offset : base + offset + length] for offset, length in item.extents]
+                    self._check_av1(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)))
                 continue
             metadata += size
             _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the AVIF")
-            if kind == b"Exif":
+            if b"Exif" in kinds:
                 _limit(size, EXIF_BYTES_MAX, "bytes of EXIF of the AVIF")
         for track in self._tracks:
             _limit(track.chunks * track.samples_per_chunk, DATA_PARTS_MAX, "frames of the AVIF")
@@ -320,11 +322,12 @@ class _AvifCheck:
     def _read_item_box(self, kind: bytes, start: int, version: int) -> None:
         integers = _Integers(self._data, start + 4)
         if kind == b"idat":
-            self._idat = start
+            self._idats.append(start)
+            _limit(len(self._idats), 2, "idat boxes of the AVIF")
         elif kind == b"infe":
             number = integers.next(4 if version > 2 else 2)
             integers.next(2)  # protection
-            self._kinds[number] = integers.next(4).to_bytes(4, "big")
+            self._kinds.setdefault(number, set()).add(integers.next(4).to_bytes(4, "big"))
         elif kind == b"iloc":
             self._read_iloc(integers, version)
 
@@ -352,14 +355,18 @@ class _AvifCheck:
     @staticmethod
     def _read_track(kind: bytes, integers: _Integers, track: _Track) -> None:
         if kind == b"stsz":
+            _limit(track.size, 0, "second sample table of an AVIF track")
             same, _ = integers.next(4), integers.next(4)
             track.size = same or integers.next(4)
         elif kind in (b"stco", b"co64"):
+            _limit(track.chunks, 0, "second chunk table of an AVIF track")
             track.chunks = integers.next(4)
             track.offset = integers.next(8 if kind == b"co64" else 4)
         elif kind == b"stsc":
-            for _ in range(min(integers.next(4), ITEM_TABLE_BYTES_MAX // 12)):
-                _, each, _ = (integers.next(4) for _ in range(3))
+            for number in range(min(integers.next(4), ITEM_TABLE_BYTES_MAX // 12)):
+                first, each, _ = (integers.next(4) for _ in range(3))
+                if not each or (number == 0 and first != 1):
+                    raise StructureError("the AVIF has chunks without samples")  # the first sample is elsewhere then
                 track.samples_per_chunk = max(track.samples_per_chunk, each)
 
     def _check_av1(self, payload: memoryview) -> None:

@@ -238,6 +238,18 @@ def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
             inner = box(b"moov", inner)
         return avif() + inner
 
+    def disguised() -> bytes:
+        """A second item table, of a track, says that the picture is text."""
+        inner = full_box(b"meta", full_box(b"iinf", b"\0\1" + item(1, b"mime")))
+        return avif(base=big((8000, 6000)), size=(100, 100)) + box(b"moov", box(b"trak", inner))
+
+    def elsewhere() -> bytes:
+        """The first sample of the track is in its second chunk."""
+        data = bytearray(encoded(picture(RED, SIZE), "AVIF", save_all=True, append_images=[picture(BLUE, SIZE)]))
+        at = data.index(b"stsc") + 12
+        data[at : at + 4] = struct.pack(">I", 2)
+        return bytes(data)
+
     def references() -> bytes:
         rows = [
             struct.pack(">HH", i * 100 + 1, 99) + struct.pack(">99H", *range(i * 100 + 2, i * 100 + 101))
@@ -248,6 +260,8 @@ def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
     return {
         "50 frames in one AVIF picture": ("frames", repeated),
         "48 megapixels in 100 x 100": ("8000 x 6000 pixels", lambda: avif(base=big((8000, 6000)), size=(100, 100))),
+        "a picture disguised as text": ("8000 x 6000 pixels", disguised),
+        "a first sample elsewhere": ("without samples", elsewhere),
         "frames of an AVIF": ("frames", constant),
         "extents of an AVIF": ("extents", no_bytes),
         "references of an AVIF": ("tables", references),
