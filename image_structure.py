@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Scans of a progressive JPEG. libjpeg writes 10 for colour, 18 for CMYK; optimisers (mozjpeg) write about 20. One scan
+# Scans of a progressive JPEG. libjpeg writes 10 for colour and 18 for CMYK; optimisers choose about as many. One scan
 # without data costs libjpeg up to 26 ms at 40 megapixels.
 SCANS_MAX = 64
 # Scans of a sequential or lossless JPEG: one for each component, and a picture has at most four.
