@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
+
+from image_structure import StructureError, check_structure
 
 log = logging.getLogger("lumen.inputs")
 
@@ -30,6 +32,8 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
 STRIP_LINES = 256  # of a picture with alpha that are laid over white at a time
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; `decode_image` applies the configured one
+PngImagePlugin.MAX_TEXT_MEMORY = 16 << 20  # characters of a PNG's texts, unpacked; Pillow's default is four times that
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
 
 
@@ -104,7 +108,10 @@ def decode_image(
     """
     recipes = list(recipes)
     try:
+        coded = check_structure(data, max_pixels)
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except StructureError as error:
+        raise BadInput(f"payload: {error}") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
         log.debug("not an image: %r", error)
         raise BadInput(
@@ -118,7 +125,7 @@ def decode_image(
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
             image.draft(None, (side, side))
         # A progressive JPEG's coefficients are all in memory, whatever the scale.
-        with room(max(image.width * image.height, width * height // 4)):
+        with room(max(image.width * image.height, width * height // 4, coded)):
             image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
             orientation = _orientation(image)
             rgb = _to_rgb(image)

@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -305,6 +306,9 @@ def prepare_process(options: argparse.Namespace) -> None:
     # The level is ours; libraries speak when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.root.handlers[0].addFilter(watch.Brevity())
+    # Pillow warns of each broken EXIF entry. "always" because the other actions keep every text in memory.
+    warnings.filterwarnings("always", module=r"PIL\.")
+    logging.captureWarnings(True)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
     machine.use_one_heap()
     if options.log_format == "json":

@@ -453,8 +453,10 @@ class JournalLines(logging.Formatter):
 
 
 class Brevity(logging.Filter):
-    """Lets each kind of line through so many times a minute: the log of a board lies on an SD card, and a stranger can
-    cause as many lines as he likes. What is asked for with --log-level debug is not cut, nor are errors of our own."""
+    """Limits each kind of line to `PER_MINUTE` a minute: the log of a board is on an SD card, and any client can cause
+    any number of lines. Lines of one of our loggers are of one kind if they have the same template. All lines of a
+    library's logger are of one kind, because their texts can differ (Python warnings have no template). Debug lines
+    and our own errors are not limited."""
 
     PER_MINUTE = 20
 
@@ -466,7 +468,7 @@ class Brevity(logging.Filter):
         ours = record.name.startswith("lumen")
         if record.levelno < logging.INFO or (ours and record.levelno >= logging.ERROR):
             return True
-        kind, now = (record.name, str(record.msg)[:80]), time.monotonic()
+        kind, now = (record.name, str(record.msg)[:80] if ours else ""), time.monotonic()
         since, count = self._seen.get(kind, (now, 0))
         if now - since > 60:
             if count > self.PER_MINUTE:

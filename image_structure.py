@@ -1,0 +1,434 @@
+"""Checks the structure of an encoded picture before a decoder reads it: JPEG, PNG, WebP, AVIF.
+
+Decoders spend time and memory on each scan, segment, chunk and box, even if it is empty, and have no limit on their
+number. A small file can therefore occupy a decode thread for minutes. The limits here are several times what cameras
+and editors write. Damaged files pass: the decoder reports what is wrong with them. This module reads bytes only; it
+decodes nothing and imports nothing of the daemon.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Scans of a progressive JPEG. libjpeg writes 10 for colour and 18 for CMYK; optimisers choose about as many. One scan
+# without data costs libjpeg up to 26 ms at 40 megapixels.
+SCANS_MAX = 64
+# Scans of a sequential or lossless JPEG: one for each component, and a picture has at most four.
+SEQUENTIAL_SCANS_MAX = 4
+# Segments, chunks or boxes that are not picture data. Cameras write about 20; a JPEG with METADATA_BYTES_MAX of
+# metadata has 256, an AVIF grid of 40 megapixels about 1,000.
+PARTS_MAX = 2048
+# Parts of picture data: IDAT chunks, frames of an animation, AV1 units. 64 MiB in the 8 KiB chunks of libpng are 8,192.
+DATA_PARTS_MAX = 65_536
+# Bytes of metadata: EXIF, ICC (up to 4 MB), XMP (depth maps and second pictures of phones, about 10 MB), Photoshop.
+METADATA_BYTES_MAX = 16 << 20
+# Bytes of EXIF. A JPEG segment holds 64 KiB, and EXIF has one; Pillow needs 6 µs for each entry of 12 bytes.
+EXIF_BYTES_MAX = 1 << 20
+# EXIF segments of a JPEG. Pillow joins them, which takes time in the square of their number.
+EXIF_SEGMENTS_MAX = 8
+# Compressed chunks of a PNG (texts, ICC profile). Pillow unpacks each to at most 1 MB, in 2 ms; editors write a few.
+PACKED_CHUNKS_MAX = 256
+# Bytes of JPEG tables (Huffman, quantization) and headers. A scan has at most 4 Huffman tables of 280 bytes.
+TABLE_BYTES_MAX = 256 << 10
+# Bytes before the first scan of a JPEG that belong to no segment. Pillow reads them one at a time.
+PADDING_BYTES_MAX = 64 << 10
+# Bytes of AVIF item tables (iloc, iref, ipma, grpl); 1,000 items have 30 KB. libavif searches all items for each entry.
+ITEM_TABLE_BYTES_MAX = 64 << 10
+# Bytes of the sample tables of an AVIF animation: ten minutes at 30 frames a second have 600 KB.
+SAMPLE_TABLE_BYTES_MAX = 1 << 20
+# AV1 frames of an AVIF, in pictures of the pixel limit: colour, alpha, gain map, and up to four layers of each.
+AV1_PICTURES_MAX = 8
+
+SEARCH_BYTES = 1 << 20  # of one search; other threads run between two searches
+
+
+class StructureError(ValueError):
+    """A file has more parts than any real picture, or an unsupported coding; the text is for the client."""
+
+
+def check_structure(data: bytes, max_pixels: int) -> int:
+    """Raises StructureError if decoding `data` could cost far more than a real picture of `max_pixels` pixels.
+
+    Also raises for WebP and AVIF files whose coded size is above `max_pixels`: libwebp allocates memory for it before
+    Pillow reports the size, and the size that an AVIF reports can be smaller. Bytes of other formats pass.
+
+    Returns the pixels of the largest AV1 frame of an AVIF, for which libavif needs memory; 0 for other formats.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        _check_jpeg(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(data)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        _check_webp(data, max_pixels)
+    elif data[4:8] == b"ftyp":
+        return _AvifCheck(data, max_pixels).run()
+    return 0
+
+
+def _limit(value: int, limit: int, what: str) -> None:
+    if value > limit:
+        raise StructureError(f"the {what}: more than {limit:,}, which no real picture has")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise StructureError(f"the image has {width} x {height} pixels; allowed: {max_pixels} in all")
+
+
+# --- JPEG ---------------------------------------------------------------------------------------------------------
+
+# A marker, as libjpeg and Pillow find it: stuffed bytes (FF 00), restart markers and fill bytes (FF FF) are none.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SOI, _EOI, _SOS, _PROGRESSIVE = 0xD8, 0xD9, 0xDA, 0xC2
+_FRAMES = {0xC0, 0xC1, _PROGRESSIVE, 0xC3}  # baseline, extended, progressive, lossless; all with Huffman coding
+# Arithmetic coding decodes without data at full cost, and libjpeg has no hierarchical coding. No camera writes either.
+_UNSUPPORTED = {*range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xDE, 0xDF}
+_TABLES = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, _SOS, *_FRAMES}
+_METADATA = {*range(0xE0, 0xF0), 0xFE}  # APP0 to APP15, COM
+
+
+def _next_marker(data: bytes, position: int) -> int:
+    """Position of the next marker, or the length of `data`."""
+    while position < len(data):
+        if found := _MARKER.search(data, position, position + SEARCH_BYTES + 1):
+            return found.start()
+        position += SEARCH_BYTES
+    return len(data)
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Follows the markers up to the end of the first image, which is all that Pillow decodes.
+
+    Must find each segment that Pillow (up to the first scan) or libjpeg finds, also in a damaged file.
+    """
+    position, parts, scans, frames, padding = 2, 0, 0, 0, 0
+    metadata, tables, exif_segments, scans_max = 0, 0, 0, SEQUENTIAL_SCANS_MAX
+    while (at := _next_marker(data, position)) + 4 <= len(data):
+        if not scans:
+            padding += at - position
+            _limit(padding, PADDING_BYTES_MAX, "bytes between the segments of the JPEG")
+        parts += 1
+        _limit(parts, PARTS_MAX, "segments of the JPEG")
+        kind, position = data[at + 1], at + 2
+        if kind == _EOI and scans:
+            return
+        if kind in _UNSUPPORTED:
+            raise StructureError("JPEG with arithmetic or hierarchical coding is not supported")
+        if kind not in _TABLES and kind not in _METADATA:
+            continue  # has no length; libjpeg and Pillow stop there or ignore it
+        length = max(2, int.from_bytes(data[position : position + 2], "big"))
+        if kind in _METADATA:
+            metadata += length
+            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the JPEG")
+            if kind == 0xE1 and data.startswith(b"Exif\0\0", position + 2):
+                exif_segments += 1
+                _limit(exif_segments, EXIF_SEGMENTS_MAX, "EXIF segments of the JPEG")
+        else:
+            tables += length
+            _limit(tables, TABLE_BYTES_MAX, "bytes of tables of the JPEG")
+        if kind in _FRAMES:
+            frames += 1
+            _limit(frames, 1, "frame headers of the JPEG")
+            scans_max = SCANS_MAX if kind == _PROGRESSIVE else SEQUENTIAL_SCANS_MAX
+        if kind == _SOS:
+            scans += 1
+            _limit(scans, scans_max, "scans of the JPEG")
+        position += length
+
+
+# --- PNG ----------------------------------------------------------------------------------------------------------
+
+
+def _check_png(data: bytes) -> None:
+    position, parts, data_parts, packed, metadata = 8, 0, 0, 0, 0
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind in (b"IDAT", b"DDAT", b"fdAT", b"fcTL"):
+            data_parts += 1
+            _limit(data_parts, DATA_PARTS_MAX, "data chunks of the PNG")
+        else:
+            parts, metadata = parts + 1, metadata + length
+            _limit(parts, PARTS_MAX, "chunks of the PNG")
+            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the PNG")
+        if kind in (b"zTXt", b"iTXt", b"iCCP"):
+            packed += 1
+            _limit(packed, PACKED_CHUNKS_MAX, "texts of the PNG")
+        if kind == b"eXIf" or data.startswith((b"exif\0", b"Raw profile type exif\0"), position + 8):
+            _limit(length, EXIF_BYTES_MAX, "bytes of EXIF of the PNG")
+        if kind == b"IEND":
+            return
+        position += 12 + length
+
+
+# --- WebP ---------------------------------------------------------------------------------------------------------
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from the first chunk; (0, 0) if libwebp cannot read it either."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return 0, 0
+
+
+def _check_webp(data: bytes, max_pixels: int) -> None:
+    _check_size(*_webp_size(data), max_pixels)
+    position, parts, frames, metadata = 12, 0, 0, 0
+    while position + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, position)
+        if kind == b"ANMF":
+            frames += 1
+            _limit(frames, DATA_PARTS_MAX, "frames of the WebP")
+        else:
+            parts += 1
+            _limit(parts, PARTS_MAX, "chunks of the WebP")
+        if kind not in (b"ANMF", b"VP8 ", b"VP8L", b"ALPH"):
+            metadata += length
+            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the WebP")
+        if kind == b"EXIF":
+            _limit(length, EXIF_BYTES_MAX, "bytes of EXIF of the WebP")
+        position += 8 + length + (length & 1)
+
+
+# --- AVIF ---------------------------------------------------------------------------------------------------------
+
+# Boxes with boxes in them -> bytes of their own before these (ISO/IEC 14496-12); `iinf` is longer from version 1 on.
+_CONTAINERS = {b"meta": 4, b"iinf": 6, b"iprp": 0, b"ipco": 0, b"stsd": 8, b"av01": 78}
+_CONTAINERS |= dict.fromkeys((b"moov", b"trak", b"mdia", b"minf", b"stbl"), 0)
+_ITEM_TABLES = {b"iloc", b"iref", b"ipma", b"grpl", b"stsc"}
+
+
+def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start of the content, end) of each box in a row of boxes."""
+    while start + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        content = start + 8
+        if size == 1:
+            size, content = int.from_bytes(data[content : content + 8], "big"), content + 8
+        elif size == 0:
+            size = stop - start
+        if size < content - start:
+            return
+        yield kind, content, min(start + size, stop)
+        start += size
+
+
+class _Integers:
+    """Reads big-endian unsigned integers one after the other; 0 past the end, as in a damaged file."""
+
+    def __init__(self, data: bytes | memoryview, position: int) -> None:
+        self._data, self._position = data, position
+
+    def next(self, size: int) -> int:
+        self._position += size
+        return int.from_bytes(self._data[self._position - size : self._position], "big")
+
+
+@dataclass
+class _Item:
+    """An item of the `iloc` box."""
+
+    number: int
+    base: int  # bytes from the start of the file, or of the `idat` box
+    in_idat: bool
+    extents: list[tuple[int, int]]  # offset, length
+
+
+@dataclass
+class _Track:
+    """What a track's sample table says."""
+
+    offset: int = 0  # of the first sample, from the start of the file
+    size: int = 0  # of the first sample
+    chunks: int = 0
+    samples_per_chunk: int = 0  # at most
+
+
+class _AvifCheck:
+    """One walk over the boxes of an AVIF file, then over the AV1 data of its items and of each track's first sample.
+
+    Pillow decodes the first frame only. libavif scales AV1 data of any size to the size that the boxes say, so the
+    size is read from the AV1 data itself.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        self._data, self._max_pixels = data, max_pixels
+        # Item number -> types, places of `idat` boxes: several only in a file that is to deceive the check.
+        self._kinds: dict[int, set[bytes]] = {}
+        self._idats: list[int] = []
+        self._items: list[_Item] = []
+        self._tracks: list[_Track] = []
+        self._units = self._pixels = self._largest = 0  # AV1 units; pixels of all AV1 frames and of the largest
+
+    def run(self) -> int:
+        self._walk()
+        data = memoryview(self._data)
+        total = metadata = 0
+        for item in self._items:
+            size = sum(length for _, length in item.extents)
+            total += size
+            _limit(total, len(data) + (1 << 20), "bytes of items of the AVIF")  # identical tiles are stored once
+            kinds = self._kinds.get(item.number, ())
+            if b"av01" in kinds:
+                for start in self._idats if item.in_idat else [0]:
+                    base = start + item.base
+                    parts = [data[base + offset : base + offset + length] for offset, length in item.extents]
+                    self._check_av1(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)))
+                continue
+            metadata += size
+            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the AVIF")
+            if b"Exif" in kinds:
+                _limit(size, EXIF_BYTES_MAX, "bytes of EXIF of the AVIF")
+        for track in self._tracks:
+            _limit(track.chunks * track.samples_per_chunk, DATA_PARTS_MAX, "frames of the AVIF")
+            self._check_av1(data[track.offset : track.offset + track.size])
+        return self._largest
+
+    def _walk(self) -> None:
+        """Counts the boxes, and reads those that say where the AV1 data is."""
+        parts = item_tables = sample_tables = 0
+        waiting = [(b"", 0, len(self._data))]  # no recursion: boxes can be nested deeper than Python's stack
+        while waiting:
+            parent, *row = waiting.pop()
+            if parent == b"stbl":
+                self._tracks.append(_Track())
+            for kind, start, stop in _boxes(self._data, *row):
+                parts += 1
+                _limit(parts, PARTS_MAX, "boxes of the AVIF")
+                version = _Integers(self._data, start).next(1)
+                if kind in (b"meta", b"moov"):
+                    _limit(stop - start, METADATA_BYTES_MAX, "bytes of metadata of the AVIF")
+                if kind in _ITEM_TABLES:
+                    item_tables += stop - start
+                    _limit(item_tables, ITEM_TABLE_BYTES_MAX, "bytes of tables of the AVIF")
+                if parent == b"stbl":
+                    sample_tables += stop - start
+                    _limit(sample_tables, SAMPLE_TABLE_BYTES_MAX, "bytes of sample tables of the AVIF")
+                    self._read_track(kind, _Integers(self._data, start + 4), self._tracks[-1])
+                if kind in _CONTAINERS:
+                    longer = 2 if kind == b"iinf" and version else 0
+                    waiting.append((kind, start + _CONTAINERS[kind] + longer, stop))
+                else:
+                    self._read_item_box(kind, start, version)
+
+    def _read_item_box(self, kind: bytes, start: int, version: int) -> None:
+        integers = _Integers(self._data, start + 4)
+        if kind == b"idat":
+            self._idats.append(start)
+            _limit(len(self._idats), 2, "idat boxes of the AVIF")
+        elif kind == b"infe":
+            number = integers.next(4 if version > 2 else 2)
+            integers.next(2)  # protection
+            self._kinds.setdefault(number, set()).add(integers.next(4).to_bytes(4, "big"))
+        elif kind == b"iloc":
+            self._read_iloc(integers, version)
+
+    def _read_iloc(self, integers: _Integers, version: int) -> None:
+        sizes = integers.next(2)
+        offset_size, length_size, base_size = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15
+        index_size = sizes & 15 if version in (1, 2) else 0
+        long = 4 if version == 2 else 2
+        count = integers.next(long)
+        _limit(count, PARTS_MAX, "items of the AVIF")
+        extents = 0
+        for _ in range(count):
+            number = integers.next(long)
+            in_idat = version in (1, 2) and integers.next(2) & 15 == 1
+            integers.next(2)  # data reference
+            item = _Item(number, integers.next(base_size), in_idat, [])
+            count = integers.next(2)
+            extents += count
+            _limit(extents, PARTS_MAX, "extents of the AVIF")
+            for _ in range(count):
+                integers.next(index_size)
+                item.extents.append((integers.next(offset_size), integers.next(length_size)))
+            self._items.append(item)
+
+    @staticmethod
+    def _read_track(kind: bytes, integers: _Integers, track: _Track) -> None:
+        if kind == b"stsz":
+            _limit(track.size, 0, "second sample table of an AVIF track")
+            same, _ = integers.next(4), integers.next(4)
+            track.size = same or integers.next(4)
+        elif kind in (b"stco", b"co64"):
+            _limit(track.chunks, 0, "second chunk table of an AVIF track")
+            track.chunks = integers.next(4)
+            track.offset = integers.next(8 if kind == b"co64" else 4)
+        elif kind == b"stsc":
+            for number in range(min(integers.next(4), ITEM_TABLE_BYTES_MAX // 12)):
+                first, each, _ = (integers.next(4) for _ in range(3))
+                if not each or (number == 0 and first != 1):
+                    raise StructureError("the AVIF has chunks without samples")  # the first sample is elsewhere then
+                track.samples_per_chunk = max(track.samples_per_chunk, each)
+
+    def _check_av1(self, payload: memoryview) -> None:
+        """Adds the frames of one item or sample to `_pixels`. AV1 specification, section 5.3 to 5.5."""
+        position = frame = 0
+        while position < len(payload):
+            self._units += 1
+            _limit(self._units, DATA_PARTS_MAX, "AV1 units of the AVIF")
+            header = payload[position]
+            position += 2 if header & 4 else 1  # an extension
+            size = 0
+            if header & 2:  # the size follows, seven bits a byte
+                for shift in range(0, 56, 7):
+                    byte = payload[position] if position < len(payload) else 0
+                    size, position = size | (byte & 127) << shift, position + 1
+                    if byte < 128:
+                        break
+            else:
+                size = len(payload) - position
+            if header >> 3 & 15 == 1:
+                width, height = _av1_size(payload[position : position + min(size, 512)])
+                _check_size(width, height, self._max_pixels)
+                frame = width * height
+                self._largest = max(self._largest, frame)
+            elif header >> 3 & 15 in (3, 6, 7):  # a frame header alone, with its frame, or repeated
+                self._pixels += frame
+                _limit(self._pixels, AV1_PICTURES_MAX * self._max_pixels, "pixels of all AV1 frames of the AVIF")
+            position += size
+
+
+def _av1_size(header: memoryview) -> tuple[int, int]:
+    """Largest width and height of the frames after a sequence header. AV1 specification, section 5.5.1."""
+    value, left = int.from_bytes(header, "big"), 8 * len(header)
+
+    def bits(count: int) -> int:
+        nonlocal left
+        left -= count
+        return value >> left & (1 << count) - 1 if left >= 0 else 0
+
+    bits(4)  # profile, still picture
+    if bits(1):  # the short header of still pictures
+        bits(5)
+    else:
+        delay = 0  # bits of the decoder model's delays
+        if bits(1):  # timing
+            bits(64)
+            if bits(1):
+                zeros = 0
+                while left > 0 and not bits(1):
+                    zeros += 1
+                bits(zeros)
+            if bits(1):  # decoder model
+                delay = bits(5) + 1
+                bits(42)
+        display_delay = bits(1)
+        for _ in range(bits(5) + 1):  # operating points
+            bits(12)
+            if bits(5) > 7:
+                bits(1)
+            if delay and bits(1):
+                bits(2 * delay + 1)
+            if display_delay and bits(1):
+                bits(4)
+    width_bits, height_bits = bits(4) + 1, bits(4) + 1
+    return bits(width_bits) + 1, bits(height_bits) + 1
