@@ -28,7 +28,7 @@ import doors, lumen_clip, onnxrt
 encode = onnxrt.ONNXRTBackend.encode_images
 
 def encode_or_hang(backend, pixels):
-    if backend.self_test_cosine is not None and (pixels > 235).all():  # it has started
+    if backend.self_test_cosine is not None and pixels.mean() > 235:  # it has started
         time.sleep(3600)
     return encode(backend, pixels)
 
