@@ -43,8 +43,11 @@ CHUNK_THRESHOLD = 1 << 20  # a payload up to this travels as one message, as in 
 CHUNK_BYTES = 256 << 10
 IN_FLIGHT = 32  # unanswered requests of `infer_many`, at one daemon
 KEEPALIVE_MS = 10_000, 5_000  # a daemon whose cable was pulled says nothing, not even that it is gone
-IMAGE_TASKS = ("clip_classify", "bioclip_classify", "smart_classify", "clip_image_embed", "bioclip_image_embed")
-TEXT_TASKS = ("clip_embed", "bioclip_embed")
+IMAGE_TASKS = (
+    *("clip_classify", "bioclip_classify", "smart_classify"),
+    *("clip_image_embed", "bioclip_image_embed", "semantic_image_embed"),
+)
+TEXT_TASKS = ("clip_embed", "bioclip_embed", "semantic_text_embed")
 AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of the bytes of JSON; a server that knows it not sends JSON
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
 NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"

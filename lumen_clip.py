@@ -60,6 +60,10 @@ LINGER_S = 0.2  # between the last message and the end, which closes the connect
 TRAFFIC_LOG_S = 60  # between two lines that say what went through
 PROGRESS_LOG_S = 30  # between two lines that say how far a start is, where no bar does
 SILENCE_S = 300  # that systemd bears of a start before it takes it for hung; it hears of every bit of progress
+SEMANTIC_NOTICE = (
+    "Photo apps route these tasks by name alone: no other node on this network should offer them with another model, "
+    "or vectors of two models end up in one index."
+)
 MEMORY_LOOK_S = 0.25  # a network of 1 Gbit/s brings 30 MB in the meantime
 MEMORY_FLOOR = 64 << 20  # bytes, or a twenty-fifth of what there is: less than that is too little
 
@@ -114,8 +118,12 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
             sets["species"], loader = species, None
             # Only bioclip_embed asks for it from here on, and BioCLIP-2's takes half a gigabyte. People who search do
             # so with CLIP's, which stays.
-            backend.rest_text()
-    return Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, own), loader
+            if settings.lumen_semantic != name:
+                backend.rest_text()
+    if settings.lumen_semantic:
+        log.info("semantic tasks: %s. %s", settings.lumen_semantic, SEMANTIC_NOTICE)
+    models = Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, own, settings.lumen_semantic)
+    return models, loader
 
 
 def encoding(backend: Backend) -> labels.Encode:

@@ -66,8 +66,14 @@ CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
 WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
+ANSWERED_S = 1  # after its last answer a stream needs no place, for the client may be about to close it
 READING_S = 0.5  # of a message that is on its way, when memory is short
 KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
+# Of a connection; gRPC then asks the client to open another one, and ends this one after its last stream. The photo app
+# reads the capabilities once per connection, so it learns within a minute of species that are there now.
+CONNECTION_AGE_S = 45
+NO_LIMIT = 2**31 - 1  # of a number in gRPC's options
+OPEN_PER_PLACE = 2  # streams, those included that need no place; see `Stream.needs_place`
 LOBBY_PLACES = 16
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
@@ -104,6 +110,9 @@ class Stream:
         self._idle_since = clock.now()
         self._reading_since: float | None = None  # when the reader began to wait for a message
         self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
+        self._answered_since: float | None = None  # when the last request in work was answered
+        self._half_closed = False  # the client sends no more
+        self.over = False  # its thread has gone
 
     def answers(self) -> Iterator[pb.InferResponse]:
         if not self._context.add_callback(self._leave):
@@ -117,8 +126,9 @@ class Stream:
                 except futures.CancelledError:
                     return
                 self._daemon.traffic.ended(job, OUTCOMES[response.error.code])
-                self._in_work.discard(job)
                 self._yielding_since = clock.now()
+                self._in_work.discard(job)
+                self._answered_since = self._yielding_since
                 yield response
                 self._yielding_since, self._idle_since = None, clock.now()
                 self._window.release()
@@ -146,6 +156,15 @@ class Stream:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
         elif silent > STREAM_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
+
+    def needs_place(self, now: float) -> bool:
+        """Whether the stream counts for LUMEN_MAX_STREAMS.
+
+        A client that has its answer may open its next stream before gRPC has ended this one.
+        """
+        if self._in_work or self._answered_since is None or self._assembler.unfinished():
+            return not self._gone
+        return not (self._gone or self._half_closed or now - self._answered_since < ANSWERED_S)
 
     def silent(self, now: float) -> float:
         """Seconds for which the stream has had nothing in work."""
@@ -184,7 +203,7 @@ class Stream:
                 if self._gone:
                     break
                 self._reading_since = clock.now()
-            self._reading_since = None
+            self._reading_since, self._half_closed = None, True
             for key in self._assembler.unfinished():
                 if self._gone:
                     break
@@ -298,7 +317,6 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.lobby = Lobby(LOBBY_PLACES)
         self.loading = "starting"  # said to clients until the models are there
         self._models: Models | None = None
-        self._admission = threading.BoundedSemaphore(settings.lumen_max_streams)
         self._streams: set[Stream] = set()  # a stream stays until gRPC has sent its status
         self._streams_changed = threading.Condition()
         self._draining = False
@@ -395,41 +413,46 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
         models = self._ready(context)
-        if not self._admission.acquire(blocking=False) and not self._place_of_a_silent_one():
+        stream = Stream(self, models, request_iterator, context)
+        if not self._admit(stream):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
             self.traffic.turned_away("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        stream = Stream(self, models, request_iterator, context)
         self.traffic.stream(1)
         try:
-            self._add_stream(stream, context)
+            if not context.add_callback(partial(self._remove_stream, stream)):
+                self._remove_stream(stream)
+            if self._draining:  # since `_ready`, so that `drain` may not have seen this stream
+                stream.close(SHUTTING_DOWN)
             yield from stream.answers()
         finally:
+            stream.over = True
             self.traffic.stream(-1)
-            self._admission.release()
 
-    def _add_stream(self, stream: Stream, context: Any) -> None:
+    def _admit(self, stream: Stream) -> bool:
+        """Gives the stream a place, if need be that of the one that has had nothing in work for longest."""
         with self._streams_changed:
+            if not self._has_place():
+                now = clock.now()
+                silent = max(self._streams, key=lambda stream: stream.silent(now))
+                if silent.silent(now) < WANTED_IDLE_S:
+                    return False
+                text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
+                silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+                if not self._streams_changed.wait_for(self._has_place, 1):
+                    return False
             self._streams.add(stream)
-        if not context.add_callback(partial(self._remove_stream, stream)):
-            self._remove_stream(stream)
-        if self._draining:  # since `_ready`, so that `drain` may not have seen this stream
-            stream.close(SHUTTING_DOWN)
+        return True
+
+    def _has_place(self) -> bool:
+        most, now = self.settings.lumen_max_streams, clock.now()
+        taken = sum(stream.needs_place(now) for stream in self._streams)
+        return taken < most and sum(not stream.over for stream in self._streams) < OPEN_PER_PLACE * most
 
     def _remove_stream(self, stream: Stream) -> None:
         with self._streams_changed:
             self._streams.discard(stream)
             self._streams_changed.notify_all()
-
-    def _place_of_a_silent_one(self) -> bool:
-        """Ends the stream that has had nothing in work for longest, if that is long."""
-        now = clock.now()
-        silent = max(list(self._streams), key=lambda stream: stream.silent(now), default=None)
-        if silent is None or silent.silent(now) < WANTED_IDLE_S:
-            return False
-        text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
-        silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
-        return self._admission.acquire(timeout=1)
 
     def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
         models = self._ready(context)
@@ -478,7 +501,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             max_concurrency=self.settings.lumen_max_streams,
             precisions=sorted({back.precision for back in backs.values()}),
             extra=extra,
-            tasks=[self._io_task(task, models) for task in models.offered() if task.models[0] in names],
+            tasks=[self._io_task(task, models) for task in models.offered() if models.name_of(task.models[0]) in names],
             protocol_version=PROTOCOL_VERSION,
         )
 
@@ -522,7 +545,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
         except OSError as error:
             raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
     # Beside the streams: calls that are over in a moment, and as many that are just being refused.
-    threads = daemon.settings.lumen_max_streams + 2 * LOBBY_PLACES
+    threads = OPEN_PER_PLACE * daemon.settings.lumen_max_streams + 2 * LOBBY_PLACES
     message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, "grpc"),
@@ -536,6 +559,8 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_connection_age_ms", 1000 * CONNECTION_AGE_S),
+            ("grpc.max_connection_age_grace_ms", NO_LIMIT),
             # A peer that is gone is noticed within 40 s; without ping_timeout_ms it takes 90.
             ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_S),
             ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_PATIENCE_S),

@@ -122,6 +122,7 @@ class Settings:
     bioclip_labels: str = _setting("TreeOfLife-10M")
     clip_templates: int = _setting(7, _templates)
     lumen_scenes: str = _setting("")  # "": scenes.TABLE
+    lumen_semantic: str = _setting("", _choice("clip", "bioclip"))  # "": the semantic_ tasks are off
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
     clip_mdns_uuid: str = _setting("")
@@ -155,6 +156,9 @@ class Settings:
         settings = cls(**values)
         if settings.backend_of("clip") == settings.backend_of("bioclip") == "none":
             raise SettingError("CLIP_BACKEND=none: there is nothing to serve; allowed for one of the two models")
+        if settings.lumen_semantic and settings.backend_of(settings.lumen_semantic) == "none":
+            model = settings.lumen_semantic
+            raise SettingError(f"LUMEN_SEMANTIC={model}: {model.upper()}_BACKEND=none; allowed: a model that is served")
         return settings
 
     def backend_of(self, model: str) -> str:

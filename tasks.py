@@ -142,8 +142,10 @@ class Models:
         sets: Mapping[str, LabelSet | Species],  # "classes", "scenes", "species"
         batch_size: int,
         own: OwnSets | None = None,
+        semantic: str = "",
     ) -> None:
-        self.clip, self.bioclip, self.own = clip, bioclip, own
+        """`semantic`: the model of the `semantic_` tasks, "clip" or "bioclip", or "" for none."""
+        self.clip, self.bioclip, self.own, self.semantic = clip, bioclip, own, semantic
         self.species: Species | None = None
         self.progress: Progress | None = None  # of species that are not there yet
         self._engine, self._batch_size = engine, batch_size
@@ -183,7 +185,12 @@ class Models:
         return run
 
     def get(self, name: str) -> Model | None:
-        return self.clip if name == "clip" else self.bioclip
+        """A model by its name in the task table."""
+        return {"clip": self.clip, "bioclip": self.bioclip}.get(self.name_of(name))
+
+    def name_of(self, name: str) -> str:
+        """The model behind a name of the task table: "clip", "bioclip", or "" if "semantic" is switched off."""
+        return self.semantic if name == "semantic" else name
 
     def ask(self, name: str) -> Model:
         """The model of a task that is offered; see `offered`."""
@@ -360,6 +367,9 @@ TASKS = {
         ),
         Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
         Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
+        # What newer photo apps search with; see LUMEN_SEMANTIC.
+        Task("semantic_image_embed", _embed_image("semantic"), ("semantic",), "image"),
+        Task("semantic_text_embed", _embed_text("semantic"), ("semantic",), "text"),
     )
 }
 TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
@@ -373,7 +383,7 @@ def find_task(models: Models, name: str) -> Task:
             return task
     if name in TASKS and TASKS[name].only_species and models.progress:
         models.ask_species()
-    reason = "its model is switched off here" if name in TASKS else "unknown"
+    reason = "switched off here" if name in TASKS else "unknown"
     raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(task.name for task in available)}")
 
 

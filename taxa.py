@@ -133,8 +133,9 @@ class Tree:
     def within(self, taxa: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
         """The rows of any of the taxa, int64 in order, and the names that are no taxon of this set. Thread-safe.
 
-        A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), the name of a genus or of anything above
-        ("Aves"), or a binomial ("Vulpes vulpes"). Upper and lower case are equal except in a lineage.
+        A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), a label of eight slots as it is answered,
+        the name of a genus or of anything above ("Aves"), or a binomial ("Vulpes vulpes"). Upper and lower case are
+        equal except in a lineage.
 
         Results are remembered, because clients send the same long list with every picture. The rows are therefore
         shared between callers and read-only.
@@ -168,7 +169,9 @@ class Tree:
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
         if "/" in name:
-            return self._under(name.rstrip("/*"), 0, len(self._names))
+            *ranks, common = name.split("/")
+            whole = len(ranks) == len(RANKS) and common != "*"  # a label as it is answered: the species alone
+            return self._under("/".join(ranks) if whole else name.rstrip("/*"), 0, len(self._names))
         if found := self._named(name):
             return [(first, self._end(rank, first)) for rank, first in found]
         genus, _, epithet = name.partition(" ")

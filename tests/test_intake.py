@@ -54,7 +54,7 @@ def held(daemon: Any) -> dict[str, int]:
     counts = {name: getattr(intake, name).used for name in ("payloads", "prepared", "pixels")}
     counts |= {line.name: len(line.queue) for line in engine._lines} | {"decoders": len(intake.decoders._queue)}
     counts |= {"in progress": engine._expected, "counted": daemon.traffic._queue, "streams": len(daemon._streams)}
-    counts["admitted"] = daemon.settings.lumen_max_streams - daemon._admission._value
+    counts["open"] = sum(not stream.over for stream in list(daemon._streams))
     return {name: count for name, count in counts.items() if count}
 
 

@@ -259,6 +259,7 @@ def test_the_deepest_rank_that_is_certain_enough_is_answered(tree_of_life: TreeO
         (("animalia",), lambda slots: slots[0] == "Animalia"),
         (("Animalia/P0/C1",), lambda slots: slots[:3] == ["Animalia", "P0", "C1"]),
         (("G700", "F3", "g35", "f3"), lambda slots: slots[5] in ("G700", "G35") or slots[4] == "F3"),
+        (("Animalia/P0/C1/*/*/*/*/*",), lambda slots: slots[:3] == ["Animalia", "P0", "C1"]),
         (("G700 e3", "G701 e9", "G7"), lambda slots: slots[5:7] == ["G700", "e3"] or slots[5] == "G7"),
     ],
 )
@@ -562,6 +563,15 @@ print(len(treeoflife.published(Path(sys.argv[1]), "model", progress).vecs))
         assert len(parts) == 3 + 1  # the header, in three steps, and one of four panels
         assert any(request.endswith("-2.json") for request in hub.requests) == (panels == 1)
     assert run.stdout.strip() == "2058"
+
+
+def test_a_label_that_was_answered_is_a_taxon(node: Node) -> None:
+    """Lost otherwise: whoever takes an answer's labels for `within`, as an app does that narrows a search down."""
+    fox = encoded(picture(RED))
+    labels = [row["label"] for row in node.result("bioclip_classify", fox, topk="3")["labels"]]
+    again = node.ask("bioclip_classify", fox, within=json.dumps(labels), topk="100")
+    assert {row["label"] for row in json.loads(again.result)["labels"]} == set(labels)
+    assert "within_unknown" not in again.meta
 
 
 def test_species_are_asked_by_rank_and_place(node: Node) -> None:

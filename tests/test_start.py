@@ -166,6 +166,7 @@ def test_torch_weights_come_from_the_hub_once(tmp_path: Path, hub: FakeHub, tiny
         ("CLIP_MDNS_NAME", "a.b", "allowed: one DNS label"),
         ("LUMEN_JPEG_DRAFT", "yes", "allowed: 0, 1"),
         ("LUMEN_MAX_STREAMS", "0", "allowed: a whole number from 1 to 4096"),
+        ("LUMEN_SEMANTIC", "siglip", "allowed: clip, bioclip"),
         ("LUMEN_MAX_MEGAPIXELS", "1e3", "allowed: a whole number from 1 to 1000"),
     ],
 )
