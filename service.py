@@ -66,7 +66,7 @@ CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
 WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
-ANSWERED_S = 1  # after its last answer a stream needs no place, for the client may be about to close it
+ANSWERED_S = 1  # so soon after an answer the client may be about to close its stream; whoever wants a place waits
 READING_S = 0.5  # of a message that is on its way, when memory is short
 KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
 # Of a connection; gRPC then asks the client to open another one, and ends this one after its last stream. The photo app
@@ -129,6 +129,8 @@ class Stream:
                 self._yielding_since = clock.now()
                 self._in_work.discard(job)
                 self._answered_since = self._yielding_since
+                if not self.needs_place():
+                    self._daemon.place_may_be_free()
                 yield response
                 self._yielding_since, self._idle_since = None, clock.now()
                 self._window.release()
@@ -157,14 +159,17 @@ class Stream:
         elif silent > STREAM_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
 
-    def needs_place(self, now: float) -> bool:
-        """Whether the stream counts for LUMEN_MAX_STREAMS.
+    def needs_place(self) -> bool:
+        """Whether the stream counts for LUMEN_MAX_STREAMS: not once all is answered and the client sends no more.
 
         A client that has its answer may open its next stream before gRPC has ended this one.
         """
-        if self._in_work or self._answered_since is None or self._assembler.unfinished():
-            return not self._gone
-        return not (self._gone or self._half_closed or now - self._answered_since < ANSWERED_S)
+        done = self._half_closed and not self._in_work
+        return not (done or self._gone)
+
+    def may_end(self, now: float) -> bool:
+        """Whether all was answered just now, so that the client may be about to close the stream."""
+        return not self._in_work and self._answered_since is not None and now - self._answered_since < ANSWERED_S
 
     def silent(self, now: float) -> float:
         """Seconds for which the stream has had nothing in work."""
@@ -203,11 +208,13 @@ class Stream:
                 if self._gone:
                     break
                 self._reading_since = clock.now()
-            self._reading_since, self._half_closed = None, True
+            self._reading_since = None
             for key in self._assembler.unfinished():
                 if self._gone:
                     break
                 self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
+            self._half_closed = True
+            self._daemon.place_may_be_free()
             if empty:
                 closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
         except Overload:
@@ -430,24 +437,34 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self.traffic.stream(-1)
 
     def _admit(self, stream: Stream) -> bool:
-        """Gives the stream a place, if need be that of the one that has had nothing in work for longest."""
+        """Gives the stream a place, if there is one now or if one may become free in a moment."""
         with self._streams_changed:
             if not self._has_place():
                 now = clock.now()
-                silent = max(self._streams, key=lambda stream: stream.silent(now))
-                if silent.silent(now) < WANTED_IDLE_S:
-                    return False
-                text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
-                silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
-                if not self._streams_changed.wait_for(self._has_place, 1):
+                ends = self._end_a_silent_stream(now) or any(other.may_end(now) for other in self._streams)
+                if not (ends and self._streams_changed.wait_for(self._has_place, ANSWERED_S)):
                     return False
             self._streams.add(stream)
         return True
 
     def _has_place(self) -> bool:
-        most, now = self.settings.lumen_max_streams, clock.now()
-        taken = sum(stream.needs_place(now) for stream in self._streams)
+        most = self.settings.lumen_max_streams
+        taken = sum(stream.needs_place() for stream in self._streams)
         return taken < most and sum(not stream.over for stream in self._streams) < OPEN_PER_PLACE * most
+
+    def _end_a_silent_stream(self, now: float) -> bool:
+        """Ends the stream that has had nothing in work for longest, if that is long."""
+        silent = max(self._streams, key=lambda stream: stream.silent(now))
+        if silent.silent(now) < WANTED_IDLE_S:
+            return False
+        text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
+        silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        return True
+
+    def place_may_be_free(self) -> None:
+        """To be called when a stream no longer needs its place."""
+        with self._streams_changed:
+            self._streams_changed.notify_all()
 
     def _remove_stream(self, stream: Stream) -> None:
         with self._streams_changed:

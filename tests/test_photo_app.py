@@ -20,7 +20,8 @@ from tests.hostile import impatient
 from tests.kit import COLOURS, RED, SPECIES, Node, chunks, encoded, label_files, one_model, picture, wait_until
 from tests.photo_app import PhotoApp
 
-LATE = [[["Animalia", "Chordata", "Aves", "", "", f"Avis{i}", "domestica"], f"bird {i}"] for i in range(2100)]  # more than one shard
+# More than one shard, so that they are computed while the daemon serves.
+LATE = [[["Animalia", "Chordata", "Aves", "", "", f"Avis{i}", "domestica"], f"bird {i}"] for i in range(2100)]
 
 
 def species_come_late(tmp_path: Path, tiny_onnx: Path, **constants: Any) -> Node:
