@@ -55,14 +55,16 @@ def check_structure(data: bytes, max_pixels: int) -> int:
     Also raises for WebP and AVIF files whose coded size is above `max_pixels`: libwebp allocates memory for it before
     Pillow reports the size, and the size that an AVIF reports can be smaller. Bytes of other formats pass.
 
-    Returns the pixels of the largest AV1 frame of an AVIF, for which libavif needs memory; 0 for other formats.
+    Returns for how many pixels the decoder may need memory, if that can be more than the picture has: those of the
+    largest AV1 frame of an AVIF; `max_pixels` for a WebP with lossless data, so that such files are decoded one at a
+    time; else 0.
     """
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
         _check_png(data)
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        _check_webp(data, max_pixels)
+        return max_pixels if _check_webp(data, max_pixels) else 0
     elif data[4:8] == b"ftyp":
         return _AvifCheck(data, max_pixels).run()
     return 0
@@ -179,7 +181,13 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _check_webp(data: bytes, max_pixels: int) -> None:
+def _check_webp(data: bytes, max_pixels: int) -> bool:
+    """Whether any data is lossless or may be, as alpha and the frames of an animation.
+
+    Such data can have 65,536 sets of Huffman tables, for which libwebp needs several hundred megabytes however small
+    the picture is. Their number is known only once a part of the data is decoded.
+    """
+    lossless = False
     _check_size(*_webp_size(data), max_pixels)
     position, parts, frames, metadata = 12, 0, 0, 0
     while position + 8 <= len(data):
@@ -195,7 +203,9 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
             _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the WebP")
         if kind == b"EXIF":
             _limit(length, EXIF_BYTES_MAX, "bytes of EXIF of the WebP")
+        lossless |= kind in (b"ANMF", b"VP8L", b"ALPH")
         position += 8 + length + (length & 1)
+    return lossless
 
 
 # --- AVIF ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -453,3 +454,17 @@ def test_a_server_under_attack_answers_others_within_two_seconds(tmp_path: Path)
     finally:
         node.process.kill()
         node.stop()
+
+
+@pytest.mark.parametrize(("options", "alone"), [({"lossless": True}, True), ({"quality": 80}, False)])
+def test_lossless_webp_is_decoded_alone(options: dict[str, Any], alone: bool) -> None:
+    """Lost otherwise: a board's memory, to several small files at once whose tables are several hundred megabytes."""
+    rooms: list[int] = []
+
+    def room(pixels: int) -> contextlib.AbstractContextManager[None]:
+        rooms.append(pixels)
+        return contextlib.nullcontext()
+
+    data = encoded(picture(RED, (64, 64)), "WEBP", **options)
+    inputs.decode_image(data, [inputs.Preprocess()], FULL, draft=True, room=room)
+    assert rooms == [FULL if alone else 64 * 64]
