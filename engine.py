@@ -64,6 +64,7 @@ class Line:
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives lines of one kind the same shares
         self.cost = FIRST_COST  # core seconds of an item, a moving average
+        self.ran_items, self.ran_s = 0, 0.0  # of all batches: their items, and the seconds that they took
         self._fits, self._fits_until = batch_size, 0.0
 
     def size_limit(self) -> int:
@@ -419,6 +420,8 @@ class Engine:
             self._shares[line.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
             step.job.prepared_s = 0.0
         line.cost += COST_WEIGHT * (cost - line.cost)
+        line.ran_items += count
+        line.ran_s += batch.seconds
         self._traffic.ran(line.name, count)
         if line.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)
