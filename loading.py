@@ -19,7 +19,7 @@ import treeoflife
 import vectorfile
 import watch
 from engine import Answer, Engine, Job, Line, Steps
-from labels import LabelError, Vectors
+from labels import ENCODE_BATCH, LabelError, Vectors
 from tasks import Model, Models
 from taxa import RECIPE, Species
 from vectorfile import TextVectors
@@ -127,24 +127,26 @@ class SpeciesLoader:
     def _until_slow(self, report: vectorfile.Progress, patience: float) -> vectorfile.Progress:
         """Progress of computing that raises _TooSlow, once, if the rest takes long and TreeOfLife-200M can be used.
 
-        Decides when labels have been computed for `patience` seconds, and logs what is chosen. The estimate is of the
-        seconds that batches ran, since requests in progress leave background work a small part of the time. While there
-        are some it is too high: batches are then of one prompt, and share the cores with those of the requests.
+        Decides when labels have been computed for `patience` seconds, and logs what is chosen.
         """
         line = self._model.background
-        began, items, seconds, before = time.monotonic(), line.ran_items, line.ran_s, 0
+        before: tuple[float, ...] = ()
         decided = False
 
         def measured(done: int, total: int) -> None:
-            nonlocal began, items, seconds, before, decided
+            nonlocal before, decided
             report(done, total)
-            if line.ran_items - items < done - before:  # they come from a kept shard: measuring begins after it
-                began, items, seconds, before = time.monotonic(), line.ran_items, line.ran_s, done
-            if decided or line.ran_items == items or time.monotonic() - began < patience:
-                return
-            decided = True
-            if self._is_slow((total - done) * (line.ran_s - seconds) / (line.ran_items - items)):
-                raise _TooSlow
+            now = (time.monotonic(), done, line.ran_items, line.ran_s, line.alone_items, line.alone_s)
+            passed, labels, ran, ran_s, alone, alone_s = (a - b for a, b in zip(now, before or now, strict=True))
+            if not before or ran < labels:  # they come from a kept shard: measuring begins after it
+                before = now
+            elif ran and passed >= patience and not decided:
+                decided = True
+                seconds = passed  # which counts tokenizing as well
+                if alone < ran:  # background batches waited for requests, were of one prompt, and shared the cores
+                    ran, seconds = (alone, alone_s) if alone >= ENCODE_BATCH else (ran, ran_s)
+                if self._is_slow((total - done) * seconds / ran):
+                    raise _TooSlow
 
         return measured
 

@@ -75,7 +75,7 @@ def test_a_slow_board_downloads_published_vectors_and_keeps_what_it_computed(
     node.stop()
     [shard] = tmp_path.rglob(".building/*")  # nothing of the conversion is left
     with np.load(shard) as kept:
-        assert len(kept["rows"]) == 64
+        assert len(kept["rows"]) == 128
     node = start(tiny_onnx, tmp_path, NOWHERE, SLOW)
     assert bioclip_labels(node) == "2,058 species" and not choices(node)
     node.stop()
@@ -190,13 +190,20 @@ def test_published_vectors_that_are_kept_are_used_without_a_network(
     assert at_once(TEN_M) is None  # an explicit value still means what it says: these are to be computed
 
 
+@pytest.mark.parametrize(
+    ("alone", "estimate"),
+    [
+        (1.0, 3.0 / 64),  # nobody asks for anything: what passes
+        (0.5, 0.5 / 32),  # the batches that ran while no request was in progress
+        (0.0, 2.0 / 64),  # there are none: the batches that ran
+    ],
+)
 def test_the_estimate_counts_neither_requests_nor_labels_that_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: float, estimate: float
 ) -> None:
     """Lost otherwise: the right choice on a board that is importing photographs, or that has computed for days."""
-    line = SimpleNamespace(ran_items=500, ran_s=50.0)
-    backend = SimpleNamespace(model_id="tiny", dim=16)
-    model: Any = SimpleNamespace(background=line, backend=backend, encoder=lambda engine: None)
+    line = SimpleNamespace(ran_items=500, ran_s=50.0, alone_items=100, alone_s=7.0)
+    model: Any = SimpleNamespace(background=line, encoder=lambda engine: None)
     engine: Any = SimpleNamespace(add=lambda line: line)
     loader = loading.SpeciesLoader("", model, tmp_path, tmp_path, engine)
     estimates: list[float] = []
@@ -205,19 +212,24 @@ def test_the_estimate_counts_neither_requests_nor_labels_that_are_kept(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     report = loader._until_slow(lambda done, total: None, 60)
 
-    def ran(items: int, seconds: float, waited: float, done: int) -> None:
+    def ran(items: int, done: int, passed: float) -> None:
         line.ran_items += items
-        line.ran_s += seconds
-        now[0] += seconds + waited
+        line.ran_s += items * 2 / 64
+        line.alone_items += int(items * alone)
+        line.alone_s += items * alone * (2 / 64 if alone == 1 else 0.5 / 32)
+        now[0] += passed
         report(done, 10_000)
 
-    ran(4, 30, 60, 2048)  # two shards that are kept: four labels of each are encoded again
-    ran(4, 30, 60, 4096)
-    ran(64, 2, 0, 4160)
+    ran(4, 2048, 100)  # two shards that are kept: four labels of each are encoded again
+    ran(4, 4096, 100)
     assert not estimates
-    ran(64, 2, 1000, 4224)  # requests came first for 1,000 s
-    assert estimates == [(10_000 - 4224) * 4 / 128]
-    ran(64, 2, 1000, 4288)
+    done = 4096
+    while not estimates:
+        done += 64
+        ran(64, done, 3 if alone == 1 else 20)
+    assert done == 4096 + 64 * (20 if alone == 1 else 3)
+    assert estimates == [pytest.approx((10_000 - done) * estimate)]
+    ran(64, done + 64, 1000)
     assert len(estimates) == 1
 
 
