@@ -97,7 +97,9 @@ class Visit:
         missing = [f"{model.name}'s model" for model in self.models() if self.folder(model) is None]
         for model, file in (("clip", "imagenet_class_names.json"), ("bioclip", "txt_emb_species.json")):
             own = getattr(self.settings, f"{model}_labels")
-            here = own or (self.settings.lumen_data_dir / model / file).is_file()
+            folder = self.settings.lumen_data_dir / model
+            published = any(folder.glob("*/*/published/text_vectors.npz"))  # which bring their own names
+            here = own or published or (folder / file).is_file()
             if self.settings.backend_of(model) != "none" and not here:
                 missing.append(f"{model.upper()}'s labels")
         return missing

@@ -64,6 +64,8 @@ class Line:
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives lines of one kind the same shares
         self.cost = FIRST_COST  # core seconds of an item, a moving average
+        self.ran_items, self.ran_s = 0, 0.0  # of all batches: their items, and the seconds that they took
+        self.alone_items, self.alone_s = 0, 0.0  # the same of those that began while no request was in progress
         self._fits, self._fits_until = batch_size, 0.0
 
     def size_limit(self) -> int:
@@ -172,6 +174,7 @@ class Batch:
     expected: list[float]  # core seconds of each, with those of its preparation
     results: Sequence[Any] = ()
     seconds: float = 0.0
+    alone: bool = False  # a background batch that began while no request was in progress
 
 
 Handed = queue.SimpleQueue[Batch | None]  # None: there is no more
@@ -366,9 +369,10 @@ class Engine:
         """Hands a line's next batch to the inference thread, to a lane or to the background thread."""
         most = line.size_limit()
         size = min(most, -(-len(line.queue) // self._free)) if line.spread else most
-        if line.kind == Line.BACKGROUND and not self._is_idle():
+        alone = line.kind == Line.BACKGROUND and self._is_idle()
+        if line.kind == Line.BACKGROUND and not alone:
             size = 1  # a text may come and wait for it
-        batch = Batch(line, [], [])
+        batch = Batch(line, [], [], alone=alone)
         largest = 0.0
         while line.queue:
             flow, (step, position) = line.queue.head()
@@ -419,6 +423,11 @@ class Engine:
             self._shares[line.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
             step.job.prepared_s = 0.0
         line.cost += COST_WEIGHT * (cost - line.cost)
+        line.ran_items += count
+        line.ran_s += batch.seconds
+        if batch.alone:
+            line.alone_items += count
+            line.alone_s += batch.seconds
         self._traffic.ran(line.name, count)
         if line.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)

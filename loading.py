@@ -1,7 +1,8 @@
 """Species for a daemon that serves already: what is not there yet is fetched or computed in the background.
 
 The vectors of a tree of life take a board days. They are computed by the engine in small batches that come after all
-requests; `Models` has them from the moment they are whole.
+requests; `Models` has them from the moment they are whole. Where nobody chose a source, the first minute of computing
+decides between computing TreeOfLife-10M and downloading TreeOfLife-200M.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import treeoflife
 import vectorfile
 import watch
 from engine import Answer, Engine, Job, Line, Steps
-from labels import LabelError, Vectors
+from labels import ENCODE_BATCH, LabelError, Vectors
 from tasks import Model, Models
 from taxa import RECIPE, Species
 from vectorfile import TextVectors
@@ -27,14 +28,26 @@ log = logging.getLogger("lumen.loading")
 
 RETRY_S = 600  # after a download that failed
 STATUS_S = 10  # between two words on how far it is
+MEASURE_S = 60  # of computing, before it is decided whether to go on
+QUICK_S = 3600  # of computing that is not worth a download of gigabytes
+DOWNLOAD = "a download of 2.66 GB (about 4 min at 100 Mbit/s, 36 min at 10 Mbit/s)"
+TEN_M, TWO_HUNDRED_M = treeoflife.SOURCES
 
 
 class SpeciesLoader:
-    """Finds, fetches or computes the label set of `BIOCLIP_LABELS` for a model."""
+    """Finds, fetches or computes the label set of `BIOCLIP_LABELS` for a model.
+
+    Without a source it uses what is kept for the model, be it computed or published. If nothing is, it begins to
+    compute TreeOfLife-10M. After MEASURE_S it estimates how long the rest takes. If that is QUICK_S or more, it uses
+    TreeOfLife-200M instead, provided that the model is BioCLIP-2 and that disk and memory allow. Computed labels are
+    kept in either case. If the download fails, computing goes on, and the download is tried again after RETRY_S, then
+    after twice as long each time.
+    """
 
     def __init__(self, source: str, model: Model, folder: Path, data_dir: Path, engine: Engine) -> None:
-        """`folder` keeps the vectors of this model."""
-        self.name = source or treeoflife.SOURCES[0]
+        """`folder` keeps the vectors of this model: computed ones, and in a folder of their own published ones, so that
+        neither replace the others."""
+        self._published_folder = folder / treeoflife.PUBLISHED
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
         self._through_engine = model.encoder(engine)
         self._rest = engine.add(Line("bioclip rest", self._let_go, 1, Line.BACKGROUND))
@@ -45,51 +58,124 @@ class SpeciesLoader:
         if treeoflife.is_folder(self._source):
             note = self._folder / vectorfile.NOTE
             return self._species(treeoflife.ready_made(Path(self._source), backend.dim, self._encode, note))
-        if self._source == treeoflife.SOURCES[1]:
-            recipe, digest = treeoflife.PUBLISHED, treeoflife.REVISION_200M
-        else:
-            path = treeoflife.names_file(self._source, self._data_dir, partial(watch.download, say))
-            recipe, digest = RECIPE.name, treeoflife.sha256_of(path)
-        wanted = treeoflife.wanted_of(backend.model_id, recipe, digest, backend.dim)
+        if self._source in ("", TWO_HUNDRED_M):
+            if found := self._kept_200m():
+                return self._species(found)
+            if self._source:
+                return None
+        path = treeoflife.names_file(self._source, self._data_dir, partial(watch.download, say))
+        digest = treeoflife.sha256_of(path)
+        wanted = treeoflife.wanted_of(backend.model_id, RECIPE.name, digest, backend.dim)
         if found := treeoflife.kept(self._folder, wanted, self._encode):
             return self._species(found)
-        if recipe == treeoflife.PUBLISHED or treeoflife.count_of(path) > vectorfile.SHARD_LABELS:
+        if treeoflife.count_of(path) > vectorfile.SHARD_LABELS:
             return None
         doing = f"computing text vectors for {backend.model_id}"
         return self._computed(self._encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
 
     def in_background(self, models: Models, say: Callable[[str], None]) -> None:
         """Gives `models` its species when they are there; `say` is told how far that is."""
-        published = self._source == treeoflife.SOURCES[1]
-        progress = models.progress = treeoflife.Progress(self.name, "MB" if published else "labels")
-        said = [0.0]
-
-        def tell(done: int, total: int) -> None:
-            progress(done, total)
-            if time.monotonic() - said[0] > STATUS_S:
-                said[0] = time.monotonic()
-                say(f"serving; {progress}")
+        report = _Report(models, say)
+        report.begin(self._source or TEN_M)
 
         def load() -> None:
             while True:
                 try:
-                    models.add_species(
-                        self._published(tell) if published else self._computed(self._through_engine, tell)
-                    )
-                except Exception as error:
-                    progress.failure = "could not be had; the daemon's log says why"
-                    known = isinstance(error, LabelError)
-                    log.warning("%s: %s", self.name, error, exc_info=None if known else error)
-                    time.sleep(RETRY_S)
-                    progress.failure = ""
-                else:
+                    species = self._load(report)
                     break
+                except Exception as error:
+                    report.progress.failure = "could not be had; the daemon's log says why"
+                    known = isinstance(error, LabelError)
+                    log.warning("%s: %s", report.progress.name, error, exc_info=None if known else error)
+                    time.sleep(RETRY_S)
+                    report.progress.failure = ""
+            models.add_species(species)
             self._rest_text()
             say("serving")
-            log.info("%s: ready", self.name)
+            log.info("%s: ready", report.progress.name)
 
-        log.info("%s is not here yet; the rest is served meanwhile", self.name)
+        log.info("%s is not here yet; the rest is served meanwhile", report.progress.name)
         threading.Thread(target=load, name="species", daemon=True).start()
+
+    def _kept_200m(self) -> TextVectors | None:
+        for folder in (self._published_folder, self._folder):  # an earlier version kept them in the latter
+            is_published = vectorfile.meta_of(folder / vectorfile.FILE).get("recipe") == treeoflife.PUBLISHED
+            if is_published and (found := treeoflife.kept(folder, self._wanted_200m(), self._encode)):
+                return found
+        return None
+
+    def _load(self, report: _Report) -> Species:
+        if self._source == TWO_HUNDRED_M:
+            return self._published(report)
+        if self._source:
+            return self._computed(self._through_engine, report)
+        patience: float = MEASURE_S
+        while True:
+            report.begin(TEN_M)
+            try:
+                return self._computed(self._through_engine, self._until_slow(report, patience))
+            except _TooSlow:
+                report.begin(TWO_HUNDRED_M)
+            try:
+                return self._published(report)
+            except Exception as error:
+                patience = max(RETRY_S, 2 * patience)
+                text = "%s: %s; computing %s goes on, the next attempt is in %s"
+                known = None if isinstance(error, LabelError) else error
+                log.warning(text, TWO_HUNDRED_M, error, TEN_M, treeoflife.about(patience), exc_info=known)
+
+    def _until_slow(self, report: vectorfile.Progress, patience: float) -> vectorfile.Progress:
+        """Progress of computing that raises _TooSlow, once, if the rest takes long and TreeOfLife-200M can be used.
+
+        Decides when labels have been computed for `patience` seconds, and logs what is chosen.
+        """
+        line = self._model.background
+        before: tuple[float, ...] = ()
+        decided = False
+
+        def measured(done: int, total: int) -> None:
+            nonlocal before, decided
+            report(done, total)
+            now = (time.monotonic(), done, line.ran_items, line.ran_s, line.alone_items, line.alone_s)
+            passed, labels, ran, ran_s, alone, alone_s = (a - b for a, b in zip(now, before or now, strict=True))
+            if not before or ran < labels:  # they come from a kept shard: measuring begins after it
+                before = now
+            elif ran and passed >= patience and not decided:
+                decided = True
+                seconds = passed  # which counts tokenizing as well
+                if alone < ran:  # background batches waited for requests, were of one prompt, and shared the cores
+                    ran, seconds = (alone, alone_s) if alone >= ENCODE_BATCH else (ran, ran_s)
+                if self._is_slow((total - done) * seconds / ran):
+                    raise _TooSlow
+
+        return measured
+
+    def _is_slow(self, left: float) -> bool:
+        """Whether TreeOfLife-200M replaces computing that takes so many seconds; logs the choice in one line."""
+        chosen, other = f"{TEN_M}, computed in {treeoflife.about(left)}", f"{TWO_HUNDRED_M}, a JSON file or a folder"
+        obstacle = ""
+        if left < QUICK_S:
+            reason = f"that is less than {QUICK_S // 60} min"
+        elif obstacle := self._obstacle():
+            reason = f"{TWO_HUNDRED_M} cannot be used, since {obstacle}"
+        else:
+            reason = f"computing {TEN_M} would take {treeoflife.about(left)}"
+            chosen, other = f"{TWO_HUNDRED_M}, {DOWNLOAD}", TEN_M
+        text = "BIOCLIP_LABELS is not set; chosen: %s; reason: %s. To choose otherwise, set BIOCLIP_LABELS to %s"
+        log.info(text, chosen, reason, other)
+        return left >= QUICK_S and not obstacle
+
+    def _obstacle(self) -> str:
+        """Why TreeOfLife-200M cannot be used, or ""."""
+        folder, model_id = self._published_folder, self._model.backend.model_id
+        if vectorfile.load_or_none(folder / vectorfile.FILE, self._wanted_200m()):  # else `at_once` had used it
+            return f"its vectors were tried, and are not those of {model_id}"
+        return treeoflife.published_obstacle(folder, model_id)
+
+    def _wanted_200m(self) -> dict[str, Any]:
+        backend = self._model.backend
+        recipe, digest = treeoflife.PUBLISHED, treeoflife.REVISION_200M
+        return treeoflife.wanted_of(backend.model_id, recipe, digest, backend.dim)
 
     def _computed(self, encode: Callable[[list[str]], Vectors], tell: vectorfile.Progress) -> Species:
         path, backend = treeoflife.names_file(self._source, self._data_dir), self._model.backend
@@ -98,7 +184,7 @@ class SpeciesLoader:
 
     def _published(self, tell: vectorfile.Progress) -> Species:
         backend = self._model.backend
-        found = treeoflife.published(self._folder, backend.model_id, tell)
+        found = treeoflife.published(self._published_folder, backend.model_id, tell)
         if found.vecs.shape[1] != backend.dim or not treeoflife.belongs(found, self._through_engine):
             raise LabelError(f"its vectors are BioCLIP-2's, and not those of {backend.model_id}")
         return self._species(found)
@@ -125,3 +211,24 @@ class SpeciesLoader:
     def _let_go(self, items: list[Any]) -> list[None]:
         self._model.backend.rest_text()
         return [None for _ in items]
+
+
+class _TooSlow(Exception):
+    """Raised while labels are computed, to use published vectors instead."""
+
+
+class _Report:
+    """Tells clients and systemd how far the species are."""
+
+    def __init__(self, models: Models, say: Callable[[str], None]) -> None:
+        self._models, self._say, self._said = models, say, 0.0
+
+    def begin(self, source: str) -> None:
+        unit = "MB" if source == TWO_HUNDRED_M else "labels"
+        self.progress = self._models.progress = treeoflife.Progress(source, unit)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.progress(done, total)
+        if time.monotonic() - self._said > STATUS_S:
+            self._said = time.monotonic()
+            self._say(f"serving; {self.progress}")

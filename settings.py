@@ -119,7 +119,7 @@ class Settings:
     clip_rknn_cores: int = _setting(0, _number(0, 3))  # 0: all that there are and that memory allows
     bioclip_rknn_cores: int = _setting(0, _number(0, 3))
     clip_labels: str = _setting("")  # "": ImageNet-1k
-    bioclip_labels: str = _setting("TreeOfLife-10M")
+    bioclip_labels: str = _setting("")  # "": see `loading.SpeciesLoader`
     clip_templates: int = _setting(7, _templates)
     lumen_scenes: str = _setting("")  # "": scenes.TABLE
     lumen_semantic: str = _setting("", _choice("clip", "bioclip"))  # "": the semantic_ tasks are off

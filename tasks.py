@@ -83,7 +83,7 @@ class Model:
         tower = f"{name} text"
         self.text = engine.add(Line(tower, texts, batch_size, Line.TEXT, share=share, tower=tower))
         self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share, tower=tower))
-        self._background = engine.add(
+        self.background = engine.add(
             Line(f"{name} background prompts", texts, BACKGROUND_BATCH, Line.BACKGROUND, tower=tower)
         )
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the engine's own thread's alone
@@ -115,7 +115,7 @@ class Model:
             tokens, rows = self.backend.tokenize(texts), []
 
             def steps() -> Steps:
-                rows.extend((yield self._background, list(tokens)))  # not remembered: nobody asks for them again
+                rows.extend((yield self.background, list(tokens)))  # not remembered: nobody asks for them again
                 return Answer("", b"", {})
 
             job = Job("", "", 0)

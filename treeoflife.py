@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import backends
+import machine
 import taxa
 import vectorfile
 from inputs import BackendError
@@ -42,6 +44,9 @@ REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
 FILES_200M = ("txt_emb_bioclip-2", "txt_emb_species")  # the same under a newer and an older name
 PUBLISHED = "published"  # the recipe of vectors that are not ours
 PUBLISHED_COSINE = 0.5  # of theirs, averages over 80 prompts, with our one prompt's; those of another model have none
+MODELS_200M = ("bioclip-2", "bioclip-2-int8")  # last parts of the ids of models that the published vectors belong to
+DISK_200M = 3_200_000_000  # bytes: panels and the file, 1.33 GB each, names 0.3 GB, and a reserve
+MEMORY_200M = 1_400_000_000  # bytes: the rows, which should stay in the page cache, for scoring reads all of them
 PANEL_DIMS = 16  # of all rows, converted at a time: 55 MB of float32 for 867,455 species
 ETA_WINDOW_S = 600
 
@@ -77,11 +82,15 @@ class Progress:
         (since, first), (now, last) = self._seen[0], self._seen[-1]
         if last <= first or now - since < 1:
             return ""
-        seconds = (self.total - last) * (now - since) / (last - first)
-        for unit, size in (("h", 3600), ("min", 60)):
-            if seconds >= 2 * size:
-                return f", about {seconds / size:.0f} {unit} left"
-        return f", about {seconds:.0f} s left"
+        return f", {about((self.total - last) * (now - since) / (last - first))} left"
+
+
+def about(seconds: float) -> str:
+    """A duration for people."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s"
 
 
 def is_folder(source: str) -> bool:
@@ -210,13 +219,35 @@ def computed(
 # --- a set that is published ------------------------------------------------------------------------------------
 
 
+def published_obstacle(folder: Path, model_id: str) -> str:
+    """Why TreeOfLife-200M's vectors cannot be used for a model and kept in `folder`, or "".
+
+    A clause for the log. Disk space that an interrupted conversion takes there already is not needed again.
+    """
+    if model_id.rpartition("/")[2].lower() not in MODELS_200M:
+        return f"its vectors are BioCLIP-2's, and not those of {model_id}"
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    need = DISK_200M - sum(path.stat().st_size for path in _building(folder).glob("*"))
+    if free < need:
+        return f"it needs {need / 1e9:.1f} GB of disk space, and {existing} has {free / 1e9:.1f} GB free"
+    available, _ = machine.memory()
+    if available < MEMORY_200M:
+        return f"it needs {MEMORY_200M / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+    return ""
+
+
+def _building(folder: Path) -> Path:
+    return folder / ".building" / REVISION_200M[:16]
+
+
 def published(folder: Path, model_id: str, progress: vectorfile.Progress) -> TextVectors:
     """TreeOfLife-200M's vectors, put into rows while they stream in; kept in `folder`. Raises LabelError.
 
     What is converted stays in `.building/`, PANEL_DIMS dimensions of all rows a file, so that a kill costs one of
     them. Species without a vector (all zeros) are left out. Never more than some 250 MB are held.
     """
-    building = folder / ".building" / REVISION_200M[:16]
+    building = _building(folder)
     try:
         building.mkdir(parents=True, exist_ok=True)
         stem, source = _open_200m()
@@ -225,7 +256,10 @@ def published(folder: Path, model_id: str, progress: vectorfile.Progress) -> Tex
             order = _names_in_order(building, stem, shape[1])
             used = _panels(building, source, shape, order, progress)
         return _assemble(folder, building, model_id, stem, order, used)
-    except OSError as error:  # the hub's and the disk's
+    except LabelError:
+        raise
+    except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
+        log.debug("TreeOfLife-200M failed", exc_info=True)
         raise LabelError(f"TreeOfLife-200M cannot be fetched and kept in {folder} ({_line(error)})") from error
 
 
@@ -236,7 +270,8 @@ def _line(error: BaseException) -> str:
 def _open_200m() -> tuple[str, Any]:
     from huggingface_hub import HfFileSystem
 
-    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+    # Without its cache of instances, which remembers what the hub did not have at an earlier attempt.
+    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
     root = f"datasets/{REPO_200M}@{REVISION_200M}/embeddings"
     for stem in FILES_200M:
         if hub.exists(f"{root}/{stem}.npy"):
@@ -322,7 +357,9 @@ def _assemble(
     more = {"source": f"{REPO_200M}/embeddings/{stem}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
     vectorfile.save(folder, key, blocks(), names, taxa.depths(names), more)
     log.info("TreeOfLife-200M: %d species, %d without a vector left out", len(names), more["zero_rows_dropped"])
-    shutil.rmtree(folder / ".building", ignore_errors=True)
+    shutil.rmtree(building, ignore_errors=True)
+    with suppress(OSError):  # it is not empty: labels that were computed before stay
+        building.parent.rmdir()
     found = vectorfile.load(folder / vectorfile.FILE, key.meta())
     assert found is not None
     return found

@@ -229,6 +229,16 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None 
         raise Damaged(f"{type(error).__name__}: {error}") from error
 
 
+def meta_of(path: Path) -> dict[str, Any]:
+    """What `path` says it was made for, or {} if that cannot be read. Its checksums are not compared."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            meta: dict[str, Any] = json.loads(_array(file, path, archive.getinfo("meta.npy")).tobytes())
+            return meta
+    except Exception:  # as of `load`
+        return {}
+
+
 def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> TextVectors:
     count, dim = int(meta["count"]), int(meta["dim"])
     vecs = checked(arrays["vecs"], count, dim)
@@ -361,7 +371,10 @@ def load_or_none(path: Path, wanted: Mapping[str, Any]) -> TextVectors | None:
 def _build(
     names: Sequence[str], recipe: Recipe, encode: Encode, key: CacheKey, folder: Path, progress: Progress
 ) -> Iterator[NDArray[np.float32]]:
-    """Computes the vectors in shards, which a later start takes over if this one is stopped: a kill costs the last."""
+    """Computes the vectors in shards, which a later build takes over if this one is stopped: a kill costs the last.
+
+    `progress` may raise to stop the build; then nothing that is computed is lost.
+    """
     from tqdm import tqdm
 
     log.info("computing the text vectors of %d labels (%s)", len(names), recipe.name)
@@ -369,19 +382,24 @@ def _build(
     with tqdm(total=len(names), desc="text vectors", unit="label", disable=None) as bar:  # None: on a terminal only
         for start in range(0, len(names), SHARD_LABELS):
             shard = names[start : start + SHARD_LABELS]
-            rows = shards.load(start, len(shard))
-            if rows is not None and fits(rows, shard, recipe, encode):
-                bar.update(len(shard))
-                progress(start + len(shard), len(names))
-            else:
-                rows = np.empty((len(shard), key.dim), np.float32)
-                for at in range(0, len(shard), 64):
-                    part = shard[at : at + 64]
-                    rows[at : at + len(part)] = label_vectors(part, recipe, encode)
-                    bar.update(len(part))
-                    progress(start + at + len(part), len(names))
-                if len(names) > SHARD_LABELS:
-                    shards.save(start, rows)
+            rows, done = np.empty((len(shard), key.dim), np.float32), 0
+            kept = shards.load(start, len(shard))
+            if kept is not None and fits(kept, shard[: len(kept)], recipe, encode):
+                done = len(kept)
+                rows[:done] = kept
+                bar.update(done)
+                progress(start + done, len(names))
+            if done < len(shard):
+                try:
+                    for at in range(done, len(shard), 64):
+                        part = shard[at : at + 64]
+                        rows[at : at + len(part)] = label_vectors(part, recipe, encode)
+                        done = at + len(part)
+                        bar.update(len(part))
+                        progress(start + done, len(names))
+                finally:  # a shard that an exception interrupts is kept as far as it goes
+                    if done and len(names) > SHARD_LABELS:
+                        shards.save(start, rows[:done])
             yield rows
 
 
@@ -394,6 +412,7 @@ class _Shards:
         self._warned = False
 
     def load(self, start: int, count: int) -> NDArray[Any] | None:
+        """The first 1 to `count` rows of a shard, or None if there are none that can be read."""
         path = self._folder / f"{self._name}-{start}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:  # whose members have checksums, as an npy has not
@@ -403,7 +422,8 @@ class _Shards:
         except Exception as error:  # as of `load`
             log.warning("%s is damaged (%s); computing it again", path, error)
             return None
-        return rows if rows.shape == (count, self._dim) else None
+        fitting = rows.ndim == 2 and 0 < len(rows) <= count and rows.shape[1] == self._dim
+        return rows if fitting else None
 
     def save(self, start: int, rows: NDArray[Any]) -> None:
         path = self._folder / f"{self._name}-{start}.npz"
