@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gen import ml_service_pb2 as pb
+from machine import clock
 from tasks import Request
 
 CHUNKS_MAX = 65_536  # of one request
 OPEN_IDS_MAX = 64  # unfinished requests on one stream
+CHUNKS_RESERVED = 1024  # for so many chunks a request has room as soon as it begins
+UNFINISHED_MAX = 2  # times the size that one request may have: bytes of unfinished requests on one stream
 ID_MAX = 1000  # characters of a correlation id
 ENVELOPE_MAX = 4 << 20  # bytes of a message beside its payload: 256 labels of 1,000 characters, and room to spare
 META_MAX = 256  # entries
@@ -28,22 +31,34 @@ class Overload(Exception):
 
 
 class Budget:
-    """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model."""
+    """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model.
+
+    First come, first served: otherwise small parts that are taken and given back all the time would leave no room for a
+    large one. Who has begun something and needs more to end it comes first.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = self._free = limit
         self._changed = threading.Condition()
+        self._waiting: OrderedDict[object, float] = OrderedDict()  # who waits, whoever is next first, and since when
 
-    def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf) -> None:
+    def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf, has_begun: bool = False) -> None:
         """Waits for room, for others make some, `patience` seconds. Raises Overload if none comes or the client is
         gone."""
-        deadline = time.monotonic() + patience
+        deadline, ticket = time.monotonic() + patience, object()
         with self._changed:
-            while self._free < size:
-                if gone() or time.monotonic() > deadline:
-                    raise Overload
-                self._changed.wait(1)
-            self._free -= size
+            self._waiting[ticket] = time.monotonic()
+            if has_begun:
+                self._waiting.move_to_end(ticket, last=False)
+            try:
+                while self._free < size or next(iter(self._waiting)) is not ticket:
+                    if gone() or time.monotonic() > deadline:
+                        raise Overload
+                    self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic()) + 0.01))
+                self._free -= size
+            finally:
+                del self._waiting[ticket]
+                self._changed.notify_all()  # whoever is next may have room as well
 
     def overdraw(self, size: int) -> None:
         """Takes without waiting, though it may be more than there is; others then wait for so much longer."""
@@ -58,6 +73,11 @@ class Budget:
     @property
     def used(self) -> int:
         return self._limit - self._free
+
+    def waited(self) -> float:
+        """Seconds for which somebody has been waiting by now."""
+        with self._changed:
+            return time.monotonic() - min(self._waiting.values(), default=math.inf)
 
 
 class Lease:
@@ -88,8 +108,21 @@ class Unfinished:
 
     request: Request  # as its first chunk told; the payload is still empty
     total: int
+    reserved: int  # bytes of the payload, as its first chunk lets one expect
+    since: float = field(default_factory=clock.now)
     size: int = 0  # bytes of the payloads
     parts: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # seq -> offset, payload
+
+    def payload(self) -> int:
+        """Bytes of the payload: what has come, or what is expected if that is more."""
+        return max(self.size, self.reserved)
+
+    def held(self) -> int:
+        """Bytes that are set aside, with what keeping the chunks takes."""
+        return self.request.held + self.payload() + max(len(self.parts), self.reserved_chunks()) * CHUNK_COST
+
+    def reserved_chunks(self) -> int:
+        return min(self.total, CHUNKS_RESERVED)
 
 
 class Assembler:
@@ -128,9 +161,31 @@ class Assembler:
     def unfinished(self) -> list[str]:
         return list(self._open)
 
+    def since(self) -> float:
+        """When the oldest unfinished request began, by `machine.clock`; without end if there is none."""
+        return min((request.since for request in list(self._open.values())), default=math.inf)
+
     def held(self) -> int:
-        """Bytes of the chunks that wait for the rest of their requests, with what keeping them takes."""
-        return sum(r.request.held + r.size + len(r.parts) * CHUNK_COST for r in self._open.values())
+        """Bytes that are set aside for unfinished requests."""
+        return sum(request.held() for request in self._open.values())
+
+    def room_for(self, message: pb.InferRequest, payload: bytes) -> tuple[int, bool]:
+        """Bytes to be set aside before a message is added, whose payload was taken out of it; and whether it belongs to
+        a request that has begun.
+
+        With its first chunk a request gets what the whole needs if all chunks are as large, so that uploads which have
+        begun do not wait for each other.
+        """
+        if waiting := self._open.get(message.correlation_id):
+            chunk = CHUNK_COST if len(waiting.parts) >= waiting.reserved_chunks() else 0
+            return chunk + max(0, waiting.size + len(payload) - waiting.payload()), True
+        chunks = max(1, min(int(message.total), CHUNKS_RESERVED))
+        beside: int = message.ByteSize() + CHUNK_COST * chunks
+        return beside + max(len(payload), self._expected(message, payload)), False
+
+    def _expected(self, message: pb.InferRequest, payload: bytes) -> int:
+        """Bytes of the whole payload, if all chunks are as large as the first one."""
+        return min(len(payload) * min(int(message.total), CHUNKS_MAX), self._max_bytes)
 
     def drop(self, key: str) -> None:
         self._open.pop(key, None)
@@ -149,7 +204,10 @@ class Assembler:
         if key not in self._open:
             if len(self._open) >= OPEN_IDS_MAX:
                 raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
-            self._open[key] = Unfinished(self._request(message, b"", envelope), message.total)
+            reserved, most = self._expected(message, payload), UNFINISHED_MAX * self._max_bytes
+            if sum(request.payload() for request in self._open.values()) + reserved > most:
+                raise ChunkError(f"payload: more than {most} bytes of unfinished requests on one stream")
+            self._open[key] = Unfinished(self._request(message, b"", envelope), message.total, reserved)
         waiting = self._open[key]
         self._check_same(waiting, message)
         waiting.parts[message.seq] = message.offset, payload

@@ -33,7 +33,9 @@ TENSOR_MIME = "application/octet-stream"
 FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
 COST_WEIGHT = 0.2  # of the last batch in the moving average of an item's cost
 SMALLER_S = 300.0  # for so long batches stay at the size that worked after a larger one failed
+COST_RISE, COST_FLOOR = 10, 0.5  # times the average, and core seconds: what one batch may cost an item at most
 BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it ends
+IDLE_S = 1.0  # after the last answer background work has the machine to itself; clients send one request after another
 
 
 class Line:
@@ -209,6 +211,7 @@ class Engine:
         self._lanes = self._free = lanes
         self._inferring = False  # the inference thread, or the background thread, has a batch
         self._background_from = 0.0  # when background work may run although requests wait, by time.monotonic()
+        self._idle_from = 0.0  # when the last answer is IDLE_S ago, by time.monotonic()
         self._for_lanes: Handed = queue.SimpleQueue()
         self._for_inference: Handed = queue.SimpleQueue()
         self._for_background: Handed = queue.SimpleQueue()
@@ -248,6 +251,7 @@ class Engine:
     def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
         with self._changed:
             self._expected -= 1
+            self._idle_from = time.monotonic() + IDLE_S
             if answer.cancelled():
                 self._cancelled.add(flow)
             if answer.cancelled() or not self._expected:
@@ -338,15 +342,19 @@ class Engine:
         return chosen
 
     def _is_idle(self) -> bool:
-        """Whether no request waits for anything."""
+        """Whether no request waits for anything, and none has for a while."""
+        return not self._is_busy() and time.monotonic() >= self._idle_from
+
+    def _is_busy(self) -> bool:
         waiting = any(line.queue for line in self._lines if line.kind != Line.BACKGROUND)
-        return not (self._expected or waiting or self._inferring or self._free < self._lanes)
+        return bool(self._expected or waiting or self._inferring or self._free < self._lanes)
 
     def _until_background(self) -> float | None:
         """Seconds until background work may run although requests wait; None: nothing waits for that."""
         if self._inferring or not any(line.queue for line in self._lines if line.kind == Line.BACKGROUND):
             return None
-        return max(0.0, self._background_from - time.monotonic())
+        begin = self._background_from if self._is_busy() else min(self._background_from, self._idle_from)
+        return max(0.0, begin - time.monotonic())
 
     def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
         """Takes a task to its next step, or to its end."""
@@ -416,18 +424,22 @@ class Engine:
             self._free += 1
         else:
             self._inferring = False
+        cores = 1 if line.spread else self._lanes
+        # A batch that took much longer than others was held up: a stopped process, a model that is loaded again. Its
+        # flows must not pay for that.
+        cost = min(batch.seconds * cores / count, max(COST_RISE * line.cost, COST_FLOOR))
+        seconds = cost * count / cores
         if line.kind == Line.BACKGROUND:
-            self._background_from = time.monotonic() + batch.seconds * (1 / BACKGROUND_SHARE - 1)
-        cost = batch.seconds * (1 if line.spread else self._lanes) / count
+            self._background_from = time.monotonic() + seconds * (1 / BACKGROUND_SHARE - 1)
         for (step, _), expected in zip(batch.entries, batch.expected, strict=True):
             self._shares[line.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
             step.job.prepared_s = 0.0
         line.cost += COST_WEIGHT * (cost - line.cost)
         line.ran_items += count
-        line.ran_s += batch.seconds
+        line.ran_s += seconds
         if batch.alone:
             line.alone_items += count
-            line.alone_s += batch.seconds
+            line.alone_s += seconds
         self._traffic.ran(line.name, count)
         if line.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)

@@ -221,7 +221,8 @@ def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preproce
         text = meta.get("lumen.tensor.dtype", "")[:80]
         raise BadInput(f"meta lumen.tensor.dtype: {text!r}; allowed: fp32, fp16")
     try:
-        sent: object = json.loads(meta.get("lumen.tensor.shape", ""))
+        text = meta.get("lumen.tensor.shape", "")
+        sent: object = json.loads(text) if len(text) < 100 else None
     except (ValueError, RecursionError):
         sent = None
     if sent != shape:

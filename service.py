@@ -22,7 +22,7 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health, health_pb2
 
 import machine
-from assembly import CHUNK_COST, ID_MAX, Assembler, ChunkError, Overload
+from assembly import ID_MAX, Assembler, ChunkError, Overload
 from doors import (
     UNREADABLE,
     Doorkeeper,
@@ -65,6 +65,8 @@ WINDOW = 32  # requests of one stream in work; then its reader waits, and the cl
 CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
+WANTED_BYTES_S = 2  # for which somebody has waited for memory when the oldest upload is ended
+UPLOAD_S = 20  # of a request in chunks that is sure of its place, although others wait for its memory
 WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
 ANSWERED_S = 1  # so soon after an answer the client may be about to close its stream; whoever wants a place waits
 READING_S = 0.5  # of a message that is on its way, when memory is short
@@ -98,7 +100,8 @@ class Stream:
 
     def __init__(self, daemon: Daemon, models: Models, messages: Iterator[pb.InferRequest], context: Any) -> None:
         self._daemon, self._models, self._messages, self._context = daemon, models, messages, context
-        self._flow = context.peer(), next(self._numbers)  # a peer's address and port name its connection
+        self.connection: str = context.peer()  # its address and port
+        self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_work: set[Job] = set()
         self._window = threading.Semaphore(WINDOW)
@@ -171,6 +174,10 @@ class Stream:
         """Whether all was answered just now, so that the client may be about to close the stream."""
         return not self._in_work and self._answered_since is not None and now - self._answered_since < ANSWERED_S
 
+    def uploading(self, now: float) -> float:
+        """Seconds since the oldest of its unfinished requests began; negative if there is none."""
+        return now - self._assembler.since()
+
     def silent(self, now: float) -> float:
         """Seconds for which the stream has had nothing in work."""
         return 0.0 if self._in_work or self._yielding_since is not None else now - self._idle_since
@@ -232,9 +239,9 @@ class Stream:
         """One message into the assembler, and the request that it completes to work. Raises Overload."""
         payload = message.payload  # each access makes a copy
         message.ClearField("payload")
-        size = len(payload) + message.ByteSize() + CHUNK_COST
-        self._daemon.intake.payloads.take(size, lambda: self._gone, CHUNK_IDLE_S)
-        self._held += size
+        room, has_begun = self._assembler.room_for(message, payload)
+        self._daemon.intake.payloads.take(room, lambda: self._gone, CHUNK_IDLE_S, has_begun)
+        self._held += room
         try:
             request = self._assembler.add(message, payload)
         except ChunkError as error:
@@ -348,8 +355,13 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def check_streams(self) -> None:
         now = clock.now()
-        for stream in list(self._streams):
+        streams = list(self._streams)
+        for stream in streams:
             stream.check(now)
+        oldest = max(streams, key=lambda stream: stream.uploading(now), default=None)
+        if oldest and oldest.uploading(now) > UPLOAD_S and self.intake.payloads.waited() > WANTED_BYTES_S:
+            text = f"a request has been incomplete for over {UPLOAD_S} s, and others wait for its memory; try later"
+            oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
         self.lobby.check(time.monotonic())
 
     def make_room(self) -> int:
@@ -437,20 +449,25 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self.traffic.stream(-1)
 
     def _admit(self, stream: Stream) -> bool:
-        """Gives the stream a place, if there is one now or if one may become free in a moment."""
+        """Gives the stream a place, if there is one now or if one may become free in a moment.
+
+        The first stream of a connection may exceed the limit, so that one client cannot take all places from others.
+        """
         with self._streams_changed:
-            if not self._has_place():
+            if not self._has_place(stream):
                 now = clock.now()
                 ends = self._end_a_silent_stream(now) or any(other.may_end(now) for other in self._streams)
-                if not (ends and self._streams_changed.wait_for(self._has_place, ANSWERED_S)):
+                if not (ends and self._streams_changed.wait_for(partial(self._has_place, stream), ANSWERED_S)):
                     return False
             self._streams.add(stream)
         return True
 
-    def _has_place(self) -> bool:
+    def _has_place(self, stream: Stream) -> bool:
+        taken = [other for other in self._streams if other.needs_place()]
         most = self.settings.lumen_max_streams
-        taken = sum(stream.needs_place() for stream in self._streams)
-        return taken < most and sum(not stream.over for stream in self._streams) < OPEN_PER_PLACE * most
+        first = all(other.connection != stream.connection for other in taken)
+        still_open = sum(not other.over for other in self._streams)
+        return (first or len(taken) < most) and still_open < OPEN_PER_PLACE * most
 
     def _end_a_silent_stream(self, now: float) -> bool:
         """Ends the stream that has had nothing in work for longest, if that is long."""

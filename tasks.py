@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -454,29 +455,46 @@ def _min_score(meta: Mapping[str, str], default: float) -> float:
     return value
 
 
-def _json_list(text: str) -> list[Any] | None:
-    """A JSON list, or None for anything else. A string with a lone surrogate is JSON, but no text: None as well."""
-    try:
-        content = json.loads(text)
-        json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, list) else None
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _json_strings(text: str, limit: int) -> list[str] | None:
+    """A JSON list of 1 to `limit` strings, or None for anything else.
+
+    Reads string by string, because a megabyte of other JSON would take the interpreter from all other threads for a
+    while. A lone surrogate is JSON, but no text: None as well.
+    """
+
+    def skip(at: int) -> int:
+        space = _SPACE.match(text, at)
+        return space.end() if space else at
+
+    found: list[str] = []
+    decode = json.JSONDecoder().raw_decode
+    at, before = skip(0), "["
+    while text[at : at + 1] == before:
+        at, before = skip(at + 1), ","
+        if text[at : at + 1] != '"' or len(found) == limit:
+            return None
+        try:
+            string, at = decode(text, at)
+            string.encode()
+        except ValueError:
+            return None
+        found.append(string)
+        at = skip(at)
+    return found if found and text[at : at + 1] == "]" and skip(at + 1) == len(text) else None
 
 
 def _taxa(text: str) -> tuple[str, ...]:
     """A JSON list of names, or names with commas between them."""
-    content = _json_list(text) if text.lstrip().startswith("[") else text.split(",")
-    if (
-        content is None
-        or not 1 <= len(content) <= TAXA_MAX
-        or not all(isinstance(name, str) and 0 < len(name.strip()) <= 500 for name in content)
-    ):
+    names = _json_strings(text, TAXA_MAX) if text.lstrip().startswith("[") else text.split(",", TAXA_MAX)
+    if names is None or not 1 <= len(names) <= TAXA_MAX or not all(0 < len(name.strip()) <= 500 for name in names):
         raise BadInput(
             f"meta within: allowed: 1 to {TAXA_MAX} taxa, as a JSON list or with commas between them, each a lineage "
             'such as "Animalia/Chordata/Aves", a name such as "Aves", or a binomial'
         )
-    return tuple(dict.fromkeys(name.strip() for name in content))
+    return tuple(dict.fromkeys(name.strip() for name in names))
 
 
 def _topk(key: str, text: str) -> int:
@@ -489,16 +507,12 @@ def _topk(key: str, text: str) -> int:
 
 
 def _own_labels(text: str) -> tuple[str, ...]:
-    content = _json_list(text)
-    if (
-        content is None
-        or not 1 <= len(content) <= OWN_LABELS_MAX
-        or not all(isinstance(label, str) and label.strip() and len(label) <= 1000 for label in content)
-    ):
+    found = _json_strings(text, OWN_LABELS_MAX)
+    if not found or not all(label.strip() and len(label) <= 1000 for label in found):
         raise BadInput(
             f"meta labels: allowed: a JSON list of 1 to {OWN_LABELS_MAX} texts, none blank or over 1000 characters"
         )
-    return tuple(dict.fromkeys(content))
+    return tuple(dict.fromkeys(found))
 
 
 def prepared_bytes(task: Task, request: Request, models: Models) -> int:

@@ -112,6 +112,25 @@ def test_a_build_gets_a_twentieth_of_the_time_while_requests_wait(start: Start, 
     build.answer.cancel()
 
 
+def test_a_build_stands_back_between_the_requests_of_one_client(start: Start) -> None:
+    """An app that sends one picture after another would find the model busy with the build each time: at a quarter of
+    its speed, for days."""
+    pictures, prompts = Timed(0.01), Timed(0.01)
+    image, prompt = Line("image", pictures, 4, Line.BULK), Line("prompts", prompts, 4, Line.BACKGROUND)
+    to = start(image, prompt)
+    background(to, prompt, range(10_000))
+    submit(to, image, [0]).answer.result(60)
+    before = len(prompts.ran)
+    for _ in range(100):
+        submit(to, image, [0]).answer.result(60)
+        time.sleep(0.002)
+    during = prompts.ran[before:]
+    # In batches of one, with pauses of 19 times their length: 100 pictures leave room for about five.
+    assert sum(items for _, _, items in during) < 25
+    count = len(prompts.ran)
+    wait_until(lambda: len(prompts.ran) > count + 3 and prompts.ran[-1][2] == 4, 60)  # alone again
+
+
 def test_a_build_stands_back_while_a_picture_is_still_being_decoded(start: Start) -> None:
     """Each picture of a slow import would find the model busy with the build."""
     prompts = Timed(0.01)
@@ -229,3 +248,22 @@ def test_failures_are_counted_for_each_tower(start: Start) -> None:
         assert submit(to, broken, [1]).answer.exception(20)
     wait_until(lambda: to.failures["clip image"] == 3)
     assert to.failures["bioclip image"] == 0
+
+
+def test_a_stall_is_not_charged_to_the_client_whose_batch_it_was(start: Start) -> None:
+    """After `docker pause` the client that was served at that moment would get nothing for as long as the pause was,
+    while others are served."""
+    pictures = Timed(0.001)
+    line = Line("image", pictures, 4, Line.BULK)
+    to = start(line)
+    for _ in range(20):
+        submit(to, line, [0], "a").answer.result(60)
+    pictures.seconds = 3.0  # what the batch seems to have taken
+    submit(to, line, [0], "a").answer.result(60)
+    pictures.seconds = 0.02
+    others = [submit(to, line, [0], "b") for _ in range(200)]
+    mine = submit(to, line, [0], "a")
+    mine.answer.result(60)
+    assert sum(job.answer.done() for job in others) < 100  # of which each takes 20 ms
+    for job in others:
+        job.answer.cancel()

@@ -70,7 +70,8 @@ def test_fuzz_chunks(messages: list[pb.InferRequest]) -> None:
         if request:
             assert request.correlation_id == key and len(request.payload) <= min(200, sent[key])
             assert key not in assembler.unfinished() or message.total <= 1
-        most = 200 + 40 * assembly.CHUNK_COST + 100  # payloads, the keeping of chunks, and what stands beside them
+        # Payloads, the keeping of chunks, and what stands beside them.
+        most = 200 + assembly.CHUNKS_RESERVED * assembly.CHUNK_COST + 100
         assert 0 <= assembler.held() <= most * len(assembler.unfinished())
 
 

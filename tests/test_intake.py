@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -15,13 +17,15 @@ from typing import Any
 import grpc
 import pytest
 
+import assembly
+import inputs
 import lumen_clip
 import service
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from settings import Settings
-from tests.kit import RED, encoded, label_files, picture, wait_until
+from tests.kit import RED, chunks, encoded, label_files, picture, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,175 @@ def test_text_that_is_no_unicode_fails_alone(daemon: Any, key: str) -> None:
     assert [response.correlation_id for response in responses] == ["bad", "good"] and responses[1].result
     assert responses[0].error.code == pb.ERROR_CODE_INVALID_ARGUMENT
     assert responses[0].error.message.startswith(f"meta {'lumen.tensor' if 'tensor' in key else key.split()[0]}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1" + ",1" * 1_900_000 + "]", "[[]" + ",[]" * 1_200_000 + "]", '["a"' + ",1" * 1_900_000 + "]"],
+    ids=["numbers", "lists", "a string first"],
+)
+@pytest.mark.parametrize("key", ["labels", "within", "lumen.tensor.shape"])
+def test_megabytes_of_json_are_refused_unread(key: str, content: str) -> None:
+    """All threads would stand still while one reads JSON: eight streams of it made a picture wait for eight seconds."""
+    names = {"labels": "clip_classify", "within": "bioclip_classify", "lumen.tensor.shape": "bioclip_image_embed"}
+    task = tasks.TASKS[names[key]]
+    began = time.thread_time()
+    json.loads(content)
+    whole = time.thread_time() - began
+    request = tasks.Request("", task.name, "", {key: content}, b"x")
+    recipe = inputs.Preprocess()
+    tensor_meta = {"lumen.tensor.layout": "NCHW", "lumen.tensor.format": "contiguous", "lumen.tensor.dtype": "fp32"}
+    tensor_meta |= {"lumen.tensor.byte_order": "little", "lumen.preprocess.id": recipe.tensor_id}
+    tensor_meta |= {"lumen.preprocess.skip": "true"}
+    began = time.thread_time()
+    with pytest.raises(inputs.BadInput, match=key):
+        tasks.read_meta(task, request)
+        inputs.pixels_from_tensor(b"x", tensor_meta | {key: content}, recipe)
+    assert time.thread_time() - began < whole / 2
+
+
+def waits_for(budget: assembly.Budget, count: int) -> bool:
+    return len(budget._waiting) == count
+
+
+def test_a_large_part_of_a_budget_is_not_overtaken_for_ever() -> None:
+    """A large picture would wait for as long as an import of small ones runs."""
+    budget = assembly.Budget(100)
+    budget.take(40, lambda: False)
+    order: list[str] = []
+
+    def take(name: str, size: int) -> None:
+        budget.take(size, lambda: False)
+        order.append(name)
+
+    large = threading.Thread(target=take, args=("large", 80))
+    large.start()
+    wait_until(lambda: len(budget._waiting) == 1)
+    small = [threading.Thread(target=take, args=(f"small {i}", 5)) for i in range(4)]
+    for number, thread in enumerate(small):
+        thread.start()
+        wait_until(functools.partial(waits_for, budget, number + 2))
+    assert order == []  # though there was room for the small ones
+    budget.give(40)
+    for thread in (large, *small):
+        thread.join(60)
+    assert order[0] == "large" and len(order) == 5
+
+
+def test_a_client_that_left_does_not_hold_up_those_behind_it() -> None:
+    """Everybody would wait for room that nobody wants any more."""
+    budget, left = assembly.Budget(100), threading.Event()
+    budget.take(50, lambda: False)
+    outcomes: list[str] = []
+
+    def leave() -> None:
+        with pytest.raises(assembly.Overload):
+            budget.take(80, left.is_set)
+        outcomes.append("left")
+
+    first = threading.Thread(target=leave)
+    first.start()
+    wait_until(lambda: len(budget._waiting) == 1)
+
+    def stay() -> None:
+        budget.take(50, lambda: False)
+        outcomes.append("served")
+
+    second = threading.Thread(target=stay)
+    second.start()
+    wait_until(lambda: len(budget._waiting) == 2)
+    left.set()
+    first.join(60)
+    second.join(60)
+    assert sorted(outcomes) == ["left", "served"]
+
+
+class Upload:
+    """A stream that sends a large request in chunks, one at each `next`."""
+
+    def __init__(self, stub: Any, payload: bytes, size: int) -> None:
+        self._go = threading.Semaphore(0)
+        self._chunks = chunks(payload, -(-len(payload) // size), task="clip_image_embed")
+        self.call = stub.Infer(self._messages(), timeout=120)
+
+    def _messages(self) -> Iterator[pb.InferRequest]:
+        for chunk in self._chunks:
+            assert self._go.acquire(timeout=120)
+            yield chunk
+
+    def send(self, count: int = 1000) -> None:
+        self._go.release(count)
+
+
+def test_uploads_that_have_begun_do_not_wait_for_each_other(watched: Any) -> None:
+    """Seven people who upload large pictures at the same time would each hold a part of the memory and wait for the
+    rest, until the first one is refused after half a minute."""
+    backend, stub = watched
+    payloads = backend.daemon.intake.payloads = assembly.Budget(4 << 20)
+    photo = encoded(picture(RED)) + bytes(1 << 20)  # of which the decoder reads the beginning
+    uploads = [Upload(stub, photo, 64 << 10) for _ in range(7)]
+    for upload in uploads:
+        upload.send(1)  # the first chunk of each
+    wait_until(lambda: waits_for(payloads, 4))  # for three of seven there is room
+    for upload in uploads:
+        upload.send()
+    assert all(next(upload.call).result for upload in uploads)
+    wait_until(lambda: payloads.used == 0)
+
+
+def test_an_upload_that_never_ends_gives_way_to_others(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client that sends a byte now and then would keep everybody's pictures out for days."""
+    backend, stub = watched
+    daemon = backend.daemon
+    payloads = daemon.intake.payloads = assembly.Budget(2 << 20)
+    monkeypatch.setattr(service, "UPLOAD_S", 0.2)
+    monkeypatch.setattr(service, "WANTED_BYTES_S", 0.2)
+    hostile = Upload(stub, bytes(3 << 19), 16 << 10)
+    hostile.send(2)
+    wait_until(lambda: payloads.used > 1 << 20)
+    daemon.check_streams()
+    time.sleep(0.3)
+    daemon.check_streams()
+    assert len(daemon._streams) == 1  # nobody wants its memory
+    request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)) + bytes(1 << 20))
+    with futures.ThreadPoolExecutor(1) as person:
+        single = person.submit(lambda: list(stub.Infer(iter([request]), timeout=120)))
+        wait_until(lambda: payloads.waited() > 0.3)
+        daemon.check_streams()
+        assert single.result()[0].result
+    with pytest.raises(grpc.RpcError) as error:
+        next(hostile.call)
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "incomplete" in error.value.details()
+    hostile.send()
+
+
+def test_one_stream_cannot_reserve_all_memory(daemon: Any) -> None:
+    """Four requests that are begun and never finished would be all that the daemon takes."""
+    parts = [chunks(bytes(60 << 20), 2, task="clip_image_embed", correlation_id=str(i))[0] for i in range(4)]
+    responses = {r.correlation_id: r.error.message for r in daemon.stub.Infer(iter(parts), timeout=120)}
+    assert all("before the last chunk" in responses[key] for key in "01")
+    assert all("more than 134217728 bytes of unfinished requests" in responses[key] for key in "23")
+    settled(daemon)
+
+
+def test_a_client_with_all_places_does_not_shut_others_out(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app that opens a stream for each picture would leave no place for anybody else's single picture."""
+    backend, stub = watched
+    monkeypatch.setattr(backend.daemon, "settings", Settings(lumen_max_streams=3))
+    request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))
+    backend.gate.clear()
+    calls = [stub.Infer(iter([request]), timeout=60) for _ in range(3)]
+    wait_until(lambda: backend.daemon.engine._expected == 3)
+    with grpc.insecure_channel(backend.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        other = pb_grpc.InferenceStub(channel)
+        single = other.Infer(iter([request]), timeout=60)
+        wait_until(lambda: backend.daemon.engine._expected == 4)
+        for full in (stub, other):  # each has a stream now
+            with pytest.raises(grpc.RpcError) as error:
+                list(full.Infer(iter([request]), timeout=60))
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        backend.gate.set()
+        assert all(next(call).result for call in (single, *calls))
 
 
 KEYS = [

@@ -97,7 +97,7 @@ def test_unfinished_requests_and_their_bytes_are_bounded() -> None:
     with pytest.raises(assembly.ChunkError, match="unfinished"):
         assembler.add(pb.InferRequest(correlation_id="one more", total=2), b"x")
     assert len(assembler.unfinished()) == assembly.OPEN_IDS_MAX
-    assert assembly.CHUNK_COST < assembler.held() / assembly.OPEN_IDS_MAX < assembly.CHUNK_COST + 20
+    assert assembly.CHUNK_COST < assembler.held() / assembly.OPEN_IDS_MAX < 2 * assembly.CHUNK_COST + 20
     before = assembler.held()
     with pytest.raises(assembly.ChunkError, match="1000 bytes"):
         assembler.add(pb.InferRequest(correlation_id="0", seq=1, total=2), b"x" * 1000)
