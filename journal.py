@@ -1,8 +1,7 @@
 """The crash journal: finds payloads that crash the process, and rejects them after the restart.
 
-Decoders and runtimes are native code, which one damaged file can crash. Without the journal a client that sends the
-same file again would crash the daemon again and again. Nothing here knows gRPC, models or tasks. Any thread may call
-any method.
+Decoders and runtimes are native code, which one damaged file can crash. Without the journal, a client that sends the
+file again would crash the daemon again. Any thread may call any method.
 """
 
 from __future__ import annotations
@@ -58,14 +57,13 @@ class Journal:
             self._open()
         except (OSError, ValueError) as error:
             faulthandler.enable()
-            log.warning(
-                "no crash journal in %s (%s): a payload that crashes the daemon may crash it again", folder, error
-            )
+            text = "no crash journal in %s (%s): a payload that crashes the daemon may crash it again"
+            log.warning(text, folder, error)
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "in-flight"
-        path.touch()
+        path.touch()  # "a+b" would append each slot, and "w+b" would lose those of the previous process
         file = path.open("r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

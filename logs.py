@@ -58,7 +58,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Returns whether one of our loggers made the record, not one of a library."""
+    """Returns whether the record is from one of our loggers and not from a library's."""
     return record.name.startswith("lumen")
 
 
@@ -124,6 +124,22 @@ class Summary:
     items: int = 0
     last_rejected: str = ""
 
+    def log(self, now: float) -> None:
+        requests = len(self.seconds) + self.cancelled
+        if not requests:
+            return
+        p95 = sorted(self.seconds or [0.0])[-(-len(self.seconds) * 95 // 100) - 1]
+        log.info(
+            "in %.0f s: %d requests, %d errors, %d cancelled, batches of %.1f, p95 %.0f ms, longest queue %d",
+            now - self.since,
+            requests,
+            self.errors,
+            self.cancelled,
+            self.items / max(self.batches, 1),
+            1000 * p95,
+            self.longest_queue,
+        )
+
 
 class Traffic:
     """Counts requests, batches and rejected calls, for `metrics` and for a summary line in the log.
@@ -187,12 +203,6 @@ class Traffic:
             if now - summary.since < interval:
                 return
             self._summary = Summary(now, self._queue)
-        if count := len(summary.seconds) + summary.cancelled:
-            p95 = 1000 * sorted(summary.seconds or [0.0])[-(-len(summary.seconds) * 95 // 100) - 1]
-            log.info(
-                "in %.0f s: %d requests, %d errors, %d cancelled, batches of %.1f, p95 %.0f ms, longest queue %d",
-                *(now - summary.since, count, summary.errors, summary.cancelled),
-                *(summary.items / max(summary.batches, 1), p95, summary.longest_queue),
-            )
+        summary.log(now)
         if summary.last_rejected:
             log.info("rejected calls since the start: %s; last: %s", dict(self._rejected), summary.last_rejected)
