@@ -17,8 +17,6 @@ from metrics import Metrics
 
 log = logging.getLogger("lumen.logs")
 
-# --- formats ----------------------------------------------------------------------------------------------------
-
 
 def stderr_is_journal() -> bool:
     """Returns whether standard error is connected to systemd's journal directly, not through a file or a pipe."""
@@ -62,9 +60,6 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.name.startswith("lumen")
 
 
-# --- limits -----------------------------------------------------------------------------------------------------
-
-
 class RepeatLimiter(logging.Filter):
     """Limits lines of the same kind to `PER_MINUTE` a minute. A board keeps its log on an SD card, and any client can
     cause any number of lines.
@@ -97,9 +92,6 @@ class RepeatLimiter(logging.Filter):
         if count + 1 == self.PER_MINUTE:
             record.msg = f"{record.msg} (similar lines are suppressed for a minute)"
         return count < self.PER_MINUTE
-
-
-# --- traffic ----------------------------------------------------------------------------------------------------
 
 
 class FinishedRequest(Protocol):
