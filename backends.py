@@ -47,7 +47,7 @@ log = logging.getLogger("lumen.backends")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
-Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `watch.download`
+Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `model_files.report_download`
 
 
 # Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).

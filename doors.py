@@ -98,17 +98,17 @@ def _is_loopback(host: str) -> bool:
 
 
 class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
-    """Turns away calls without the token, before they hold anything. The standard health service stays open.
+    """Rejects calls without the token before they occupy anything. The standard health service stays open.
 
     The refusal reads no message: one that waited for it would let silent strangers hold threads.
     """
 
-    def __init__(self, token: bytes, turned_away: Callable[[str, str], None]) -> None:
-        """`turned_away` is told the reason and the peer."""
+    def __init__(self, token: bytes, count_rejected: Callable[[str, str], None]) -> None:
+        """`count_rejected` is called with the reason and the peer of each rejected call."""
         self._expected = b"Bearer " + token
 
         def refuse(_: Any, context: Any) -> None:
-            turned_away("no valid token", context.peer())
+            count_rejected("no valid token", context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "metadata authorization: allowed: Bearer and the token")
 
         self._refusal = grpc.stream_stream_rpc_method_handler(refuse)

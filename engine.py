@@ -24,8 +24,8 @@ import orjson
 import machine
 from fair_queue import FairQueue, Flow, Shares
 from inputs import BadInput
+from logs import Traffic
 from machine import clock
-from watch import Traffic
 
 log = logging.getLogger("lumen.engine")
 
@@ -198,7 +198,7 @@ class Engine:
         lanes: int = 1,
     ) -> None:
         """`holding`: entered while a batch runs, with the digests of its payloads if its line is journaled."""
-        self._traffic = traffic or Traffic(())
+        self._traffic = traffic or Traffic()
         self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by `machine.clock`
         self.failures = Counter[str]()  # by tower: batches in a row of which not one item had a result
         self._holding = holding or (lambda digests: nullcontext())
@@ -440,7 +440,7 @@ class Engine:
         if batch.alone:
             line.alone_items += count
             line.alone_s += seconds
-        self._traffic.ran(line.name, count)
+        self._traffic.count_batch(line.name, count)
         if line.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)
             self.failures[line.tower] = self.failures[line.tower] + 1 if failed else 0

@@ -15,9 +15,10 @@ import machine
 from assembly import Budget, Lease
 from engine import DecodePool, Engine, Job
 from fair_queue import Flow
+from journal import Journal
+from logs import Traffic
 from settings import Settings
 from tasks import Models, Request, Task, find_task, prepare, prepared_bytes, read_meta
-from watch import Journal, Traffic
 
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
 DECODE_THREADS_MAX = 4
@@ -38,7 +39,7 @@ class Intake:
         """The job of a request, which `begin` starts. None: of one that could not be assembled."""
         task, size = (request.task[:TASK_NAME_SHOWN], len(request.payload)) if request else ("", 0)
         job = Job(correlation_id, task, size, flow)
-        self._traffic.queued(1)
+        self._traffic.count_queued(1)
         # Callbacks capture as little as they can: they live as long as the job.
         job.answer.add_done_callback(partial(_no_longer_queued, self._traffic))
         self._engine.expect(job)
@@ -105,4 +106,4 @@ class Intake:
 
 
 def _no_longer_queued(traffic: Traffic, _: object) -> None:
-    traffic.queued(-1)
+    traffic.count_queued(-1)

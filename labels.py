@@ -25,7 +25,7 @@ log = logging.getLogger("lumen.labels")
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
-Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `watch.download`
+Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `model_files.report_download`
 
 ENCODE_BATCH = 32  # prompts a forward
 SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it

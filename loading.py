@@ -17,9 +17,9 @@ from typing import Any
 
 import treeoflife
 import vectorfile
-import watch
 from engine import Answer, Engine, Job, Line, Steps
 from labels import ENCODE_BATCH, LabelError, Vectors
+from model_files import report_download
 from tasks import Model, Models
 from taxa import RECIPE, Species
 from vectorfile import TextVectors
@@ -63,7 +63,7 @@ class SpeciesLoader:
                 return self._species(found)
             if self._source:
                 return None
-        path = treeoflife.names_file(self._source, self._data_dir, partial(watch.download, say))
+        path = treeoflife.names_file(self._source, self._data_dir, partial(report_download, say))
         digest = treeoflife.sha256_of(path)
         wanted = treeoflife.wanted_of(backend.model_id, RECIPE.name, digest, backend.dim)
         if found := treeoflife.kept(self._folder, wanted, self._encode):

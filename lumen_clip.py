@@ -35,23 +35,25 @@ from google.protobuf import empty_pb2
 
 import backends
 import labels
+import logs
 import machine
+import metrics
 import vectorfile
-import watch
 from backends import Backend
 from doors import Beacon
 from engine import Engine
 from inputs import BackendError
+from journal import Journal
 from labels import LabelError, LabelSet
 from labelsets import PROMPTS, Maker, OwnSets
 from loading import SpeciesLoader
 from machine import clock
+from model_files import report_download
 from scenes import SceneSet, read_scenes
 from service import Daemon, start_server
 from settings import VERSION, SettingError, Settings, demo_environment
 from tasks import Model, Models
 from taxa import Species
-from watch import Journal
 
 log = logging.getLogger("lumen")
 
@@ -86,7 +88,7 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
     for name in loaded:
         if settings.backend_of(name) == "none":
             continue
-        options = replace(settings.options(name), watched=partial(watch.download, say))
+        options = replace(settings.options(name), watched=partial(report_download, say))
         # Clients are told this too: a file's name, and not where it lies.
         where = "" if options.model.startswith("hf-hub:") else "[^:]*/"
         say(f"loading {re.sub(where, '', options.model)} ({options.backend})")
@@ -135,7 +137,7 @@ def _classes(
     backend: Backend, encode: labels.Encode, folder: Path, settings: Settings, say: Callable[[str], None]
 ) -> LabelSet:
     """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime."""
-    watched = partial(watch.download, say)
+    watched = partial(report_download, say)
 
     own = settings.clip_labels
     names = labels.class_names(settings.lumen_data_dir, own, watched)
@@ -216,10 +218,7 @@ def serve_metrics(daemon: Daemon, host: str) -> None:
     """Raises SettingError."""
     port = daemon.settings.lumen_metrics_port
     try:
-        watch.serve_metrics(daemon.traffic, host, port)
-    except ImportError:
-        text = "prometheus-client is not installed; pip install prometheus-client"
-        raise SettingError(f"LUMEN_METRICS_PORT={port}: {text}") from None
+        metrics.serve(daemon.traffic.metrics, host, port)
     except OSError as error:
         raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
 
@@ -313,16 +312,16 @@ def prepare_process(options: argparse.Namespace) -> None:
     """Log, memory and what libraries may print; before any of them begins."""
     # The level is ours; libraries speak when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.root.handlers[0].addFilter(watch.Brevity())
+    logging.root.handlers[0].addFilter(logs.RepeatLimiter())
     # Pillow warns of each broken EXIF entry. "always" because the other actions keep every text in memory.
     warnings.filterwarnings("always", module=r"PIL\.")
     logging.captureWarnings(True)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
     machine.use_one_heap()
     if options.log_format == "json":
-        logging.root.handlers[0].setFormatter(watch.JSONLines())
-    elif watch.goes_to_the_journal():
-        logging.root.handlers[0].setFormatter(watch.JournalLines())
+        logging.root.handlers[0].setFormatter(logs.JSONFormatter())
+    elif logs.stderr_is_journal():
+        logging.root.handlers[0].setFormatter(logs.JournalFormatter())
     if options.log_format == "json" or not sys.stderr.isatty():
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
     log.setLevel(options.log_level.upper())
@@ -353,7 +352,7 @@ def stop(daemon: Daemon, beacon: Beacon) -> None:
     daemon.drain(DRAIN_S)
     time.sleep(LINGER_S)
     daemon.journal.close()
-    daemon.traffic.say(0)
+    daemon.traffic.log_summary(0)
     log.info("stopped")
 
 
@@ -373,7 +372,7 @@ def supervise(daemon: Daemon, events: Events) -> str:
             clock.tick(beat)
             daemon.check_streams()
             machine.trim_memory()
-            daemon.traffic.say(TRAFFIC_LOG_S)
+            daemon.traffic.log_summary(TRAFFIC_LOG_S)
         if trouble := daemon.trouble():
             return trouble
         if watchdog:
@@ -382,7 +381,7 @@ def supervise(daemon: Daemon, events: Events) -> str:
 
 def complain(error: Exception) -> None:
     """One line for the operator; in the journal, which names us by itself, of an error's priority."""
-    print("<3>" if watch.goes_to_the_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
+    print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
 
 
 def _report(error: BaseException) -> None:

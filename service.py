@@ -39,6 +39,8 @@ from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from inputs import BadInput
 from intake import Intake
+from journal import Journal
+from logs import Traffic
 from machine import clock
 from settings import VERSION, Settings
 from tasks import (
@@ -55,7 +57,6 @@ from tasks import (
     Task,
 )
 from taxa import LABEL_FORMATS, RANKS
-from watch import Journal, Traffic
 
 log = logging.getLogger("lumen.service")
 
@@ -128,7 +129,7 @@ class Stream:
                     response = self._response(job)
                 except futures.CancelledError:
                     return
-                self._daemon.traffic.ended(job, OUTCOMES[response.error.code])
+                self._daemon.traffic.count_request(job, OUTCOMES[response.error.code])
                 self._yielding_since = clock.now()
                 self._in_work.discard(job)
                 self._answered_since = self._yielding_since
@@ -145,7 +146,7 @@ class Stream:
             log.debug("a stream is over after %d answers%s", answered, ", cut off" if self._gone else "")
             self._leave()
             for job in list(self._in_work):
-                self._daemon.traffic.ended(job, "cancelled")
+                self._daemon.traffic.count_request(job, "cancelled")
 
     def check(self, now: float) -> None:
         """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
@@ -435,9 +436,9 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         stream = Stream(self, models, request_iterator, context)
         if not self._admit(stream):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
-            self.traffic.turned_away("too many streams", context.peer())
+            self.traffic.count_rejected("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        self.traffic.stream(1)
+        self.traffic.count_streams(1)
         try:
             if not context.add_callback(partial(self._remove_stream, stream)):
                 self._remove_stream(stream)
@@ -446,7 +447,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             yield from stream.answers()
         finally:
             stream.over = True
-            self.traffic.stream(-1)
+            self.traffic.count_streams(-1)
 
     def _admit(self, stream: Stream) -> bool:
         """Gives the stream a place, if there is one now or if one may become free in a moment.
@@ -584,7 +585,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, "grpc"),
         maximum_concurrent_rpcs=threads,
-        interceptors=[Doorkeeper(token, daemon.traffic.turned_away)] if token else [],
+        interceptors=[Doorkeeper(token, daemon.traffic.count_rejected)] if token else [],
         options=[
             ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
             ("grpc.max_receive_message_length", message_bytes),

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -29,7 +28,6 @@ from google.protobuf.empty_pb2 import Empty
 import client
 import doors
 import machine
-import watch
 from gen import ml_service_pb2 as pb
 from tests.hub import FakeHub, folder_content
 from tests.kit import KEPT, ROOT, Node, label_files, run_client, wait_until
@@ -491,12 +489,6 @@ def test_a_terminal_has_bars_and_the_journal_has_lines(tmp_path: Path, tiny_onnx
         assert run.returncode == 2 and os.read(read, 4096).decode().startswith(said)
     os.close(read)
     os.close(write)
-    for level, name, line in (
-        (logging.INFO, "lumen.labels", "<6>all is well\n<6>so far"),
-        (logging.CRITICAL, "zeroconf", "<2>zeroconf: all is well\n<2>so far"),
-    ):
-        record = logging.LogRecord(name, level, "", 0, "all is %s\nso far", ("well",), None)
-        assert watch.JournalLines().format(record) == line
 
 
 FOREIGN_CLIENT = r"""

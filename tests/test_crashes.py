@@ -105,7 +105,7 @@ def sent_in_one_batch(node: Node, *payloads: bytes) -> None:
         list(node.stub.Infer(requests, timeout=60))
 
 
-REFUSED = "payload: the daemon crashed over these bytes before, so they are refused"
+REFUSED = "payload: rejected, because the daemon crashed while processing these bytes before"
 
 
 def test_a_picture_that_crashes_the_decoder_does_so_once(misbehaving: Callable[..., Node]) -> None:
@@ -197,9 +197,10 @@ JOURNAL = """
 import contextlib, ctypes, os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, "@ROOT@")
-import inputs, watch
+import inputs
+from journal import Journal
 
-journal = watch.Journal()
+journal = Journal()
 journal.open(Path(sys.argv[1]))
 
 def held(*digests, kind="batch", then=lambda: time.sleep(60)):
@@ -290,14 +291,14 @@ def test_an_orderly_stop_is_no_crash_whatever_was_in_progress(run_with_journal: 
         "time.sleep(0.5)\n"  # by now the first one has ended
         "journal.close()\n"
         "assert not (Path(sys.argv[1]) / 'in-flight').read_bytes()\n"
-        "watch.Journal().close()\n"  # was never opened
+        "Journal().close()\n"  # was never opened
         "os._exit(0)"
     )
     assert run_with_journal("print(*journal._suspects)") == ""
     # A journal that is refused because another daemon uses the folder leaves that daemon's file alone.
     assert run_with_journal(
         "held('good')\n"
-        "second = watch.Journal()\n"
+        "second = Journal()\n"
         "second.open(Path(sys.argv[1]))\n"
         "second.close()\n"
         "print('good' in (Path(sys.argv[1]) / 'in-flight').read_text())"

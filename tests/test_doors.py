@@ -126,7 +126,7 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
     finally:
         release.set()
         assert node.stop() == 0
-    assert token not in node.log and "turned away" in node.log
+    assert token not in node.log and "rejected calls since the start" in node.log
 
 
 @pytest.mark.parametrize(

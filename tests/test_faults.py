@@ -116,7 +116,7 @@ def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
 def test_the_65th_stream_is_refused_at_once_among_a_thousand_connections(harsh: Node) -> None:
     """Lost otherwise: everybody's answers, by one guest with a script; or a board's memory."""
     before = resident_mb(harsh)
-    with outlived(harsh, "calls turned away since the start: .*the last: too many streams"):
+    with outlived(harsh, "rejected calls since the start: .*last: too many streams"):
         peers = [RawPeer(harsh) for _ in range(1000)]
         release = threading.Event()
         message = pb.InferRequest(task="clip_embed", payload=b"a")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import gzip
-import logging
 import re
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +24,11 @@ from PIL import Image
 import assembly
 import engine
 import inputs
+import logs
 import machine
-import watch
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.hostile import INFER, RawPeer, held, impatient, outlived, threads_and_files
+from tests.hostile import INFER, RawPeer, held, impatient, outlived
 from tests.kit import RED, ROOT, SERVICE, Node, encoded, label_files, one_model, picture, resident_mb, wait_until
 
 HEALTH = f"/{SERVICE}/Health"
@@ -333,48 +330,8 @@ def test_the_log_is_not_filled_by_strangers(harsh: Node) -> None:
             harsh.infer()  # a stream without a request
     for said in ("bytes that are no InferRequest", "the stream carried no request"):
         lines = [line for line in harsh.log[seen:].splitlines() if said in line]
-        assert 1 <= len(lines) <= watch.Brevity.PER_MINUTE
-    assert "more like it are left out for a minute" in harsh.log[seen:]
-    # Those of an operator's own trouble are all there, and a minute later it is told how many were not.
-    brevity = watch.Brevity()
-    records = [
-        logging.LogRecord("lumen.x", level, "", 0, "line %d", (1,), None) for level in (20, 40) for _ in range(50)
-    ]
-    kept = [record for record in records if brevity.filter(record)]
-    assert [sum(made.levelno == level for made in kept) for level in (20, 40)] == [brevity.PER_MINUTE, 50]
-    brevity._seen = {kind: (since - 61, count) for kind, (since, count) in brevity._seen.items()}
-    late = logging.LogRecord("lumen.x", 20, "", 0, "line %d", (1,), None)
-    assert brevity.filter(late) and late.getMessage() == "line 1 (and 30 more like it, which are left out)"
-
-
-def test_scrapers_that_dawdle_hold_nothing(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: a thread for each connection to the port of the metrics, for as long as its owner likes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = one_model(tiny_onnx, LUMEN_METRICS_PORT=port) | impatient(tmp_path, {"watch.ScrapeServer.SCRAPE_S": 2})
-    node = Node(label_files(tmp_path / "data"), **settings).ready()
-    try:
-        served(node)
-        before = threads_and_files(node)[0]
-        dawdlers = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(60)]
-        with contextlib.suppress(OSError):  # most are hung up on at once
-            for dawdler in dawdlers:
-                dawdler.sendall(b"GET /metrics HTTP/1.1\r\n")
-        assert threads_and_files(node)[0] <= before + 2 * watch.ScrapeServer.SCRAPERS_MAX + 2
-        time.sleep(1)
-        with contextlib.suppress(OSError):
-            for dawdler in dawdlers:
-                dawdler.sendall(b"x: y\r\n")  # a line a second, for ever
-        time.sleep(2)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            assert b"lumen_open_streams" in answer.read()
-        wait_until(lambda: threads_and_files(node)[0] <= before + 2)
-        for dawdler in dawdlers:
-            dawdler.close()
-        served(node)
-    finally:
-        assert node.stop() == 0 and "Traceback" not in node.log
+        assert 1 <= len(lines) <= logs.RepeatLimiter.PER_MINUTE
+    assert "similar lines are suppressed for a minute" in harsh.log[seen:]
 
 
 # A daemon of which every call fails in a way that nobody thought of.

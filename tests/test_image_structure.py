@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import re
 import struct
 import time
@@ -21,7 +20,7 @@ from PIL import Image, ImageCms
 
 import image_structure
 import inputs
-import watch
+import logs
 from gen import ml_service_pb2 as pb
 from tests.kit import BLUE, FULL, GREEN, RED, Node, encoded, picture, pixels_of
 from tests.structures import (
@@ -394,15 +393,6 @@ def test_only_the_configured_limit_of_pixels_counts() -> None:
     assert pixels.shape == (224, 224, 3)
 
 
-def test_lines_of_libraries_are_limited_even_if_no_two_are_equal() -> None:
-    """An operator loses the lines of the night before, and the board its SD card, to one file with broken EXIF."""
-    brevity = watch.Brevity()
-    records = [logging.LogRecord("py.warnings", 30, "", 0, f"entry {i}", None, None) for i in range(500)]
-    assert sum(map(brevity.filter, records)) == brevity.PER_MINUTE
-    ours = [logging.LogRecord("lumen.x", 30, "", 0, f"template {i}", None, None) for i in range(50)]
-    assert all(map(brevity.filter, ours))
-
-
 # --- a server under attack ----------------------------------------------------------------------------------------
 
 
@@ -450,7 +440,7 @@ def test_a_server_under_attack_answers_others_within_two_seconds(tmp_path: Path)
         sent = sum(sorted(map(len, files))[-3:])  # at any moment, one request of each client
         assert most - base < 200 + sent / 2**20
         warned = [line for line in node.log.splitlines() if "Warning" in line]
-        assert 1 <= len(warned) <= watch.Brevity.PER_MINUTE
+        assert 1 <= len(warned) <= logs.RepeatLimiter.PER_MINUTE
     finally:
         node.process.kill()
         node.stop()

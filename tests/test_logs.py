@@ -1,17 +1,18 @@
-"""Logs and metrics."""
+"""The log: the summary of each minute, its formats, and the limit on repeated lines."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-import socket
-import threading
 import time
-import urllib.request
 from pathlib import Path
 
+import pytest
+
+import logs
 from gen import ml_service_pb2 as pb
-from tests.hostile import held, impatient
+from tests.hostile import impatient
 from tests.kit import RED, Node, encoded, label_files, picture
 
 
@@ -26,7 +27,7 @@ def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path:
     requests += [pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)), correlation_id="é" * 500)]
     assert len(node.infer(*requests)) == 10
     said = node.wait_for(
-        r"in \d+ s: 10 requests, 1 errors, 0 given up, batches of ([\d.]+), p95 (\d+) ms, longest queue (\d+)"
+        r"in \d+ s: 10 requests, 1 errors, 0 cancelled, batches of ([\d.]+), p95 (\d+) ms, longest queue (\d+)"
     )
     assert float(said[1]) >= 1 and 1 <= int(said[3]) <= 10
     time.sleep(6)  # nothing goes through, so nothing is said
@@ -41,38 +42,38 @@ def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path:
     assert sum(", invalid_argument" in line for line in told) == 1
 
 
-def test_prometheus_counts_what_went_through(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: the graph on which one sees that something has changed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {
-        "CLIP_BACKEND": "onnxrt",
-        "CLIP_MODEL": tiny_onnx,
-        "BIOCLIP_BACKEND": "none",
-        "LUMEN_METRICS_PORT": port,
-    }
-    node = Node(label_files(tmp_path), **settings).ready()
-    node.infer(
-        *[pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5, pb.InferRequest(task="nonsense", payload=b"x")
-    )
-    release = threading.Event()
-    call = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release), timeout=60)
-    assert next(call).result
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        metrics = answer.read().decode()
-    release.set()
-    for line in (
-        'lumen_requests_total{outcome="ok",task="clip_embed"} 6.0',
-        'lumen_requests_total{outcome="invalid_argument",task="unknown"} 1.0',
-        'lumen_request_seconds_count{task="clip_embed"} 6.0',
-        "lumen_open_streams 1.0",
-        "lumen_queue_depth 0.0",
-    ):
-        assert line in metrics.splitlines(), metrics
-    assert 'lumen_batch_items_bucket{le="+Inf",line="clip text"}' in metrics and "nonsense" not in metrics
-    second = Node(tmp_path, **settings)
-    assert second.process.wait(60) == 2
-    second.stop()
-    assert re.fullmatch(rf"lumen-clip: LUMEN_METRICS_PORT={port}: Address already in use\n", second.log)
-    assert node.stop() == 0
+def record(logger: str, level: int, text: str, *arguments: object) -> logging.LogRecord:
+    return logging.LogRecord(logger, level, "", 0, text, arguments, None)
+
+
+def test_client_lines_are_limited_and_errors_are_not() -> None:
+    """Without the limit any client could fill the SD card of a board. After a minute the log says how many lines of the
+    same kind were suppressed."""
+    limiter = logs.RepeatLimiter()
+    records = [record("lumen.x", level, "line %d", 1) for level in (logging.INFO, logging.ERROR) for _ in range(50)]
+    kept = [made.levelno for made in records if limiter.filter(made)]
+    assert [kept.count(level) for level in (logging.INFO, logging.ERROR)] == [limiter.PER_MINUTE, 50]
+    limiter._counts = {kind: (since - 61, count) for kind, (since, count) in limiter._counts.items()}
+    late = record("lumen.x", logging.INFO, "line %d", 1)
+    assert limiter.filter(late) and late.getMessage() == "line 1 (30 similar lines were suppressed)"
+
+
+def test_lines_of_libraries_are_limited_even_if_no_two_are_equal() -> None:
+    """Without the limit one file with broken EXIF could push all other lines out of the log."""
+    limiter = logs.RepeatLimiter()
+    library = [record("py.warnings", logging.WARNING, f"entry {i}") for i in range(500)]
+    assert sum(map(limiter.filter, library)) == limiter.PER_MINUTE
+    ours = [record("lumen.x", logging.WARNING, f"template {i}") for i in range(50)]
+    assert all(map(limiter.filter, ours))
+
+
+@pytest.mark.parametrize(
+    ("logger", "level", "line"),
+    [
+        ("lumen.labels", logging.INFO, "<6>all is well\n<6>so far"),
+        ("zeroconf", logging.CRITICAL, "<2>zeroconf: all is well\n<2>so far"),
+    ],
+)
+def test_each_line_for_the_journal_has_its_priority(logger: str, level: int, line: str) -> None:
+    """Without it `journalctl -p warning` finds nothing."""
+    assert logs.JournalFormatter().format(record(logger, level, "all is %s\nso far", "well")) == line
