@@ -41,7 +41,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 MESSAGE_BYTES_MAX = 65 << 20
 CHUNK_THRESHOLD = 1 << 20  # a payload up to this travels as one message, as in the Lumen SDK
 CHUNK_BYTES = 256 << 10
-IN_FLIGHT = 32  # unanswered requests of `infer_many`, at one daemon
+IN_FLIGHT, IN_FLIGHT_EACH = 32, 8  # unanswered requests of `infer_many`: of one daemon, of each of several
 KEEPALIVE_MS = 10_000, 5_000  # a daemon whose cable was pulled says nothing, not even that it is gone
 IMAGE_TASKS = (
     *("clip_classify", "bioclip_classify", "smart_classify"),
@@ -53,9 +53,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
 NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
 NOT_A_FILE = "not a regular file"
 SERVICE_TYPE, DISCOVERY_SECONDS = "_lumen._tcp.local.", 3.0
-# Of several daemons: how long a request may be with one, so that a slow one holds few when the end is near; how far
-# answers may run ahead of the slowest; the bytes that may have to be sent again; when a lost one is asked again.
-LATENCY_SECONDS, AHEAD, HELD_BYTES_MAX, RETURN_SECONDS = 2.0, 1024, 256 << 20, 5.0
+AHEAD = 1024  # requests that `infer_many` reads ahead of the answer that the caller gets next
+HELD_BYTES_MAX = 256 << 20  # of unanswered payloads, which may have to be sent again
+RETURN_SECONDS = 5.0  # after which a daemon that failed is tried again
 HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
 log = logging.getLogger("lumen.client")
@@ -238,71 +238,74 @@ class LumenClient:
 
 
 def infer_many(clients: Sequence[LumenClient], requests: Iterable[Request]) -> Iterator[Result | LumenError]:
-    """Many requests, done by all of these daemons together, each at its own pace, and answered in their order.
+    """Sends the requests to several daemons, each at its own pace; yields the answers in the order of the requests.
 
-    A daemon whose model is not the first one's is left out, what a failing one has not answered is asked of the others,
-    and one that comes back is taken in again; each is a warning in the log. Raises LumenError when no daemon is left,
-    and whatever `requests` raises.
+    A daemon whose model differs from the first daemon's is left out. When a daemon fails, the others get its unanswered
+    requests, and it is used again once it is back. Each of these events is logged as a warning. Raises LumenError when
+    no daemon is left, and whatever `requests` raises.
     """
-    return _Spread(clients, requests).answers()
+    return _PullQueue(clients, requests).answers()
 
 
 @dataclass
-class _Node:
+class _Daemon:
     client: LumenClient
-    window: float  # unanswered requests at most; of several daemons it follows their pace
-    taken: deque[tuple[int, Request, float]] = field(default_factory=deque)  # those: number, request, since when
-    models: dict[str, str] = field(default_factory=dict)  # empty: not known, or it is the only daemon
-    lost: LumenError | None = None
-    unfit: bool = False  # it stays lost
+    models: dict[str, str] | None = None  # None until the daemon has answered; empty if it is the only daemon
+    taken: deque[tuple[int, Request]] = field(default_factory=deque)  # its unanswered requests, with their numbers
+    error: LumenError | None = None  # why it is not in use
+    refusal: LumenError | None = None  # why it will not be used again
 
 
-class _Spread:
-    """One `infer_many`: a thread draws requests, one for each daemon has its stream, the caller's takes answers."""
+class _PullQueue:
+    """One `infer_many`. Each daemon has a stream and takes the next request when it has answered one.
+
+    One thread reads `requests`, one thread for each daemon reads its answers, and the caller's thread yields them.
+    """
 
     def __init__(self, clients: Sequence[LumenClient], requests: Iterable[Request]) -> None:
-        self._windows = (4, 2) if len(clients) > 1 else (IN_FLIGHT, IN_FLIGHT)  # the first, and the least
-        self._nodes, self._requests = [_Node(client, self._windows[0]) for client in clients], requests
-        self._changed = threading.Condition()  # guards what follows, and the nodes
-        self._models: dict[str, str] = {}  # the first daemon's
+        self._requests, self._daemons = requests, [_Daemon(client) for client in clients]
+        self._window = IN_FLIGHT if len(clients) == 1 else IN_FLIGHT_EACH
+        self._changed = threading.Condition()  # guards the daemons and everything below
         self._waiting: deque[tuple[int, Request]] = deque()
         self._answers: dict[int, Result | LumenError] = {}
-        self._drawn = self._yielded = self._held = 0
-        self._more, self._over = True, False
-        self._failure: Exception | None = None
+        self._drawn = self._yielded = self._held = 0  # requests; answers; bytes of unanswered payloads
+        self._models: dict[str, str] = {}  # task -> the model that every daemon must have
+        self._drained = self._closed = False  # `requests` has ended; the caller wants no more answers
+        self._failure: Exception | None = None  # raised by `requests`
+        self._last_error = LumenError("invalid_argument", "no daemon is given")
 
     def answers(self) -> Iterator[Result | LumenError]:
         threading.Thread(target=self._draw, daemon=True).start()
-        for node in self._nodes:
-            threading.Thread(target=self._work, args=(node,), daemon=True).start()
+        for daemon in self._daemons:
+            threading.Thread(target=self._run, args=(daemon,), daemon=True).start()
         try:
             while answer := self._next():
                 yield answer
         finally:
             with self._changed:
-                self._over = True
+                self._closed = True
                 self._changed.notify_all()
-        if self._failure:
-            raise self._failure
 
     def _next(self) -> Result | LumenError | None:
-        def news() -> bool:
-            done = not self._more and self._yielded == self._drawn
-            return self._yielded in self._answers or done or all(node.lost for node in self._nodes)
+        def done() -> bool:
+            return self._drained and self._yielded == self._drawn
 
         with self._changed:
-            self._changed.wait_for(news)
-            if answer := self._answers.pop(self._yielded, None):
+            self._changed.wait_for(
+                lambda: self._yielded in self._answers or done() or all(daemon.error for daemon in self._daemons)
+            )
+            answer = self._answers.pop(self._yielded, None)
+            if answer:
                 self._yielded += 1
                 self._changed.notify_all()
-            elif (self._more or self._yielded < self._drawn) and not self._failure:
-                raise self._nodes[-1].lost or AssertionError
+            elif self._failure or not done():
+                raise self._failure or self._last_error
             return answer
 
     def _draw(self) -> None:
         def room() -> bool:
             near = self._drawn - self._yielded < AHEAD and self._held < HELD_BYTES_MAX
-            return self._over or (near and len(self._waiting) < 2 * len(self._nodes))
+            return self._closed or (near and len(self._waiting) < 2 * len(self._daemons))
 
         try:
             for request in self._requests:
@@ -312,74 +315,74 @@ class _Spread:
                     self._held += len(request.payload)
                     self._changed.notify_all()
                     self._changed.wait_for(room)
-                    if self._over:
+                    if self._closed:
                         return
-        except Exception as error:  # it is the caller's
+        except Exception as error:  # the caller gets it after the answers
             self._failure = error
         with self._changed:
-            self._more = False
+            self._drained = True
             self._changed.notify_all()
 
-    def _work(self, node: _Node) -> None:
-        while not self._over and not node.unfit:
+    def _run(self, daemon: _Daemon) -> None:
+        """Uses the daemon, again and again if it fails."""
+        while not (self._closed or daemon.refusal):
             try:
-                models = node.client.models() if len(self._nodes) > 1 else {}
-                with self._changed:
-                    node.models, node.lost = models, None
-                    self._changed.notify_all()
-                for answer in node.client._stream(iter(lambda: self._take(node), None)):
-                    self._put(node, answer)
-                self._lose(node, LumenError("internal", "the daemon ended the stream"))
-            except LumenError as error:
-                self._lose(node, error)
-            except Exception as error:  # a thread that died of anything would keep its requests for itself
-                self._lose(node, LumenError("internal", repr(error)))
+                self._use(daemon)
+            except Exception as error:  # the thread must give its requests back, whatever happened
+                failed = error if isinstance(error, LumenError) else LumenError("internal", repr(error))
+                self._give_back(daemon, daemon.refusal or failed)
             with self._changed:
-                self._changed.wait_for(lambda: self._over, RETURN_SECONDS)
+                self._changed.wait_for(lambda: self._closed, RETURN_SECONDS)
 
-    def _take(self, node: _Node) -> Request | None:
-        """The daemon's next request; None when there will be none."""
+    def _use(self, daemon: _Daemon) -> None:
+        """Sends requests over one stream until it ends, and raises the reason."""
+        models = daemon.client.models() if len(self._daemons) > 1 else {}
+        taken: deque[tuple[int, Request]] = deque()
+        with self._changed:
+            daemon.models, daemon.taken, daemon.error = models, taken, None
+            self._changed.notify_all()
+        for answer in daemon.client._stream(iter(lambda: self._take(daemon, taken), None)):
+            with self._changed:
+                number, request = taken.popleft()
+                self._answers[number] = answer
+                self._held -= len(request.payload)
+                self._changed.notify_all()
+        raise LumenError("internal", "the daemon ended the stream")
 
-        def due() -> bool:  # the first daemon, by which the others are judged, may be slow to answer
-            known = len(self._nodes) == 1 or all(other.lost or other.models for other in self._nodes)
-            return self._over or bool(node.lost or (known and self._waiting and len(node.taken) < node.window))
+    def _take(self, daemon: _Daemon, taken: deque[tuple[int, Request]]) -> Request | None:
+        """The next request of the daemon's stream; None to end the stream."""
+
+        def ended() -> bool:
+            return self._closed or daemon.taken is not taken  # the stream has failed
+
+        def ready() -> bool:  # the first daemon sets the model, even if it is slow to answer
+            known = all(other.error or other.models is not None for other in self._daemons)
+            return known and bool(self._waiting) and len(taken) < self._window
 
         with self._changed:
-            self._changed.wait_for(due)
-            if self._over or node.lost:
+            self._changed.wait_for(lambda: ended() or ready())
+            if ended():
                 return None
             number, request = self._waiting[0]
-            task, mine = request.task, node.models.get(request.task, "missing")
-            first = next((other.models[task] for other in self._nodes if task in other.models), "missing")
-            if mine != self._models.setdefault(task, first):
-                node.unfit = True
-                text = f"left out: its model for {task} is {mine}, the first daemon's {self._models[task]}"
-                self._lose(node, LumenError("failed_precondition", text))
+            models = [other.models for other in self._daemons if other.models and request.task in other.models]
+            expected = self._models.setdefault(request.task, models[0][request.task] if models else "missing")
+            model = (daemon.models or {}).get(request.task, "missing")
+            if model != expected:
+                text = f"left out: its model for {request.task} is {model}, the first daemon's {expected}"
+                daemon.refusal = LumenError("failed_precondition", text)
                 return None
             self._waiting.popleft()
-            node.taken.append((number, request, time.monotonic()))
+            taken.append((number, request))
             self._changed.notify_all()
             return request
 
-    def _put(self, node: _Node, answer: Result | LumenError) -> None:
+    def _give_back(self, daemon: _Daemon, error: LumenError) -> None:
         with self._changed:
-            if node.lost:  # what it had has been given back
-                return
-            number, request, since = node.taken.popleft()
-            step = 1 / node.window if time.monotonic() - since < LATENCY_SECONDS else -1
-            node.window = min(max(node.window + step, self._windows[1]), IN_FLIGHT)
-            self._answers[number] = answer
-            self._held -= len(request.payload)
-            self._changed.notify_all()
-
-    def _lose(self, node: _Node, error: LumenError) -> None:
-        with self._changed:
-            if not (self._over or node.lost or len(self._nodes) == 1):
-                again = f"; {len(node.taken)} unanswered requests go to the others" if node.taken else ""
-                log.warning("%s: %s%s", node.client.address, error, again)
-            self._waiting.extendleft((number, request) for number, request, _ in reversed(node.taken))
-            node.taken.clear()
-            node.lost, node.window = node.lost or error, self._windows[0]
+            if not (self._closed or daemon.error or len(self._daemons) == 1):
+                again = f"; {len(daemon.taken)} unanswered requests go to the others" if daemon.taken else ""
+                log.warning("%s: %s%s", daemon.client.address, error, again)
+            self._waiting.extendleft(reversed(daemon.taken))
+            daemon.taken, daemon.error, self._last_error = deque(), error, error
             self._changed.notify_all()
 
 
