@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import empty_pb2
@@ -253,10 +253,10 @@ class _PullQueue:
         self._window = IN_FLIGHT if len(clients) == 1 else IN_FLIGHT_EACH
         self._changed = threading.Condition()  # guards the daemons and everything below
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._answers: dict[int, Result | LumenError] = {}
+        self._answers: dict[int, Result | LumenError | None] = {}  # None marks the end
         self._drawn = self._yielded = self._held = 0  # requests; answers; bytes of unanswered payloads
         self._models: dict[str, str] = {}  # task -> the model that every daemon must have
-        self._drained = self._closed = False  # `requests` has ended; the caller wants no more answers
+        self._closed = False  # the caller wants no more answers
         self._failure: Exception | None = None  # raised by `requests`
         self._last_error = LumenError("invalid_argument", "no daemon is given")
 
@@ -271,22 +271,17 @@ class _PullQueue:
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
+        if self._failure:
+            raise self._failure
 
     def _next(self) -> Result | LumenError | None:
-        def done() -> bool:
-            return self._drained and self._yielded == self._drawn
-
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._yielded in self._answers or done() or all(daemon.error for daemon in self._daemons)
-            )
-            answer = self._answers.pop(self._yielded, None)
-            if answer:
-                self._yielded += 1
-                self._changed.notify_all()
-            elif self._failure or not done():
-                raise self._failure or self._last_error
-            return answer
+            self._changed.wait_for(lambda: self._yielded in self._answers or all(d.error for d in self._daemons))
+            if self._yielded not in self._answers:
+                raise self._last_error
+            self._yielded += 1
+            self._changed.notify_all()
+            return self._answers.pop(self._yielded - 1)
 
     def _draw(self) -> None:
         def room() -> bool:
@@ -306,21 +301,27 @@ class _PullQueue:
         except Exception as error:  # the caller gets it after the answers
             self._failure = error
         with self._changed:
-            self._drained = True
+            self._answers[self._drawn] = None
             self._changed.notify_all()
 
     def _run(self, daemon: _Daemon) -> None:
-        """Uses the daemon, again and again if it fails."""
+        """Uses the daemon. If it fails, returns its requests to the queue and tries it again later."""
         while not (self._closed or daemon.refusal):
             try:
                 self._use(daemon)
-            except Exception as error:  # the thread must give its requests back, whatever happened
-                failed = error if isinstance(error, LumenError) else LumenError("internal", repr(error))
-                self._give_back(daemon, daemon.refusal or failed)
+            except Exception as raised:  # the requests must be returned, whatever happened
+                failed = raised if isinstance(raised, LumenError) else LumenError("internal", repr(raised))
+                error = daemon.refusal or failed
             with self._changed:
+                if not (self._closed or daemon.error or len(self._daemons) == 1):
+                    again = f"; {len(daemon.taken)} unanswered requests go to the others" if daemon.taken else ""
+                    log.warning("%s: %s%s", daemon.client.address, error, again)
+                self._waiting.extendleft(reversed(daemon.taken))
+                daemon.taken, daemon.error, self._last_error = deque(), error, error
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed, RETURN_SECONDS)
 
-    def _use(self, daemon: _Daemon) -> None:
+    def _use(self, daemon: _Daemon) -> NoReturn:
         """Sends requests over one stream until it ends, and raises the reason."""
         models = daemon.client.models() if len(self._daemons) > 1 else {}
         taken: deque[tuple[int, Request]] = deque()
@@ -361,15 +362,6 @@ class _PullQueue:
             taken.append((number, request))
             self._changed.notify_all()
             return request
-
-    def _give_back(self, daemon: _Daemon, error: LumenError) -> None:
-        with self._changed:
-            if not (self._closed or daemon.error or len(self._daemons) == 1):
-                again = f"; {len(daemon.taken)} unanswered requests go to the others" if daemon.taken else ""
-                log.warning("%s: %s%s", daemon.client.address, error, again)
-            self._waiting.extendleft(reversed(daemon.taken))
-            daemon.taken, daemon.error, self._last_error = deque(), error, error
-            self._changed.notify_all()
 
 
 def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
