@@ -1,61 +1,49 @@
-"""The way in for people: a small client class and its command line.
+"""The client: a Python class for programs, and a command line for people.
 
     python client.py clip_classify photo.jpg --topk 3
     python client.py clip_embed "a red bicycle"
     python client.py clip_image_embed ~/Photos --out vectors.npz --discover
 
-Runs with `grpcio`, `protobuf` and `gen/` alone, so it can be copied into another project. numpy (for .npz), tqdm (for
-a progress bar) and zeroconf (for --discover) are imported where they are used. `LumenClient` talks to one daemon,
-`infer_many` to several at once.
+`LumenClient` talks to one daemon, `infer_many` shares work among several, `discover` finds them by mDNS. To use the
+client in another project, copy this file, `client_files.py` and `gen/`. It needs `grpcio` and `protobuf`. numpy (for
+.npz), tqdm (for the progress bar) and zeroconf (for --discover) are imported where they are used.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
-import io
-import itertools
 import json
 import logging
-import mimetypes
 import os
 import sys
-import tempfile
 import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import empty_pb2
 
+import client_files as files
+from client_files import OutputError, UsageError
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MESSAGE_BYTES_MAX = 65 << 20
-CHUNK_THRESHOLD = 1 << 20  # a payload up to this travels as one message, as in the Lumen SDK
+CHUNK_THRESHOLD = 1 << 20  # larger payloads are sent in chunks, as the Lumen SDK does
 CHUNK_BYTES = 256 << 10
-IN_FLIGHT = 32  # unanswered requests of `infer_many`, at one daemon
-KEEPALIVE_MS = 10_000, 5_000  # a daemon whose cable was pulled says nothing, not even that it is gone
-IMAGE_TASKS = (
-    *("clip_classify", "bioclip_classify", "smart_classify"),
-    *("clip_image_embed", "bioclip_image_embed", "semantic_image_embed"),
-)
-TEXT_TASKS = ("clip_embed", "bioclip_embed", "semantic_text_embed")
-AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of the bytes of JSON; a server that knows it not sends JSON
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
-NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
-NOT_A_FILE = "not a regular file"
+IN_FLIGHT, IN_FLIGHT_EACH = 32, 8  # unanswered requests of `infer_many`: of one daemon, of each of several
+KEEPALIVE_MS = 10_000, 5_000  # interval and timeout: detects a daemon that has lost its network
+AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of JSON's size; servers without support for it send JSON
 SERVICE_TYPE, DISCOVERY_SECONDS = "_lumen._tcp.local.", 3.0
-# Of several daemons: how long a request may be with one, so that a slow one holds few when the end is near; how far
-# answers may run ahead of the slowest; the bytes that may have to be sent again; when a lost one is asked again.
-LATENCY_SECONDS, AHEAD, HELD_BYTES_MAX, RETURN_SECONDS = 2.0, 1024, 256 << 20, 5.0
+AHEAD = 1024  # requests that `infer_many` reads ahead of the answer that the caller gets next
+HELD_BYTES_MAX = 256 << 20  # of unanswered payloads, which may have to be sent again
+RETURN_SECONDS = 5.0  # after which a daemon that failed is tried again
 HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
 log = logging.getLogger("lumen.client")
@@ -68,16 +56,20 @@ class LumenError(Exception):
         super().__init__(f"{message} ({code})")
         self.code, self.message, self.detail = code, message, detail
 
-    @classmethod
-    def of_call(cls, error: grpc.RpcError) -> LumenError:
-        """A gRPC failure as an error of ours."""
+
+@contextmanager
+def _rpc_errors() -> Iterator[None]:
+    """Raises a gRPC failure as a LumenError."""
+    try:
+        yield
+    except grpc.RpcError as error:
         call: Any = error  # grpc.RpcError is a Call too, which its type does not say
-        return cls(call.code().name.lower(), call.details() or "the call failed")
+        raise LumenError(call.code().name.lower(), call.details() or "the call failed") from error
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to ask: a task, its payload, and meta such as topk, labels, prompt_template or label_format."""
+    """A task, its payload, and meta such as topk, labels, prompt_template or label_format."""
 
     task: str
     payload: bytes
@@ -87,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """An answer: `data` is the labels_v1 or embedding_v1 object, `meta` the response's own."""
+    """An answer. `data` is the labels_v1 or embedding_v1 object, `meta` is that of the response."""
 
     task: str
     mime: str
@@ -96,35 +88,37 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Door:
-    """How to enter a daemon that does not stand open: PEM bytes, and the token. All of it is optional."""
+class Credentials:
+    """What a daemon with TLS or a token asks for. Certificates and keys are PEM."""
 
     tls: bool = False
-    ca: bytes | None = None  # who signed the daemon's certificate; None: whom the system trusts
-    certificate: bytes | None = None  # our own, where the daemon asks for one, with its key
+    ca: bytes | None = None  # the CA that signed the daemon's certificate; None: the CAs that gRPC trusts
+    certificate: bytes | None = None  # the client's certificate with its key, if the daemon asks for one
     key: bytes | None = None
-    name: str = ""  # the certificate's, where it is not the address's
+    name: str = ""  # the name in the daemon's certificate, if it differs from the address
     token: str = ""
 
 
 class LumenClient:
-    """One channel to a daemon; safe to use from several threads. `timeout` is in seconds a call."""
+    """A connection to one daemon. It can be used from several threads. `timeout` is in seconds for each call."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0, door: Door | None = None) -> None:
-        door = door or Door()
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0, credentials: Credentials | None = None
+    ) -> None:
+        given = credentials or Credentials()
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.keepalive_time_ms", KEEPALIVE_MS[0]),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS[1]),
         ]
-        if door.name:
-            options.append(("grpc.ssl_target_name_override", door.name))
+        if given.name:
+            options.append(("grpc.ssl_target_name_override", given.name))
         self.address, self.timeout = address, timeout
-        self._metadata = (("authorization", f"Bearer {door.token}"),) if door.token else ()
-        if door.tls:
-            credentials = grpc.ssl_channel_credentials(door.ca, door.key, door.certificate)
-            self._channel = grpc.secure_channel(address, credentials, options)
+        self._metadata = (("authorization", f"Bearer {given.token}"),) if given.token else ()
+        if given.tls:
+            tls = grpc.ssl_channel_credentials(given.ca, given.key, given.certificate)
+            self._channel = grpc.secure_channel(address, tls, options)
         else:
             self._channel = grpc.insecure_channel(address, options)
         self._stub = pb_grpc.InferenceStub(self._channel)
@@ -139,22 +133,21 @@ class LumenClient:
         self._channel.close()
 
     def infer(self, task: str, payload: bytes, mime: str = "", meta: Mapping[str, str] | None = None) -> Result:
-        """One request; chunked when its payload is over 1 MiB. Raises LumenError."""
-        request = Request(task, payload, mime, meta or {})
-        try:
-            for response in self._stub.Infer(
-                iter(_messages(request, "")), timeout=self.timeout, metadata=self._metadata
-            ):
-                return _result(task, response)
-        except grpc.RpcError as error:
-            raise LumenError.of_call(error) from error
+        """Sends one request and returns its answer. Raises LumenError."""
+        messages = _messages(Request(task, payload, mime, meta or {}), "")
+        with _rpc_errors():
+            for response in self._stub.Infer(messages, timeout=self.timeout, metadata=self._metadata):
+                answer = _answer(task, response)
+                if isinstance(answer, LumenError):
+                    raise answer
+                return answer
         raise LumenError("internal", "the stream ended without an answer")
 
     def infer_many(self, requests: Iterable[Request]) -> Iterator[Result | LumenError]:
-        """Many requests on one stream, answered in their order; one that fails yields its LumenError in its place.
+        """Sends the requests over one stream; yields the answers in their order, a LumenError for each that failed.
 
-        Requests are drawn by a thread, at most 34 ahead of the answers. Raises LumenError if the stream fails, and
-        whatever `requests` raises.
+        A thread reads `requests`, at most 34 ahead of the answers. Raises LumenError if the stream fails, and whatever
+        `requests` raises.
         """
         return infer_many([self], requests)
 
@@ -168,19 +161,18 @@ class LumenClient:
 
         call = self._stub.Infer(send(), metadata=self._metadata)
         try:
-            for number, response in enumerate(call):
-                if response.correlation_id != str(number):
-                    raise LumenError("internal", f"answer {number} carries the id {response.correlation_id!r}")
-                yield _result_or_error(tasks.popleft(), response)
-        except grpc.RpcError as error:
-            raise LumenError.of_call(error) from error
+            with _rpc_errors():
+                for number, response in enumerate(call):
+                    if response.correlation_id != str(number):
+                        raise LumenError("internal", f"answer {number} has the id {response.correlation_id!r}")
+                    yield _answer(tasks.popleft(), response)
         finally:
             call.cancel()
 
     def classify(
         self, image: bytes, task: str = "clip_classify", topk: int | None = None, labels: Sequence[str] | None = None
     ) -> list[tuple[str, float]]:
-        """(label, probability) pairs, best first; `labels` are the caller's own (clip_classify). Raises LumenError."""
+        """(label, probability) pairs, best first. `labels` is for clip_classify only. Raises LumenError."""
         meta = {} if topk is None else {"topk": str(topk)}
         if labels is not None:
             meta["labels"] = json.dumps(list(labels))
@@ -188,26 +180,24 @@ class LumenClient:
         return [(row["label"], row["score"]) for row in rows]
 
     def embed_image(self, image: bytes, task: str = "clip_image_embed") -> list[float]:
-        """The picture's embedding: `dim` floats of unit length. Raises LumenError."""
+        """The embedding of a picture: `dim` floats of unit length. Raises LumenError."""
         vector: list[float] = self.infer(task, image, meta=AS_TENSOR).data["vector"]
         return vector
 
     def embed_text(self, text: str, task: str = "clip_embed") -> list[float]:
-        """The text's embedding, comparable with the same model's image embeddings. Raises LumenError."""
+        """The embedding of a text, comparable with image embeddings of the same model. Raises LumenError."""
         vector: list[float] = self.infer(task, text.encode(), "text/plain", AS_TENSOR).data["vector"]
         return vector
 
     def capabilities(self) -> list[pb.Capability]:
-        """One for each model. Raises LumenError."""
-        try:
+        """One capability for each model. Raises LumenError."""
+        with _rpc_errors():
             return list(self._stub.StreamCapabilities(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise LumenError.of_call(error) from error
 
     def models(self) -> dict[str, str]:
-        """task -> the space of its vectors, or the model where none is told: what must be equal in one index.
+        """task -> the `space` of its vectors, or the model if the daemon does not report one. Raises LumenError.
 
-        Raises LumenError.
+        Vectors belong into one index only if these are equal.
         """
         found: dict[str, str] = {}
         for capability in self.capabilities():
@@ -216,93 +206,87 @@ class LumenClient:
         return found
 
     def health(self) -> str:
-        """ "SERVING", "NOT_SERVING", ...: what the standard health service says. Raises LumenError.
+        """The state that the standard health service reports, such as "SERVING". Raises LumenError.
 
-        The reply is one varint field (number 1), read here so that no health package is needed.
+        The reply is one varint field with number 1. It is parsed here, so that no health package is needed.
         """
         check = self._channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
-        try:
+        with _rpc_errors():
             reply: bytes = check(b"", timeout=self.timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise LumenError.of_call(error) from error
         state = reply[1] if len(reply) == 2 and reply[0] == 0x08 else 0
         return HEALTH_STATES[state] if state < len(HEALTH_STATES) else "UNKNOWN"
 
     def degraded(self) -> list[str]:
-        """What the daemon runs otherwise than its operator asked, such as images on the CPU. Raises LumenError."""
-        try:
+        """Where the daemon differs from its settings, for example images on the CPU. Raises LumenError."""
+        with _rpc_errors():
             _, call = self._stub.Health.with_call(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise LumenError.of_call(error) from error
         return [str(value) for key, value in call.trailing_metadata() or () if key == "lumen-degraded"]
 
 
 def infer_many(clients: Sequence[LumenClient], requests: Iterable[Request]) -> Iterator[Result | LumenError]:
-    """Many requests, done by all of these daemons together, each at its own pace, and answered in their order.
+    """Sends the requests to several daemons, each at its own pace; yields the answers in the order of the requests.
 
-    A daemon whose model is not the first one's is left out, what a failing one has not answered is asked of the others,
-    and one that comes back is taken in again; each is a warning in the log. Raises LumenError when no daemon is left,
-    and whatever `requests` raises.
+    A daemon whose model differs from the first daemon's is left out. When a daemon fails, the others get its unanswered
+    requests, and it is used again once it is back. Each of these events is logged as a warning. Raises LumenError when
+    no daemon is left, and whatever `requests` raises.
     """
-    return _Spread(clients, requests).answers()
+    return _PullQueue(clients, requests).answers()
 
 
 @dataclass
-class _Node:
+class _Daemon:
     client: LumenClient
-    window: float  # unanswered requests at most; of several daemons it follows their pace
-    taken: deque[tuple[int, Request, float]] = field(default_factory=deque)  # those: number, request, since when
-    models: dict[str, str] = field(default_factory=dict)  # empty: not known, or it is the only daemon
-    lost: LumenError | None = None
-    unfit: bool = False  # it stays lost
+    models: dict[str, str] | None = None  # None until the daemon has answered; empty if it is the only daemon
+    taken: deque[tuple[int, Request]] = field(default_factory=deque)  # its unanswered requests, with their numbers
+    error: LumenError | None = None  # why it is not in use
+    refusal: LumenError | None = None  # why it will not be used again
 
 
-class _Spread:
-    """One `infer_many`: a thread draws requests, one for each daemon has its stream, the caller's takes answers."""
+class _PullQueue:
+    """One `infer_many`. Each daemon has a stream and takes the next request when it has answered one.
+
+    One thread reads `requests`, one thread for each daemon reads its answers, and the caller's thread yields them.
+    """
 
     def __init__(self, clients: Sequence[LumenClient], requests: Iterable[Request]) -> None:
-        self._windows = (4, 2) if len(clients) > 1 else (IN_FLIGHT, IN_FLIGHT)  # the first, and the least
-        self._nodes, self._requests = [_Node(client, self._windows[0]) for client in clients], requests
-        self._changed = threading.Condition()  # guards what follows, and the nodes
-        self._models: dict[str, str] = {}  # the first daemon's
+        self._requests, self._daemons = requests, [_Daemon(client) for client in clients]
+        self._window = IN_FLIGHT if len(clients) == 1 else IN_FLIGHT_EACH
+        self._changed = threading.Condition()  # guards the daemons and everything below
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._answers: dict[int, Result | LumenError] = {}
-        self._drawn = self._yielded = self._held = 0
-        self._more, self._over = True, False
-        self._failure: Exception | None = None
+        self._answers: dict[int, Result | LumenError | None] = {}  # None marks the end
+        self._drawn = self._yielded = self._held = 0  # requests; answers; bytes of unanswered payloads
+        self._models: dict[str, str] = {}  # task -> the model that every daemon must have
+        self._closed = False  # the caller wants no more answers
+        self._failure: Exception | None = None  # raised by `requests`
+        self._last_error = LumenError("invalid_argument", "no daemon is given")
 
     def answers(self) -> Iterator[Result | LumenError]:
         threading.Thread(target=self._draw, daemon=True).start()
-        for node in self._nodes:
-            threading.Thread(target=self._work, args=(node,), daemon=True).start()
+        for daemon in self._daemons:
+            threading.Thread(target=self._run, args=(daemon,), daemon=True).start()
         try:
             while answer := self._next():
                 yield answer
         finally:
             with self._changed:
-                self._over = True
+                self._closed = True
                 self._changed.notify_all()
         if self._failure:
             raise self._failure
 
     def _next(self) -> Result | LumenError | None:
-        def news() -> bool:
-            done = not self._more and self._yielded == self._drawn
-            return self._yielded in self._answers or done or all(node.lost for node in self._nodes)
-
         with self._changed:
-            self._changed.wait_for(news)
-            if answer := self._answers.pop(self._yielded, None):
-                self._yielded += 1
-                self._changed.notify_all()
-            elif (self._more or self._yielded < self._drawn) and not self._failure:
-                raise self._nodes[-1].lost or AssertionError
-            return answer
+            self._changed.wait_for(lambda: self._yielded in self._answers or all(d.error for d in self._daemons))
+            if self._yielded not in self._answers:
+                raise self._last_error
+            self._yielded += 1
+            self._changed.notify_all()
+            return self._answers.pop(self._yielded - 1)
 
     def _draw(self) -> None:
         def room() -> bool:
             near = self._drawn - self._yielded < AHEAD and self._held < HELD_BYTES_MAX
-            return self._over or (near and len(self._waiting) < 2 * len(self._nodes))
+            return self._closed or (near and len(self._waiting) < 2 * len(self._daemons))
 
         try:
             for request in self._requests:
@@ -312,75 +296,72 @@ class _Spread:
                     self._held += len(request.payload)
                     self._changed.notify_all()
                     self._changed.wait_for(room)
-                    if self._over:
+                    if self._closed:
                         return
-        except Exception as error:  # it is the caller's
+        except Exception as error:  # the caller gets it after the answers
             self._failure = error
         with self._changed:
-            self._more = False
+            self._answers[self._drawn] = None
             self._changed.notify_all()
 
-    def _work(self, node: _Node) -> None:
-        while not self._over and not node.unfit:
+    def _run(self, daemon: _Daemon) -> None:
+        """Uses the daemon. If it fails, returns its requests to the queue and tries it again later."""
+        while not (self._closed or daemon.refusal):
             try:
-                models = node.client.models() if len(self._nodes) > 1 else {}
-                with self._changed:
-                    node.models, node.lost = models, None
-                    self._changed.notify_all()
-                for answer in node.client._stream(iter(lambda: self._take(node), None)):
-                    self._put(node, answer)
-                self._lose(node, LumenError("internal", "the daemon ended the stream"))
-            except LumenError as error:
-                self._lose(node, error)
-            except Exception as error:  # a thread that died of anything would keep its requests for itself
-                self._lose(node, LumenError("internal", repr(error)))
+                self._use(daemon)
+            except Exception as raised:  # the requests must be returned, whatever happened
+                failed = raised if isinstance(raised, LumenError) else LumenError("internal", repr(raised))
+                error = daemon.refusal or failed
             with self._changed:
-                self._changed.wait_for(lambda: self._over, RETURN_SECONDS)
+                if not (self._closed or daemon.error or len(self._daemons) == 1):
+                    again = f"; {len(daemon.taken)} unanswered requests go to the others" if daemon.taken else ""
+                    log.warning("%s: %s%s", daemon.client.address, error, again)
+                self._waiting.extendleft(reversed(daemon.taken))
+                daemon.taken, daemon.error, self._last_error = deque(), error, error
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed, RETURN_SECONDS)
 
-    def _take(self, node: _Node) -> Request | None:
-        """The daemon's next request; None when there will be none."""
+    def _use(self, daemon: _Daemon) -> NoReturn:
+        """Sends requests over one stream until it ends, and raises the reason."""
+        models = daemon.client.models() if len(self._daemons) > 1 else {}
+        taken: deque[tuple[int, Request]] = deque()
+        with self._changed:
+            daemon.models, daemon.taken, daemon.error = models, taken, None
+            self._changed.notify_all()
+        for answer in daemon.client._stream(iter(lambda: self._take(daemon, taken), None)):
+            with self._changed:
+                number, request = taken.popleft()
+                self._answers[number] = answer
+                self._held -= len(request.payload)
+                self._changed.notify_all()
+        raise LumenError("internal", "the daemon ended the stream")
 
-        def due() -> bool:  # the first daemon, by which the others are judged, may be slow to answer
-            known = len(self._nodes) == 1 or all(other.lost or other.models for other in self._nodes)
-            return self._over or bool(node.lost or (known and self._waiting and len(node.taken) < node.window))
+    def _take(self, daemon: _Daemon, taken: deque[tuple[int, Request]]) -> Request | None:
+        """The next request of the daemon's stream; None to end the stream."""
+
+        def ended() -> bool:
+            return self._closed or daemon.taken is not taken  # the stream has failed
+
+        def ready() -> bool:  # the first daemon sets the model, even if it is slow to answer
+            known = all(other.error or other.models is not None for other in self._daemons)
+            return known and bool(self._waiting) and len(taken) < self._window
 
         with self._changed:
-            self._changed.wait_for(due)
-            if self._over or node.lost:
+            self._changed.wait_for(lambda: ended() or ready())
+            if ended():
                 return None
             number, request = self._waiting[0]
-            task, mine = request.task, node.models.get(request.task, "missing")
-            first = next((other.models[task] for other in self._nodes if task in other.models), "missing")
-            if mine != self._models.setdefault(task, first):
-                node.unfit = True
-                text = f"left out: its model for {task} is {mine}, the first daemon's {self._models[task]}"
-                self._lose(node, LumenError("failed_precondition", text))
+            models = [other.models for other in self._daemons if other.models and request.task in other.models]
+            expected = self._models.setdefault(request.task, models[0][request.task] if models else "missing")
+            model = (daemon.models or {}).get(request.task, "missing")
+            if model != expected:
+                text = f"left out: its model for {request.task} is {model}, the first daemon's {expected}"
+                daemon.refusal = LumenError("failed_precondition", text)
                 return None
             self._waiting.popleft()
-            node.taken.append((number, request, time.monotonic()))
+            taken.append((number, request))
             self._changed.notify_all()
             return request
-
-    def _put(self, node: _Node, answer: Result | LumenError) -> None:
-        with self._changed:
-            if node.lost:  # what it had has been given back
-                return
-            number, request, since = node.taken.popleft()
-            step = 1 / node.window if time.monotonic() - since < LATENCY_SECONDS else -1
-            node.window = min(max(node.window + step, self._windows[1]), IN_FLIGHT)
-            self._answers[number] = answer
-            self._held -= len(request.payload)
-            self._changed.notify_all()
-
-    def _lose(self, node: _Node, error: LumenError) -> None:
-        with self._changed:
-            if not (self._over or node.lost or len(self._nodes) == 1):
-                again = f"; {len(node.taken)} unanswered requests go to the others" if node.taken else ""
-                log.warning("%s: %s%s", node.client.address, error, again)
-            self._waiting.extendleft((number, request) for number, request, _ in reversed(node.taken))
-            node.taken.clear()
-            node.lost, node.window = node.lost or error, self._windows[0]
-            self._changed.notify_all()
 
 
 def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
@@ -402,9 +383,9 @@ def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest
         )
 
 
-def _result_or_error(task: str, response: pb.InferResponse) -> Result | LumenError:
+def _answer(task: str, response: pb.InferResponse) -> Result | LumenError:
     if response.error.message or response.error.code:
-        code = response.error.code  # a newer server may have codes that are unknown here
+        code = response.error.code  # a newer server may send codes that are unknown here
         name = pb.ErrorCode.Name(code) if code in pb.ErrorCode.values() else f"code_{code}"
         return LumenError(name.removeprefix("ERROR_CODE_").lower(), response.error.message, response.error.detail)
     meta = dict(response.meta)
@@ -417,28 +398,21 @@ def _result_or_error(task: str, response: pb.InferResponse) -> Result | LumenErr
 
 
 def _vector(payload: bytes, meta: Mapping[str, str]) -> dict[str, Any]:
-    """A tensor answer, little-endian float32 `[1, dim]`, as the embedding_v1 object that it stands for."""
+    """The embedding_v1 object of a tensor answer, which is little-endian float32 `[1, dim]`."""
     values = array("f", payload)
     if sys.byteorder == "big":
         values.byteswap()
     return {"vector": values.tolist(), "dim": len(values), "model_id": meta.get("model_id", "")}
 
 
-def _result(task: str, response: pb.InferResponse) -> Result:
-    found = _result_or_error(task, response)
-    if isinstance(found, LumenError):
-        raise found
-    return found
-
-
 def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]:
-    """The addresses of all daemons that answer on mDNS within that time, in the order of their names.
+    """The addresses of all daemons that answer on mDNS within `seconds`, in the order of their names.
 
-    `LUMEN_MDNS_INTERFACE` is the IPv4 address of the interface to ask on; all by default. Those that speak TLS, or do
-    not, unlike us, are left out with a warning. Raises LumenError if none is left.
+    `LUMEN_MDNS_INTERFACE` is the IPv4 address of the interface to search on; the default is all. Daemons whose use of
+    TLS differs from `tls` are left out with a warning. Raises LumenError if none is left.
     """
     try:
-        from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
+        from zeroconf import IPVersion, ServiceBrowser, Zeroconf
     except ImportError:
         raise LumenError("unavailable", "--discover needs the zeroconf package") from None
     names: list[str] = []
@@ -450,14 +424,13 @@ def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]
         ServiceBrowser(browser, SERVICE_TYPE, handlers=[lambda name, **_: names.append(name)])
         time.sleep(seconds)
         for name in sorted(set(names)):
-            info = ServiceInfo(SERVICE_TYPE, name)  # most say everything at once
-            if not (info.load_from_cache(browser) or info.request(browser, 1000)):
+            if not (info := browser.get_service_info(SERVICE_TYPE, name, 1000)):
                 continue
             address = f"{info.parsed_addresses(IPVersion.V4Only)[0]}:{info.port}"
             if (b"tls" in info.properties) == tls:
                 addresses.append(address)
             else:
-                log.warning("%s: left out: it speaks %s", address, "no TLS" if tls else "TLS; see --ca and --tls")
+                log.warning("%s: left out: it uses %s", address, "no TLS" if tls else "TLS; see --ca and --tls")
     finally:
         browser.close()
     if not addresses:
@@ -468,38 +441,8 @@ def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]
 # --- command line -----------------------------------------------------------------------------------------------
 
 
-class UsageError(Exception):
-    """The command cannot be run as it was given."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("client.py", description="Ask a lumen-clip daemon.")
-    parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
-    parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
-    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="of the daemon; several share work")
-    parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
-    parser.add_argument("--topk", metavar="K")
-    parser.add_argument("--labels", metavar="A,B,...", help="own labels of clip_classify; @FILE has one a line")
-    parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon's own, for clip_classify")
-    parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
-    parser.add_argument("--rank", metavar="R", help="of species: kingdom to species, or auto")
-    parser.add_argument("--within", metavar="A,B,...", help="the only taxa that count; @FILE has one a line")
-    parser.add_argument("--min-score", metavar="P", help="leave labels under it out")
-    parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--tls", action="store_true", help="the daemon speaks TLS; implied by the next four")
-    parser.add_argument("--ca", type=Path, metavar="PEM", help="who signed its certificate, or that certificate itself")
-    parser.add_argument("--cert", type=Path, metavar="PEM", help="our own certificate, with --key")
-    parser.add_argument("--key", type=Path, metavar="PEM")
-    parser.add_argument("--server-name", default="", metavar="NAME", help="in its certificate, if not the address's")
-    parser.add_argument("--token-file", type=Path, default=os.environ.get("LUMEN_TOKEN_FILE") or None, metavar="FILE")
-    return parser
-
-
 def find_daemons(options: argparse.Namespace) -> list[str]:
-    """Their addresses, each once. Raises UsageError or LumenError."""
+    """The addresses of the daemons, without duplicates. Raises UsageError or LumenError."""
     if not options.discover:
         given = ",".join(options.address or [os.environ.get("LUMEN_ADDRESS") or DEFAULT_ADDRESS]).split(",")
         if "" in (addresses := [address.strip() for address in given]):
@@ -510,386 +453,94 @@ def find_daemons(options: argparse.Namespace) -> list[str]:
     return found
 
 
-def door_of(options: argparse.Namespace, addresses: Sequence[str]) -> Door:
+def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> Credentials:
     """Raises UsageError, or OSError if a file cannot be read."""
-
-    def content(path: Path | None) -> bytes | None:
-        return path.read_bytes() if path else None
-
     if bool(options.cert) != bool(options.key):
-        raise UsageError("--cert and --key: one without the other")
-    token = read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
+        raise UsageError("--cert and --key: only one of them is given; allowed: both")
+    token = files.read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
     for address in addresses if token and not options.tls else ():
         host = address.rpartition(":")[0].strip("[]")
         if not (host == "localhost" or host == "::1" or host.startswith("127.")):
             raise UsageError(f"--token-file: without --tls the token would travel in the clear to {address}")
-    ca, certificate, key = map(content, (options.ca, options.cert, options.key))
-    return Door(options.tls, ca, certificate, key, options.server_name, token)
+    ca, certificate, key = (path.read_bytes() if path else None for path in (options.ca, options.cert, options.key))
+    return Credentials(options.tls, ca, certificate, key, options.server_name, token)
 
 
-def read_utf8(path: Path, option: str) -> str:
-    """Raises UsageError if it is not UTF-8, OSError if it cannot be read."""
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{option}: {readable(str(path))} is not UTF-8") from None
+def ask(
+    clients: Sequence[LumenClient], task: str, inputs: Iterable[str], meta: Mapping[str, str]
+) -> Iterator[tuple[str, Result | LumenError]]:
+    """Sends the inputs; yields (input, its answer) in their order.
 
-
-def request_meta(options: argparse.Namespace) -> dict[str, str]:
-    """The options as request meta. Raises UsageError for one that is not UTF-8, OSError for an unreadable file."""
-    plain = ("topk", "label_format", "prompt_template", "label_set", "rank", "min_score")
-    meta = {name: getattr(options, name) for name in plain}
-    for name in ("labels", "within"):
-        if text := getattr(options, name):
-            file = Path(text[1:]) if text.startswith("@") else None
-            own = read_utf8(file, f"--{name}").splitlines() if file else text.split(",")
-            meta[name] = json.dumps([item.strip() for item in own if item.strip()], ensure_ascii=False)
-    given = {key: value for key, value in meta.items() if value is not None}
-    for name, value in given.items():
-        if not is_text(value):
-            raise UsageError(f"--{name.replace('_', '-')}: {readable(value)} is not UTF-8")
-    return given | AS_TENSOR if options.task.endswith("_embed") else given
-
-
-def is_text(name: str) -> bool:
-    """Whether a command line argument or file name is UTF-8; Python keeps other bytes as lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def readable(name: str) -> str:
-    """A command line argument or file name as text that UTF-8 can encode: each byte that is not UTF-8 as `\\xNN`.
-
-    It is what `os.fsencode(name).decode("utf-8", "backslashreplace")` gives on a system whose file names are UTF-8.
+    Each input is read when it is about to be sent. One that cannot be read is not sent; it gets an error as its answer.
     """
-    try:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a lone surrogate that stands for no byte; Windows allows them in file names
-        return name.encode("utf-8", "backslashreplace").decode()
+    drawn: deque[tuple[str, LumenError | None]] = deque()  # inputs that have no answer yet; why they cannot be read
 
-
-def image_paths(inputs: Sequence[str]) -> list[str]:
-    """Files as they are, folders replaced by the pictures in them, sorted within a folder.
-
-    What cannot be read stays in the list, so that it fails alone when its turn comes; `read_input` says why. Raises
-    UsageError if no input is a file or a folder with pictures.
-    """
-    paths: list[str] = []
-    wrong = []
-    for name in inputs:
-        path, found, reason = Path(name), [name], ""
-        try:
-            if name == "-":
-                pass
-            elif path.is_dir():
-                found = pictures_in(name)
-                if not found:
-                    found, reason = [name], NO_PICTURES
-            elif not path.is_file():
-                reason = NOT_A_FILE if path.exists() else "no such file or folder"
-        except OSError as error:
-            reason = reason_of(error)
-        paths += found
-        if reason:
-            wrong.append(f"{readable(name)}: {reason}")
-    if wrong and len(wrong) == len(inputs):
-        raise UsageError(wrong[0])
-    return paths
-
-
-def pictures_in(folder: str) -> list[str]:
-    """The pictures in a folder and its subfolders, and the subfolders that cannot be read; sorted."""
-    unreadable: list[str] = []
-    found = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=lambda error: unreadable.append(error.filename))
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    ]
-    return list(map(str, sorted([*found, *map(Path, unreadable)])))
-
-
-def read_input(task: str, name: str) -> bytes:
-    """The payload of an input, "-" for standard input. Raises OSError or ValueError; the text says what is wrong."""
-    if task in TEXT_TASKS:
-        text = sys.stdin.read() if name == "-" else name
-        if not is_text(text):
-            raise ValueError("the text is not UTF-8")
-        return text.encode()
-    if name == "-":
-        return sys.stdin.buffer.read()
-    path = Path(name)
-    if path.is_dir():
-        raise OSError(errno.EISDIR, NO_PICTURES if os.access(name, os.R_OK | os.X_OK) else "Permission denied")
-    if path.exists() and not path.is_file():  # reading a named pipe could wait for ever
-        raise OSError(errno.EINVAL, NOT_A_FILE)
-    return path.read_bytes()
-
-
-def reason_of(error: Exception) -> str:
-    """What is wrong with an input, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(f"{'' if isinstance(error, OSError | ValueError) else type(error).__name__} {error}".split())
-
-
-class Requests:
-    """The requests for a list of inputs, each read when it is about to be sent.
-
-    `rows` pairs the answers with the inputs. An input that cannot be read is not sent; it fails in its place.
-    """
-
-    def __init__(self, task: str, inputs: Iterable[str], meta: Mapping[str, str]) -> None:
-        self._task, self._inputs, self._meta = task, inputs, meta
-        self._drawn: deque[tuple[str, LumenError | None]] = deque()  # inputs without a row yet; their own errors
-
-    def __iter__(self) -> Iterator[Request]:
-        for name in self._inputs:
+    def requests() -> Iterator[Request]:
+        for name in inputs:
             try:
-                payload = read_input(self._task, name)
-                mime = "text/plain" if self._task in TEXT_TASKS else mimetypes.guess_type(name)[0]
-            except Exception as error:  # whatever it is, it is this input's alone
-                self._drawn.append((name, LumenError("invalid_argument", reason_of(error))))
-                continue
-            self._drawn.append((name, None))
-            yield Request(self._task, payload, mime or "application/octet-stream", self._meta)
+                payload, mime = files.read_input(task, name)
+            except Exception as error:  # any error here concerns this input only
+                drawn.append((name, LumenError("invalid_argument", files.reason_of(error))))
+            else:
+                drawn.append((name, None))
+                yield Request(task, payload, mime, meta)
 
-    def rows(self, answers: Iterable[Result | LumenError]) -> Iterator[tuple[str, Result | LumenError]]:
-        """(input, its answer) in the order of the inputs."""
-        for answer in answers:
-            yield from self._failed()
-            yield self._drawn.popleft()[0], answer
-        yield from self._failed()
+    def unread() -> Iterator[tuple[str, LumenError]]:
+        while drawn and (error := drawn[0][1]):
+            yield drawn.popleft()[0], error
 
-    def _failed(self) -> Iterator[tuple[str, LumenError]]:
-        while self._drawn and (error := self._drawn[0][1]):
-            yield self._drawn.popleft()[0], error
-
-
-def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    """A bar on the terminal for more than a handful, where tqdm is installed."""
-    if total < 4:
-        return items
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    bar: Iterable[Any] = tqdm(items, total=total, unit="photo")
-    return bar
-
-
-def as_text(data: Mapping[str, Any]) -> str:
-    if "labels" in data:
-        return "\n".join(f"{row['score']:7.2%}  {row['label']}" for row in data["labels"])
-    first = ", ".join(f"{x:.4f}" for x in data["vector"][:6])
-    return f"{data['model_id']}, {data['dim']} dimensions: [{first}, ...]"
-
-
-def row_writer(options: argparse.Namespace, several: bool, stack: ExitStack) -> Callable[[dict[str, Any]], None]:
-    """Where a result's row goes: plain text, JSON lines, or a file. Raises UsageError or OSError."""
-    if options.out is None:
-        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a label is no reason to stop
-            sys.stdout.reconfigure(errors="backslashreplace")
-
-        def show(row: dict[str, Any]) -> None:
-            if options.json:
-                print(json.dumps(row, ensure_ascii=not utf8))
-            elif "error" not in row:
-                print((f"{row['input']}\n" if several else "") + as_text(row))
-
-        return show
-    name = readable(str(options.out))
-    if options.out.suffix not in (".jsonl", ".npz"):
-        raise UsageError(f"--out {name}: allowed: a name that ends in .jsonl or .npz")
-    if options.out.suffix == ".npz" and options.task.endswith("classify"):
-        raise UsageError(f"--out {name}: only embeddings go to .npz; allowed for {options.task}: .jsonl")
-    if options.out.is_dir():
-        raise UsageError(f"--out {name}: a folder; allowed: the name of a file")
-    file = (NpzFile if options.out.suffix == ".npz" else JsonLinesFile)(options.out)
-    stack.push(lambda kind, *_: file.close(complete=kind is None))
-    return file.add
-
-
-def create_partial(out: Path) -> tuple[Path, io.FileIO]:
-    """A new file beside `out` for the rows of a run that has not ended; one of an earlier run is never overwritten.
-
-    Raises OSError.
-    """
-    for number in itertools.count(1):
-        path = out.with_name(f"{out.stem}.partial{f'-{number}' if number > 1 else ''}{out.suffix}")
-        with suppress(FileExistsError):
-            return path, path.open("xb", buffering=0)
-    raise AssertionError
-
-
-def report_partial(count: int, path: Path) -> None:
-    print(f"client.py: {count} rows are in {readable(str(path))}", file=sys.stderr)
-
-
-class JsonLinesFile:
-    """Rows as JSON lines, each written as soon as it is known.
-
-    They go to NAME.partial.jsonl, which is renamed to NAME.jsonl when the run is complete. A run that is interrupted
-    leaves NAME.partial.jsonl with whole lines only, and does not touch an earlier NAME.jsonl.
-    """
-
-    def __init__(self, out: Path) -> None:
-        """Raises OSError."""
-        self._out = out
-        self._path, self._file = create_partial(out)
-        self._count = self._size = 0  # of whole lines
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Raises OSError, such as on a full disk."""
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        left = memoryview(line)
-        while left:
-            left = left[self._file.write(left) :]
-        self._size += len(line)
-        self._count += 1
-
-    def close(self, complete: bool) -> None:
-        """Raises OSError."""
-        with self._file, suppress(OSError):
-            if not complete:
-                self._file.truncate(self._size)  # a full disk or an interrupt may have cut the last line
-        try:
-            if complete:
-                self._path.replace(self._out)
-        finally:
-            if self._path.exists():
-                if self._count:
-                    report_partial(self._count, self._path)
-                else:
-                    self._path.unlink()
-
-
-class NpzFile:
-    """Embeddings as an npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`.
-
-    Failed inputs are left out. A run that is interrupted leaves NAME.partial.npz, as `JsonLinesFile` does. If the file
-    cannot be written, such as on a full disk, the folder for temporary files is tried.
-    """
-
-    def __init__(self, out: Path) -> None:
-        """Raises UsageError without numpy, OSError if the folder cannot be written."""
-        self._np = import_numpy()
-        self._out = out
-        path, file = create_partial(out)  # shows before the run whether a file can be created there at all
-        file.close()
-        path.unlink()
-        self._paths: list[str] = []
-        self._vectors: list[Any] = []
-        self._model_id = ""
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Raises LumenError for a vector of another length, which would make the file unusable."""
-        if "error" in row:
-            return
-        vector = self._np.array(row["vector"], self._np.float32)
-        if self._vectors and vector.shape != self._vectors[0].shape:
-            raise LumenError("internal", f"{row['input']}: {len(vector)} dimensions; before: {len(self._vectors[0])}")
-        self._model_id = self._model_id or row["model_id"]
-        self._vectors.append(vector)
-        self._paths.append(row["input"])
-
-    def close(self, complete: bool) -> None:
-        """Raises OSError."""
-        if not (complete or self._paths):
-            return
-        try:
-            path = self._write(self._out)
-        except OSError:
-            report_partial(len(self._paths), self._write(Path(tempfile.gettempdir(), self._out.name)))
-            raise
-        try:
-            if complete:
-                path.replace(self._out)
-        finally:
-            if path.exists():
-                report_partial(len(self._paths), path)
-
-    def _write(self, out: Path) -> Path:
-        """-> the new file beside `out`. Raises OSError and leaves nothing."""
-        np = self._np
-        vectors = np.stack(self._vectors) if self._vectors else np.array([], np.float32)
-        path, file = create_partial(out)
-        try:
-            with io.BufferedWriter(file) as buffered:
-                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, model_id=self._model_id)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return path
-
-
-def import_numpy() -> Any:
-    try:
-        import numpy
-    except ImportError:
-        raise UsageError("--out: .npz needs the numpy package; .jsonl does not") from None
-    return numpy
+    for answer in infer_many(clients, requests()):
+        yield from unread()
+        yield drawn.popleft()[0], answer
+    yield from unread()
 
 
 def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
-    """Asks for every input; -> 1 if one failed. Raises LumenError, UsageError or OSError."""
+    """Sends every input and writes the answers; returns 1 if one failed. Raises LumenError, UsageError or OSError."""
     if not options.inputs:
         raise UsageError(
-            f"{options.task}: name at least one {'text' if options.task in TEXT_TASKS else 'file or folder'}"
+            f"{options.task}: name at least one {'text' if options.task in files.TEXT_TASKS else 'file or folder'}"
         )
-    inputs = options.inputs if options.task in TEXT_TASKS else image_paths(options.inputs)
-    failed = 0
-    requests = Requests(options.task, inputs, request_meta(options))
-    with ExitStack() as stack:
-        write = row_writer(options, len(inputs) > 1, stack)
-        answers = infer_many(clients, requests)
-        for name, answer in progress(requests.rows(answers), len(inputs)):
-            shown = readable(name)
+    inputs = options.inputs if options.task in files.TEXT_TASKS else files.image_paths(options.inputs)
+    meta, failed = files.request_meta(options), 0
+    if options.task.endswith("_embed"):
+        meta |= AS_TENSOR
+    with files.open_output(options.out, options.task, options.json, len(inputs) > 1) as output:
+        for name, answer in files.progress(ask(clients, options.task, inputs, meta), len(inputs)):
+            shown = files.readable(name)
             if isinstance(answer, LumenError):
                 failed += 1
                 print(f"client.py: {shown}: {answer.message}", file=sys.stderr)
-                write({"input": shown, "error": answer.message})
+                output.add({"input": shown, "error": answer.message})
             else:
-                write({"input": shown, **answer.data})
+                output.add({"input": shown, **answer.data})
     return 1 if failed else 0
 
 
-def show_capabilities(client: LumenClient, as_json: bool) -> bool:
-    for capability in client.capabilities():
-        models, tasks = ", ".join(capability.model_ids), ", ".join(task.name for task in capability.tasks)
-        if as_json:
-            from google.protobuf.json_format import MessageToDict
-
-            print(json.dumps(MessageToDict(capability, preserving_proto_field_name=True)))
-        else:
-            precisions = ", ".join(capability.precisions)
-            print(f"{capability.service_name}: {models} on {capability.runtime} ({precisions})\n  {tasks}")
-    return True
-
-
 def show_health(client: LumenClient, as_json: bool) -> bool:
+    """Prints the state of the daemon; returns whether it is serving. Raises LumenError."""
     state, degraded = client.health(), []
     try:
         degraded = client.degraded()
     except LumenError as error:
-        if error.code != "unauthenticated":  # whether it serves is everybody's business; how, is not
+        if error.code != "unauthenticated":  # without the token, only the state is public
             raise
-    print(json.dumps({"status": state, "degraded": degraded}) if as_json else "\n".join([state, *degraded]))
+    files.print_health(state, degraded, as_json)
     return state == "SERVING"
 
 
 def show(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
-    """What each daemon says of itself; -> 1 if one is not well."""
+    """Prints the state or the capabilities of each daemon; returns 1 if one fails or is not serving."""
     well = True
     for client in clients:
         if len(clients) > 1 and not options.json:
             print(f"{client.address}:")
         try:
-            well &= (show_health if options.task == "health" else show_capabilities)(client, options.json)
+            if options.task == "health":
+                well &= show_health(client, options.json)
+            else:
+                for capability in client.capabilities():
+                    files.print_capability(capability, options.json)
         except LumenError as error:
             print(f"client.py: {client.address}: {error}", file=sys.stderr)
             well = False
@@ -897,18 +548,18 @@ def show(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_intermixed_args(arguments)
+    options = files.build_parser().parse_intermixed_args(arguments)
     options.tls = any((options.tls, options.ca, options.cert, options.server_name))
     logging.basicConfig(level=logging.WARNING, format="client.py: %(message)s")
     addresses: list[str] = []
     try:
         addresses = find_daemons(options)
-        door = door_of(options, addresses)
+        credentials = read_credentials(options, addresses)
         with ExitStack() as stack:
-            clients = [stack.enter_context(LumenClient(address, options.timeout, door)) for address in addresses]
+            clients = [stack.enter_context(LumenClient(address, options.timeout, credentials)) for address in addresses]
             return (show if options.task in ("capabilities", "health") else run_task)(clients, options)
     except BrokenPipeError:
-        # The reader of our output has seen enough; Python's own flush at exit must not complain.
+        # The reader has closed the pipe. Python flushes stdout at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UsageError as error:
@@ -916,7 +567,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except LumenError as error:
         print(f"client.py: {', '.join(addresses) or 'mDNS'}: {error}", file=sys.stderr)
-    except OSError as error:
+    except (OSError, OutputError) as error:
         print(f"client.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130

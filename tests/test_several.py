@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import client
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import DEMO, RED, ROOT, Node, encoded, picture, pictures, run_client, vectors
 from tests.lan import ON_LAN, Lan, Machine, until
 from tests.npu_double import golden_of, with_program
@@ -101,6 +108,63 @@ def test_a_daemon_with_another_model_is_left_out_of_an_index(
     for nonsense in (",", f"{several},"):
         run = run_client("health", address=nonsense)
         assert run.returncode == 2 and "--address" in run.stderr and run.stderr.count("\n") == 1
+
+
+class Timed(pb_grpc.InferenceServicer):
+    """A daemon that takes `seconds` for each answer, and counts the requests that it has and has had."""
+
+    def __init__(self, seconds: float, space: str = "a") -> None:
+        self.seconds, self.space = seconds, space
+        self.held = self.most = self.answered = 0
+
+    def StreamCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
+        yield pb.Capability(tasks=[pb.IOTask(name="clip_embed")], extra={"clip_space": self.space})
+
+    def Infer(self, requests: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
+        received: queue.Queue[pb.InferRequest | None] = queue.Queue()
+
+        def read() -> None:
+            with contextlib.suppress(grpc.RpcError):
+                for request in requests:
+                    self.held += 1
+                    self.most = max(self.most, self.held)
+                    received.put(request)
+            received.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        while request := received.get():
+            time.sleep(self.seconds)
+            self.held -= 1
+            self.answered += 1
+            yield pb.InferResponse(correlation_id=request.correlation_id, result=request.payload)
+
+
+@contextlib.contextmanager
+def serving(*daemons: Timed) -> Iterator[list[client.LumenClient]]:
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for daemon in daemons:
+            server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
+            stack.callback(server.stop, 0)
+            pb_grpc.add_InferenceServicer_to_server(daemon, server)
+            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            server.start()
+            clients.append(stack.enter_context(client.LumenClient(address)))
+        yield clients
+
+
+def test_each_daemon_takes_a_request_when_it_has_answered_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: the speed of the faster daemon, or an index that mixes two spaces."""
+    fast, slow, other = Timed(0.01), Timed(0.1), Timed(0, "b")
+    requests = [client.Request("clip_embed", str(number).encode()) for number in range(150)]
+    with serving(fast, slow, other) as clients:
+        answers = list(client.infer_many(clients, iter(requests)))
+    assert [isinstance(answer, client.Result) and answer.data for answer in answers] == list(range(150))
+    assert fast.most == slow.most == 8 and fast.answered > 3 * slow.answered > 0
+    assert other.answered == 0 and "left out: its model for clip_embed is b, the first daemon's a" in caplog.text
+    alone = Timed(0.005)
+    with serving(alone) as clients:
+        assert len(list(client.infer_many(clients, iter(requests)))) == 150 and alone.most == 32
 
 
 SPREAD = """

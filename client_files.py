@@ -1,0 +1,388 @@
+"""Options, inputs and outputs of the command line of `client.py`.
+
+Reads pictures and texts; writes results as text, JSON lines or .npz. numpy (for .npz) and tqdm (for the progress bar)
+are imported where they are used, and everything else is in the standard library. Nothing here uses gRPC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import itertools
+import json
+import mimetypes
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+IMAGE_TASKS = (
+    *("clip_classify", "bioclip_classify", "smart_classify"),
+    *("clip_image_embed", "bioclip_image_embed", "semantic_image_embed"),
+)
+TEXT_TASKS = ("clip_embed", "bioclip_embed", "semantic_text_embed")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
+NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
+NOT_A_FILE = "not a regular file"
+
+
+class UsageError(Exception):
+    """The command cannot be run as it was given."""
+
+
+class OutputError(Exception):
+    """A result does not fit into the output file."""
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("client.py", description="Send pictures and texts to a lumen-clip daemon.")
+    parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
+    parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
+    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="a daemon; several share the work")
+    parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
+    parser.add_argument("--topk", metavar="K")
+    parser.add_argument("--labels", metavar="A,B,...", help="your own labels for clip_classify; @FILE: one a line")
+    parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon, for clip_classify")
+    parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
+    parser.add_argument("--rank", metavar="R", help="rank of species: kingdom to species, or auto")
+    parser.add_argument("--within", metavar="A,B,...", help="consider these taxa only; @FILE: one a line")
+    parser.add_argument("--min-score", metavar="P", help="leave out labels below this score")
+    parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--tls", action="store_true", help="use TLS; implied by --ca, --cert and --server-name")
+    parser.add_argument("--ca", type=Path, metavar="PEM", help="the CA of the daemon's certificate, or the certificate")
+    parser.add_argument("--cert", type=Path, metavar="PEM", help="certificate of the client, with --key")
+    parser.add_argument("--key", type=Path, metavar="PEM")
+    parser.add_argument("--server-name", default="", metavar="NAME", help="name in the certificate, if not the address")
+    parser.add_argument("--token-file", type=Path, default=os.environ.get("LUMEN_TOKEN_FILE") or None, metavar="FILE")
+    return parser
+
+
+def request_meta(options: argparse.Namespace) -> dict[str, str]:
+    """The options as request meta. Raises UsageError if one is not UTF-8, OSError if a file cannot be read."""
+    plain = ("topk", "label_format", "prompt_template", "label_set", "rank", "min_score")
+    meta = {name: value for name in plain if (value := getattr(options, name)) is not None}
+    for name in ("labels", "within"):
+        if text := getattr(options, name):
+            file = Path(text[1:]) if text.startswith("@") else None
+            items = read_utf8(file, f"--{name}").splitlines() if file else text.split(",")
+            meta[name] = json.dumps([item.strip() for item in items if item.strip()], ensure_ascii=False)
+    for name, value in meta.items():
+        if not is_text(value):
+            raise UsageError(f"--{name.replace('_', '-')}: {readable(value)} is not UTF-8")
+    return meta
+
+
+# --- names and texts that may not be UTF-8 ----------------------------------------------------------------------
+
+
+def is_text(text: str) -> bool:
+    """Whether a command line argument or file name is UTF-8. Python keeps other bytes as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(name: str) -> str:
+    """A command line argument or file name in a form that UTF-8 can encode: `\\xNN` for each byte that is not UTF-8.
+
+    Equals `os.fsencode(name).decode("utf-8", "backslashreplace")` on a system whose file names are UTF-8.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def read_utf8(path: Path, option: str) -> str:
+    """The content of a file that an option names. Raises UsageError if it is not UTF-8, OSError if it is unreadable."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{option}: {readable(str(path))} is not UTF-8") from None
+
+
+# --- inputs -------------------------------------------------------------------------------------------------------
+
+
+def image_paths(inputs: Sequence[str]) -> list[str]:
+    """The inputs, with each folder replaced by the pictures in it, sorted within the folder.
+
+    Inputs that cannot be read stay in the list. `read_input` reports each when its turn comes, so the others are not
+    affected. Raises UsageError if no input is a file or a folder with pictures.
+    """
+    paths: list[str] = []
+    wrong = []
+    for name in inputs:
+        path, found, reason = Path(name), [name], ""
+        try:
+            if name == "-":
+                pass
+            elif path.is_dir():
+                found = pictures_in(name)
+                if not found:
+                    found, reason = [name], NO_PICTURES
+            elif not path.is_file():
+                reason = NOT_A_FILE if path.exists() else "no such file or folder"
+        except OSError as error:
+            reason = reason_of(error)
+        paths += found
+        if reason:
+            wrong.append(f"{readable(name)}: {reason}")
+    if wrong and len(wrong) == len(inputs):
+        raise UsageError(wrong[0])
+    return paths
+
+
+def pictures_in(folder: str) -> list[str]:
+    """The pictures in a folder and its subfolders, and the subfolders that cannot be read; sorted."""
+    unreadable: list[str] = []
+    found = [
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=lambda error: unreadable.append(error.filename))
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
+    return list(map(str, sorted([*found, *map(Path, unreadable)])))
+
+
+def read_text(argument: str) -> bytes:
+    """Raises ValueError if the text is not UTF-8."""
+    text = sys.stdin.read() if argument == "-" else argument
+    if not is_text(text):
+        raise ValueError("the text is not UTF-8")
+    return text.encode()
+
+
+def read_picture(name: str) -> bytes:
+    """Raises OSError with the reason."""
+    if name == "-":
+        return sys.stdin.buffer.read()
+    path = Path(name)
+    if path.is_dir():
+        raise OSError(errno.EISDIR, NO_PICTURES if os.access(name, os.R_OK | os.X_OK) else "Permission denied")
+    if path.exists() and not path.is_file():  # reading a named pipe could block forever
+        raise OSError(errno.EINVAL, NOT_A_FILE)
+    return path.read_bytes()
+
+
+def read_input(task: str, name: str) -> tuple[bytes, str]:
+    """The payload of an input and its MIME type; "-" is standard input. Raises OSError or ValueError."""
+    if task in TEXT_TASKS:
+        return read_text(name), "text/plain"
+    return read_picture(name), mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+
+def reason_of(error: Exception) -> str:
+    """Why an input cannot be read, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(f"{'' if isinstance(error, OSError | ValueError) else type(error).__name__} {error}".split())
+
+
+def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """Shows a progress bar for four items or more, if tqdm is installed."""
+    if total < 4:
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    bar: Iterable[Any] = tqdm(items, total=total, unit="photo")
+    return bar
+
+
+# --- outputs ------------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """Where the rows go: one for each input, with its result or its error. Closed at the end of a `with` block."""
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(complete=kind is None)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def close(self, complete: bool) -> None:
+        """`complete` is False if the run was interrupted."""
+
+
+def open_output(out: Path | None, task: str, as_json: bool, several: bool) -> Output:
+    """The output file, or standard output if `out` is None. Raises UsageError or OSError."""
+    if out is None:
+        return Printer(as_json, several)
+    name = readable(str(out))
+    if out.suffix not in (".jsonl", ".npz"):
+        raise UsageError(f"--out {name}: allowed: a name that ends in .jsonl or .npz")
+    if out.suffix == ".npz" and task.endswith("classify"):
+        raise UsageError(f"--out {name}: only embeddings go to .npz; allowed for {task}: .jsonl")
+    if out.is_dir():
+        raise UsageError(f"--out {name}: a folder; allowed: the name of a file")
+    return NpzFile(out) if out.suffix == ".npz" else JsonLinesFile(out)
+
+
+class Printer(Output):
+    """Standard output: plain text, or JSON lines."""
+
+    def __init__(self, as_json: bool, several: bool) -> None:
+        self._as_json, self._several = as_json, several
+        self._ascii = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not stop the run
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if self._as_json:
+            print(json.dumps(row, ensure_ascii=self._ascii))
+        elif "error" not in row:
+            print((f"{row['input']}\n" if self._several else "") + self._as_text(row))
+
+    def _as_text(self, row: Mapping[str, Any]) -> str:
+        if "labels" in row:
+            return "\n".join(f"{label['score']:7.2%}  {label['label']}" for label in row["labels"])
+        first = ", ".join(f"{x:.4f}" for x in row["vector"][:6])
+        return f"{row['model_id']}, {row['dim']} dimensions: [{first}, ...]"
+
+
+class JsonLinesFile(Output):
+    """Rows as JSON lines, each written at once.
+
+    They go to NAME.partial.jsonl, which is renamed to NAME.jsonl when the run is complete. An interrupted run leaves
+    NAME.partial.jsonl with whole lines only, and does not change an existing NAME.jsonl.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Raises OSError."""
+        self._out = out
+        self._path, self._file = create_partial(out)
+        self._count = self._size = 0  # of whole lines
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Raises OSError, for example if the disk is full."""
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        left = memoryview(line)
+        while left:
+            left = left[self._file.write(left) :]
+        self._size += len(line)
+        self._count += 1
+
+    def close(self, complete: bool) -> None:
+        """Raises OSError."""
+        with self._file, suppress(OSError):
+            if not complete:
+                self._file.truncate(self._size)  # a full disk or an interrupt may have cut the last line
+        try:
+            if complete:
+                self._path.replace(self._out)
+        finally:
+            if self._path.exists():
+                if self._count:
+                    report_partial(self._count, self._path)
+                else:
+                    self._path.unlink()
+
+
+class NpzFile(Output):
+    """Embeddings as .npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`.
+
+    Inputs that failed are left out. An interrupted run leaves NAME.partial.npz, as with `JsonLinesFile`. If the file
+    cannot be written, for example because the disk is full, the folder for temporary files is tried.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Raises UsageError without numpy, OSError if the folder is not writable."""
+        self._np = import_numpy()
+        self._out = out
+        path, file = create_partial(out)  # finds out before the run whether a file can be created here
+        file.close()
+        path.unlink()
+        self._paths: list[str] = []
+        self._vectors: list[Any] = []
+        self._model_id = ""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Raises OutputError for a vector of another length, which would make the file unusable."""
+        if "error" in row:
+            return
+        vector = self._np.array(row["vector"], self._np.float32)
+        if self._vectors and vector.shape != self._vectors[0].shape:
+            raise OutputError(f"{row['input']}: {len(vector)} dimensions; before: {len(self._vectors[0])}")
+        self._model_id = self._model_id or row["model_id"]
+        self._vectors.append(vector)
+        self._paths.append(row["input"])
+
+    def close(self, complete: bool) -> None:
+        """Raises OSError."""
+        if not (complete or self._paths):
+            return
+        try:
+            path = self._write(self._out)
+        except OSError:
+            report_partial(len(self._paths), self._write(Path(tempfile.gettempdir(), self._out.name)))
+            raise
+        try:
+            if complete:
+                path.replace(self._out)
+        finally:
+            if path.exists():
+                report_partial(len(self._paths), path)
+
+    def _write(self, out: Path) -> Path:
+        """Writes a new file beside `out` and returns its path. Raises OSError and leaves nothing behind."""
+        np = self._np
+        vectors = np.stack(self._vectors) if self._vectors else np.array([], np.float32)
+        path, file = create_partial(out)
+        try:
+            with io.BufferedWriter(file) as buffered:
+                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, model_id=self._model_id)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+
+def print_capability(capability: Any, as_json: bool) -> None:
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        print(json.dumps(MessageToDict(capability, preserving_proto_field_name=True)))
+        return
+    models, precisions = ", ".join(capability.model_ids), ", ".join(capability.precisions)
+    tasks = ", ".join(task.name for task in capability.tasks)
+    print(f"{capability.service_name}: {models} on {capability.runtime} ({precisions})\n  {tasks}")
+
+
+def print_health(state: str, degraded: Sequence[str], as_json: bool) -> None:
+    print(json.dumps({"status": state, "degraded": degraded}) if as_json else "\n".join([state, *degraded]))
+
+
+def create_partial(out: Path) -> tuple[Path, io.FileIO]:
+    """Creates NAME.partial.SUFFIX beside `out`, or a numbered one if an earlier run left it. Raises OSError."""
+    for number in itertools.count(1):
+        path = out.with_name(f"{out.stem}.partial{f'-{number}' if number > 1 else ''}{out.suffix}")
+        with suppress(FileExistsError):
+            return path, path.open("xb", buffering=0)
+    raise AssertionError
+
+
+def report_partial(count: int, path: Path) -> None:
+    print(f"client.py: {count} rows are in {readable(str(path))}", file=sys.stderr)
+
+
+def import_numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        raise UsageError("--out: .npz needs the numpy package; .jsonl does not") from None
+    return numpy
