@@ -370,11 +370,13 @@ def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) 
     found = []
     for _ in range(2):
         node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
-        run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
-        assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
-        found.append(_browse(name, "_homenative-node._tcp.local."))
-        assert _browse(name, "_lumen._tcp.local.").addresses == [socket.inet_aton("127.0.0.1")]
-        assert node.stop() == 0
+        try:
+            run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
+            assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
+            found.append(_browse(name, "_homenative-node._tcp.local."))
+            assert _browse(name, "_lumen._tcp.local.").addresses == [socket.inet_aton("127.0.0.1")]
+        finally:
+            assert node.stop() == 0
     properties = [{k.decode(): v.decode() for k, v in info.properties.items()} for info in found]
     assert properties[0] == properties[1]  # the uuid is kept
     assert properties[0] == {
