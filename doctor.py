@@ -350,7 +350,7 @@ def port(visit: Visit) -> Iterator[Finding]:
 
 
 def discovery(visit: Visit) -> Iterator[Finding]:
-    from doors import advertised_ip
+    from discovery import advertised_ip
 
     if not visit.settings.clip_mdns_type:
         yield NOTE, "off"

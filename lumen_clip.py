@@ -40,7 +40,7 @@ import machine
 import metrics
 import vectorfile
 from backends import Backend
-from doors import Beacon
+from discovery import Advertiser
 from engine import Engine
 from inputs import BackendError
 from journal import Journal
@@ -260,24 +260,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
-    beacon = Beacon(settings, options.host, port)
+    advertiser = Advertiser(settings, options.host, port)
     event = events.get()
     if not isinstance(event, tuple):
-        beacon.close()
+        advertiser.close()
     if event is None:
         log.info("stopped while loading")
         _leave(0)
     if isinstance(event, BaseException):
         _report(event)
         _leave(1)
-    serve(daemon, beacon, *event)
+    serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
-        beacon.close()
+        advertiser.close()
         time.sleep(LINGER_S)
         _leave(1)  # what is in work has no one who could answer it
-    stop(daemon, beacon)
+    stop(daemon, advertiser)
     _leave(0)
 
 
@@ -327,12 +327,12 @@ def prepare_process(options: argparse.Namespace) -> None:
     log.setLevel(options.log_level.upper())
 
 
-def serve(daemon: Daemon, beacon: Beacon, models: Models, loader: SpeciesLoader | None) -> None:
-    """The models are there: opens the doors, and says so to systemd, the network and the log."""
+def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: SpeciesLoader | None) -> None:
+    """Starts serving the loaded models, and reports it to systemd, mDNS and the log."""
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    beacon.serve(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
+    advertiser.set_ready(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
     threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
     machine.trim_memory()
     gc.freeze()  # what stays need not be looked through again and again
@@ -340,7 +340,7 @@ def serve(daemon: Daemon, beacon: Beacon, models: Models, loader: SpeciesLoader 
     log.info("ready: %s", ", ".join(task.name for task in models.offered()))
 
 
-def stop(daemon: Daemon, beacon: Beacon) -> None:
+def stop(daemon: Daemon, advertiser: Advertiser) -> None:
     """Answers what is in work first. The caller then leaves the process, which closes the port and all connections.
 
     `grpc.Server.stop` would end calls that arrive at that moment with CANCELLED. A connection that closes is
@@ -348,7 +348,7 @@ def stop(daemon: Daemon, beacon: Beacon) -> None:
     """
     notify("STOPPING=1")
     log.info("stopping: answering what is in work")
-    beacon.close()
+    advertiser.close()
     daemon.drain(DRAIN_S)
     time.sleep(LINGER_S)
     daemon.journal.close()

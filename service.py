@@ -23,17 +23,6 @@ from grpc_health.v1 import health, health_pb2
 
 import machine
 from assembly import ID_MAX, Assembler, ChunkError, Overload
-from doors import (
-    UNREADABLE,
-    Doorkeeper,
-    Lobby,
-    discreet,
-    internal_error,
-    lobby_handlers,
-    read_token,
-    readable,
-    tls_credentials,
-)
 from engine import TENSOR_MIME, Engine, Job, forget_frames
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -42,6 +31,18 @@ from intake import Intake
 from journal import Journal
 from logs import Traffic
 from machine import clock
+from security import (
+    MALFORMED,
+    SHORT_CALLS_MAX,
+    ShortCallLimiter,
+    TokenInterceptor,
+    hide_exceptions,
+    internal_error,
+    read_token,
+    short_call_handlers,
+    tls_credentials,
+    tolerant_parser,
+)
 from settings import VERSION, Settings
 from tasks import (
     IMAGE_MIMES,
@@ -77,7 +78,6 @@ KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must ans
 CONNECTION_AGE_S = 45
 NO_LIMIT = 2**31 - 1  # of a number in gRPC's options
 OPEN_PER_PLACE = 2  # streams, those included that need no place; see `Stream.needs_place`
-LOBBY_PLACES = 16
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
 FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
@@ -208,7 +208,7 @@ class Stream:
             for message in self._messages:
                 self._reading_since, self._idle_since = None, clock.now()
                 empty = False
-                if message is UNREADABLE:
+                if message is MALFORMED:
                     closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
                     break
                 self._take(message)
@@ -329,7 +329,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.engine = Engine(self.journal.holding, self.traffic, machine.usable_cores())
         self.intake = Intake(settings, self.journal, self.traffic, self.engine)
         self.health = health.HealthServicer()
-        self.lobby = Lobby(LOBBY_PLACES)
+        self.short_calls = ShortCallLimiter()
         self.loading = "starting"  # said to clients until the models are there
         self._models: Models | None = None
         self._streams: set[Stream] = set()  # a stream stays until gRPC has sent its status
@@ -363,7 +363,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if oldest and oldest.uploading(now) > UPLOAD_S and self.intake.payloads.waited() > WANTED_BYTES_S:
             text = f"a request has been incomplete for over {UPLOAD_S} s, and others wait for its memory; try later"
             oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
-        self.lobby.check(time.monotonic())
+        self.short_calls.cancel_expired(time.monotonic())
 
     def make_room(self) -> int:
         """When memory is short: ends the streams whose next message has been on its way for a while; -> how many.
@@ -375,7 +375,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]
         for stream in slow:
             stream.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory is short; try later, or in chunks"))
-        self.lobby.check(time.monotonic(), READING_S)
+        self.short_calls.cancel_expired(time.monotonic(), READING_S)
         return len(slow)
 
     def stop_serving(self) -> None:
@@ -413,13 +413,13 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
         empty, capability = empty_pb2.Empty, pb.Capability
         methods = {
-            "Infer": (self.Infer, readable(pb.InferRequest.FromString), pb.InferResponse.SerializeToString),
+            "Infer": (self.Infer, tolerant_parser(pb.InferRequest.FromString), pb.InferResponse.SerializeToString),
             "GetCapabilities": (unread(self.GetCapabilities), empty.FromString, capability.SerializeToString),
             "StreamCapabilities": (streamed, empty.FromString, capability.SerializeToString),
             "Health": (unread(self.Health), empty.FromString, empty.SerializeToString),
         }
         return {
-            name: grpc.stream_stream_rpc_method_handler(discreet(behaviour), read, write)
+            name: grpc.stream_stream_rpc_method_handler(hide_exceptions(behaviour), read, write)
             for name, (behaviour, read, write) in methods.items()
         }
 
@@ -570,7 +570,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
 def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int]:
     """Binds the port and serves; -> (server, the port). Raises OSError in one line if the port cannot be had, and
-    SettingError if the doors cannot be closed as the settings say."""
+    SettingError if the TLS or token files cannot be used."""
     credentials, token = tls_credentials(daemon.settings), read_token(daemon.settings, host)
     family, address = (socket.AF_INET6, f"[{host}]:{port}") if ":" in host else (socket.AF_INET, f"{host}:{port}")
     with socket.socket(family) as probe:  # says why a port cannot be had; gRPC does not
@@ -580,12 +580,12 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
         except OSError as error:
             raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
     # Beside the streams: calls that are over in a moment, and as many that are just being refused.
-    threads = OPEN_PER_PLACE * daemon.settings.lumen_max_streams + 2 * LOBBY_PLACES
+    threads = OPEN_PER_PLACE * daemon.settings.lumen_max_streams + 2 * SHORT_CALLS_MAX
     message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, "grpc"),
         maximum_concurrent_rpcs=threads,
-        interceptors=[Doorkeeper(token, daemon.traffic.count_rejected)] if token else [],
+        interceptors=[TokenInterceptor(token, daemon.traffic.count_rejected)] if token else [],
         options=[
             ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
             ("grpc.max_receive_message_length", message_bytes),
@@ -608,7 +608,8 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
-    for name, handlers in (SERVICE, daemon.handlers()), *lobby_handlers(daemon.lobby, daemon.health, SERVICE).items():
+    short = short_call_handlers(daemon.short_calls, daemon.health, SERVICE)
+    for name, handlers in (SERVICE, daemon.handlers()), *short.items():
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
         # A queue for each method, so that a flood of one does not stand in the way of Health.
         server.add_registered_method_handlers(name, handlers)  # type: ignore[attr-defined]

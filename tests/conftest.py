@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import backends
 import export
 import labels
+import security
 import service
 import tasks
 from gen import ml_service_pb2 as pb
@@ -169,7 +170,7 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     # The spare threads as well.
     mirror = reflection_pb2_grpc.ServerReflectionStub(node.channel)
     question = reflection_pb2.ServerReflectionRequest()
-    silent = [mirror.ServerReflectionInfo(held(question, release)) for _ in range(service.LOBBY_PLACES)]
+    silent = [mirror.ServerReflectionInfo(held(question, release)) for _ in range(security.SHORT_CALLS_MAX)]
     waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]
     for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
         with pytest.raises(grpc.RpcError):

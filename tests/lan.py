@@ -1,4 +1,4 @@
-"""Networks of the tests' own, in namespaces."""
+"""Test networks, made of network namespaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`client.py`, and being found by it."""
+"""`client.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 import client
-import doors
 import machine
 from gen import ml_service_pb2 as pb
 from tests.hub import FakeHub, folder_content
@@ -325,97 +324,6 @@ def test_the_client_runs_without_numpy_tqdm_and_zeroconf(onnx_node: Node, tmp_pa
     command = [sys.executable, "client.py", "clip_image_embed", str(album), "--json", "--address", onnx_node.address]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 6, run.stderr
-
-
-def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: the photo app, which knows no address by heart."""
-    settings = {
-        "CLIP_BACKEND": "onnxrt",
-        "BIOCLIP_BACKEND": "none",
-        "CLIP_MODEL": tiny_onnx,
-        "ADVERTISE_IP": "127.0.0.1",
-    }
-    types = "_homenative-node._tcp.local.,_lumen._tcp.local."
-    name = f"lumen-test-{os.getpid()}"
-    found = []
-    for _ in range(2):
-        node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
-        run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
-        assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
-        found.append(_browse(name, "_homenative-node._tcp.local."))
-        assert _browse(name, "_lumen._tcp.local.").addresses == [socket.inet_aton("127.0.0.1")]
-        assert node.stop() == 0
-    properties = [{k.decode(): v.decode() for k, v in info.properties.items()} for info in found]
-    assert properties[0] == properties[1]  # the uuid is kept
-    assert properties[0] == {
-        "uuid": (tmp_path / "uuid").read_text().strip(),
-        "status": "ready",
-        "version": "1.0.0",
-        "v": "1.0.0",
-        "runtime": "onnxrt",
-    }
-    assert run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1").returncode == 1  # goodbye was said
-
-
-BROWSER = """
-import socket, sys, time, zeroconf
-found = zeroconf.Zeroconf(interfaces=[sys.argv[1]], ip_version=zeroconf.IPVersion.V4Only)
-info = found.get_service_info("_lumen._tcp.local.", sys.argv[2] + "._lumen._tcp.local.", 8000)
-print(info and [socket.inet_ntoa(address) for address in info.addresses])
-"""
-
-
-def test_a_network_that_comes_later_or_changes_is_announced_on(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: boards that start before their router, or that got another address, found by nobody."""
-    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
-        pytest.skip("needs root, iproute2 and util-linux, for a network of its own")
-    name = f"lumen-later-{os.getpid()}"
-    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_NAME": name}
-    settings["CLIP_MDNS_TYPE"] = "_lumen._tcp.local."
-    node = Node(label_files(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
-    node.wait_for("ready: ")
-    inside = ("nsenter", "--target", str(node.process.pid), "--net")
-
-    def ip(*arguments: str) -> None:
-        subprocess.run([*inside, "ip", *arguments], check=True)
-
-    try:
-        node.wait_for("no address that others could reach")
-        ip("link", "add", "eth9", "type", "veth", "peer", "name", "eth8")
-        for end in ("eth8", "eth9"):
-            ip("link", "set", end, "up")
-        for address, other in (("10.77.0.1", ""), ("10.77.0.2", "10.77.0.1")):
-            if other:
-                ip("address", "del", f"{other}/24", "dev", "eth9")
-            ip("address", "add", f"{address}/24", "dev", "eth9")
-            ip("route", "replace", "224.0.0.0/4", "dev", "eth9")
-            node.wait_for(rf"mDNS: {name}\._lumen\._tcp\.local\. at {address}:\d+", 30)
-            browse = [*inside, sys.executable, "-c", BROWSER, address, name]
-            seen = subprocess.run(browse, capture_output=True, text=True, timeout=30)
-            assert seen.stdout.strip() == str([address]), seen.stderr
-    finally:
-        assert node.stop() == 0, node.log
-
-
-def _browse(name: str, kind: str) -> Any:
-    from zeroconf import Zeroconf
-
-    browser = Zeroconf(interfaces=["127.0.0.1"])
-    try:
-        info = browser.get_service_info(kind, f"{name}.{kind}", 3000)
-        assert info is not None
-        return info
-    finally:
-        browser.close()
-
-
-def test_a_name_on_the_lan_is_taken_by_one_daemon_only(tmp_path: Path) -> None:
-    """Lost otherwise: an address that nobody can reach."""
-    assert doors.advertised_ip("127.0.0.1") is None
-    assert doors.advertised_ip("192.168.7.7") == "192.168.7.7"
-    assert doors.is_own("127.0.0.1") and not doors.is_own("192.0.2.77")
-    first = doors.kept_uuid(tmp_path)
-    assert first == doors.kept_uuid(tmp_path)
 
 
 def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path) -> None:

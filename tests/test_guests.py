@@ -338,7 +338,7 @@ def test_the_log_is_not_filled_by_strangers(harsh: Node) -> None:
 BROKEN = """
 import sys
 sys.path.insert(0, "@ROOT@")
-import doors, lumen_clip, service
+import lumen_clip, security, service
 
 def breaks(method):
     def broken(servicer, request, context):
@@ -349,7 +349,7 @@ def breaks(method):
 
 for name in ("Infer", "GetCapabilities", "StreamCapabilities", "Health"):
     setattr(service.Daemon, name, breaks(getattr(service.Daemon, name)))
-doors.health.HealthServicer.Check = breaks(doors.health.HealthServicer.Check)
+security.health.HealthServicer.Check = breaks(security.health.HealthServicer.Check)
 sys.exit(lumen_clip.main())
 """
 

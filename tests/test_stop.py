@@ -23,7 +23,7 @@ from tests.kit import ROOT, Node, encoded, label_files, one_model, picture, wait
 STUCK = """
 import sys, time
 sys.path.insert(0, "@ROOT@")
-import doors, lumen_clip, onnxrt
+import discovery, lumen_clip, onnxrt
 
 encode = onnxrt.ONNXRTBackend.encode_images
 
@@ -35,7 +35,7 @@ def encode_or_hang(backend, pixels):
 onnxrt.ONNXRTBackend.encode_images = encode_or_hang
 if "@LOADING@":
     lumen_clip.load_models = lambda *arguments: time.sleep(3600)
-    doors.Beacon.close = lambda beacon: time.sleep(3600)  # a network that takes no goodbye
+    discovery.Advertiser.close = lambda advertiser: time.sleep(3600)  # a network that accepts no goodbye
 sys.exit(lumen_clip.main())
 """
 WHITE = encoded(picture((255, 255, 255)), "PNG")

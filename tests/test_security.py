@@ -1,4 +1,4 @@
-"""TLS, tokens, and what strangers are told."""
+"""TLS, client certificates and tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.kit import SERVICE, Node, label_files, run_client
 
 
 @pytest.fixture(scope="module")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates of a daemon on loopback, of a client, and of the authority that signed both; a token."""
-    folder = tmp_path_factory.mktemp("papers")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of a daemon on loopback, of a client, of their CA, and of a client of another CA; a token."""
+    folder = tmp_path_factory.mktemp("certificates")
     authority, stranger = trustme.CA(), trustme.CA()
     for name, made in (
         ("server", authority.issue_cert("localhost", "127.0.0.1")),
@@ -39,35 +39,35 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def closed(papers: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:
-    tls = {"LUMEN_TLS_CERT": papers / "server.pem", "LUMEN_TLS_KEY": papers / "server.key"}
+def tls_node(certificates: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:
+    tls = {"LUMEN_TLS_CERT": certificates / "server.pem", "LUMEN_TLS_KEY": certificates / "server.key"}
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     return Node(label_files(data), **model, **tls, **environment).ready()
 
 
-def test_with_tls_only_those_who_speak_it_are_served(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
-    """Lost otherwise: a household's pictures, to whoever listens on its network."""
-    node = closed(papers, tiny_onnx, tmp_path)
+def test_a_daemon_with_tls_serves_only_tls_clients(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """If this fails, pictures travel unencrypted although TLS is configured."""
+    node = tls_node(certificates, tiny_onnx, tmp_path)
     try:
-        seen = run_client("clip_embed", "a dog", "--ca", str(papers / "ca.pem"), address=node.address)
+        seen = run_client("clip_embed", "a dog", "--ca", str(certificates / "ca.pem"), address=node.address)
         assert seen.returncode == 0, seen.stderr
         plain = run_client("clip_embed", "a dog", "--timeout", "5", address=node.address)
         assert plain.returncode == 1 and plain.stderr.count("client.py: ") == 1
-        other = run_client("clip_embed", "x", "--tls", "--timeout", "5", address=node.address)  # whom it does not trust
+        other = run_client("clip_embed", "x", "--tls", "--timeout", "5", address=node.address)  # its CA is not trusted
         assert other.returncode == 1 and other.stderr.count("client.py: ") == 1 and "Traceback" not in other.stderr
-        by_name = ("--ca", str(papers / "ca.pem"), "--server-name", "localhost")
+        by_name = ("--ca", str(certificates / "ca.pem"), "--server-name", "localhost")
         assert run_client("health", *by_name, address=node.address).stdout == "SERVING\n"
     finally:
         assert node.stop() == 0 and "Traceback" not in node.log
 
 
-def test_with_a_client_ca_only_its_clients_are_served(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the difference between a guest's laptop and one's own phone."""
-    node = closed(papers, tiny_onnx, tmp_path, LUMEN_TLS_CLIENT_CA=papers / "ca.pem")
+def test_with_a_client_ca_only_its_clients_are_served(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """If this fails, clients without a certificate of the configured CA are served."""
+    node = tls_node(certificates, tiny_onnx, tmp_path, LUMEN_TLS_CLIENT_CA=certificates / "ca.pem")
 
     def ask(name: str) -> subprocess.CompletedProcess[str]:
-        own = ("--cert", str(papers / f"{name}.pem"), "--key", str(papers / f"{name}.key")) if name else ()
-        arguments = ("clip_embed", "a dog", "--timeout", "5", "--ca", str(papers / "ca.pem"), *own)
+        own = ("--cert", str(certificates / f"{name}.pem"), "--key", str(certificates / f"{name}.key")) if name else ()
+        arguments = ("clip_embed", "a dog", "--timeout", "5", "--ca", str(certificates / "ca.pem"), *own)
         return run_client(*arguments, address=node.address)
 
     try:
@@ -76,13 +76,13 @@ def test_with_a_client_ca_only_its_clients_are_served(papers: Path, tiny_onnx: P
         assert node.stop() == 0
 
 
-def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
-    papers: Path, tiny_onnx: Path, tmp_path: Path
+def test_every_call_needs_the_token_and_calls_without_it_occupy_no_streams(
+    certificates: Path, tiny_onnx: Path, tmp_path: Path
 ) -> None:
-    """Lost otherwise: the places of those who may enter, to a guest who opens streams and says nothing."""
-    token = (papers / "token").read_text().strip()
-    node = closed(papers, tiny_onnx, tmp_path, LUMEN_TOKEN_FILE=papers / "token")
-    trusted = grpc.ssl_channel_credentials((papers / "ca.pem").read_bytes())
+    """If this fails, clients without the token can use the daemon, or keep others out with idle streams."""
+    token = (certificates / "token").read_text().strip()
+    node = tls_node(certificates, tiny_onnx, tmp_path, LUMEN_TOKEN_FILE=certificates / "token")
+    trusted = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
     release = threading.Event()
 
     def silent() -> Iterator[pb.InferRequest]:
@@ -108,20 +108,20 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
             )
             with pytest.raises(grpc.RpcError):
                 next(listed)
-            # Supervisors ask the standard health service, and have no token.
+            # Supervisors have no token and use the standard health service.
             check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE))
             assert check.status == health_pb2.HealthCheckResponse.SERVING
-            # All the while, whoever has the token is served.
+            # The idle calls are still open; a client with the token is served.
             right = [("authorization", f"Bearer {token}")]
             request = pb.InferRequest(task="clip_embed", payload=b"a dog")
             [response] = stub.Infer(iter([request]), timeout=10, metadata=right)
             assert response.result
-        own = ("--ca", str(papers / "ca.pem"), "--token-file", str(papers / "token"))
+        own = ("--ca", str(certificates / "ca.pem"), "--token-file", str(certificates / "token"))
         for arguments in (("clip_embed", "a dog"), ("capabilities",), ("health",)):
             seen = run_client(*arguments, *own, address=node.address)
             assert seen.returncode == 0, seen.stderr
-        assert run_client("health", "--ca", str(papers / "ca.pem"), address=node.address).stdout == "SERVING\n"
-        without = run_client("clip_embed", "a dog", "--ca", str(papers / "ca.pem"), address=node.address)
+        assert run_client("health", "--ca", str(certificates / "ca.pem"), address=node.address).stdout == "SERVING\n"
+        without = run_client("clip_embed", "a dog", "--ca", str(certificates / "ca.pem"), address=node.address)
         assert without.returncode == 1 and "unauthenticated" in without.stderr
     finally:
         release.set()
@@ -152,28 +152,28 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
         ({"LUMEN_TOKEN_FILE": "token"}, "LUMEN_TOKEN_FILE=.*token: without LUMEN_TLS_CERT the token would travel"),
     ],
 )
-def test_doors_that_cannot_be_closed_end_the_start(
-    papers: Path, tmp_path: Path, settings: dict[str, str], said: str
+def test_unusable_security_settings_stop_the_start(
+    certificates: Path, tmp_path: Path, settings: dict[str, str], said: str
 ) -> None:
-    """Lost otherwise: a daemon that stands open though its operator believes it closed."""
-    (papers / "short").write_text("secret\n")
-    environment = {name: papers / value for name, value in settings.items()}
+    """If this fails, a daemon runs unprotected although its operator has configured protection."""
+    (certificates / "short").write_text("secret\n")
+    environment = {name: certificates / value for name, value in settings.items()}
     node = Node(tmp_path, ("--host", "0.0.0.0"), **environment)
     assert node.process.wait(60) == 2
     node.stop()
     assert re.match(f"lumen-clip: {said}", node.log) and node.log.count("\n") == 1
 
 
-def test_on_loopback_a_token_needs_no_tls(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
-    """Lost otherwise: several users of one machine, kept apart without certificates."""
+def test_on_loopback_a_token_needs_no_tls(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """If this fails, users of one machine need certificates to keep others out."""
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), **model, LUMEN_TOKEN_FILE=papers / "token").ready()
+    node = Node(label_files(tmp_path), **model, LUMEN_TOKEN_FILE=certificates / "token").ready()
     try:
         assert run_client("clip_embed", "x", address=node.address).returncode == 1
-        own = ("--token-file", str(papers / "token"))
+        own = ("--token-file", str(certificates / "token"))
         assert run_client("clip_embed", "x", *own, address=node.address).returncode == 0
-        # The client does not send it in the clear to others.
-        abroad = run_client("clip_embed", "x", *own, address="192.0.2.1:50051")
-        assert abroad.returncode == 2 and "would travel in the clear" in abroad.stderr
+        # The client does not send the token unencrypted to another machine.
+        remote = run_client("clip_embed", "x", *own, address="192.0.2.1:50051")
+        assert remote.returncode == 2 and "would travel in the clear" in remote.stderr
     finally:
         assert node.stop() == 0

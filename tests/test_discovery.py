@@ -1,4 +1,4 @@
-"""A network of the tests' own: real avahi, real network namespaces."""
+"""mDNS discovery, with real Avahi and real network namespaces."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-import doors
-from tests.kit import ROOT
+import discovery
+from tests.kit import ROOT, Node, label_files, run_client
 from tests.lan import MDNS_TYPES, Lan, Machine, until
 
 BUS = """<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth><policy context="default">
@@ -36,7 +36,7 @@ class Sighting:
 
 
 class Avahi:
-    """What most of the world's Linux desktops ask, on a machine of the LAN."""
+    """An Avahi browser on one machine of the LAN."""
 
     def __init__(self, machine: Machine, folder: Path) -> None:
         bus, configuration = folder / "bus", folder / "bus.xml"
@@ -75,9 +75,9 @@ def avahi(lan: Lan) -> Iterator[Avahi]:
 
 @pytest.mark.lan
 def test_avahi_sees_the_daemon_load_serve_crash_and_leave(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
-    """Lost otherwise: every client that is not of our own making, and those that believe what `status` says."""
+    """If this fails, clients that use Avahi do not find the daemon, or see a wrong `status` or an old port."""
     board, (early, late) = lan.machine("10.77.0.1"), MDNS_TYPES
-    os.mkfifo(tmp_path / "names.json")  # loading takes as long as we like
+    os.mkfifo(tmp_path / "names.json")  # the daemon keeps loading until the test writes to it
     node = board.daemon(tmp_path)
     port = int(node.wait_for(r"port (\d+); loading")[1])
     [seen] = until(lambda: avahi.sees(early))
@@ -86,7 +86,7 @@ def test_avahi_sees_the_daemon_load_serve_crash_and_leave(lan: Lan, avahi: Avahi
     assert seen == Sighting(
         "CLIP-Image-Processor", early, f"lumen-clip-{kept[:8]}.local", "10.77.0.1", port, {**known, "status": "loading"}
     )
-    assert avahi.sees(late) == []  # its clients do not ask for long
+    assert avahi.sees(late) == []  # announced only when the models are ready
     (tmp_path / "names.json").write_text('["a fox"]')
     node.wait_for("ready: ")
     ready = {**known, "status": "ready", "runtime": "onnxrt"}
@@ -156,7 +156,7 @@ def dns_parts(packet: bytes) -> tuple[int, int, list[bytes], dict[int, list[Any]
 @pytest.mark.lan
 @pytest.mark.parametrize("form", ["QU", "legacy"])
 def test_both_forms_of_the_apps_question_are_answered_to_its_own_port(lan: Lan, tmp_path: Path, form: str) -> None:
-    """Lost otherwise: the photo app, which listens nowhere else and asks nothing more."""
+    """If this fails, the photo app, which queries from an ephemeral port and listens only there, finds no daemon."""
     board, phone = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
     node = board.daemon(tmp_path)
     port = int(node.wait_for(r"port (\d+); loading")[1])
@@ -166,7 +166,7 @@ def test_both_forms_of_the_apps_question_are_answered_to_its_own_port(lan: Lan, 
     packets = [f"{number}00000001000000000000{question.hex()}" for number in numbers]
     command = [*phone.inside, sys.executable, "-c", ASK, phone.address, *packets]
     replies = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-    for number, reply in zip(numbers, replies, strict=True):  # the SDK asks from each of its interfaces at once
+    for number, reply in zip(numbers, replies, strict=True):  # the SDK queries from each interface at once
         address, source, answer = reply.split()
         packet = bytes.fromhex(answer)
         echoed, flags, questions, records = dns_parts(packet)
@@ -184,15 +184,15 @@ def test_both_forms_of_the_apps_question_are_answered_to_its_own_port(lan: Lan, 
 
 
 WHERE = """
-import sys, doors
+import sys, discovery
 while sys.stdin.readline():
-    print(doors.advertised_ip("0.0.0.0"), flush=True)
+    print(discovery.advertised_ip("0.0.0.0"), flush=True)
 """
 
 
 @pytest.mark.lan
 def test_nothing_but_the_lans_address_is_announced(lan: Lan) -> None:
-    """Lost otherwise: the app, which dials the one address that it is given, and waits."""
+    """If this fails, the photo app is given an address that it cannot reach, and it tries no other one."""
     board = lan.machine()
     eye = board.start(sys.executable, "-c", WHERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
 
@@ -211,7 +211,7 @@ def test_nothing_but_the_lans_address_is_announced(lan: Lan) -> None:
     up("lo", "10.99.0.1/32")
     up("docker0", "172.17.0.1/16", "bridge")
     up("br-5f2a1c9d8e7f", "172.18.0.1/16", "bridge")
-    up("home", "172.20.0.1/16", "bridge")  # by any name: it joins a container to nothing else
+    up("home", "172.20.0.1/16", "bridge")  # recognised by its members, whatever its name
     up("veth1a2b3c4", "172.19.0.1/16", "veth", "peer", "inside")
     board.ip("link", "set", "inside", "master", "home", "up")
     for name in ("tun0", "tap0"):
@@ -226,12 +226,12 @@ def test_nothing_but_the_lans_address_is_announced(lan: Lan) -> None:
     assert announced() == "None"
     board.plug("192.168.77.1")
     route = subprocess.run([*board.inside, "ip", "route", "get", "224.0.0.251"], capture_output=True, text=True)
-    assert "dev wg0" in route.stdout and announced() == "192.168.77.1"  # the VPN has all routes
+    assert "dev wg0" in route.stdout and announced() == "192.168.77.1"  # all routes go through the VPN
     board.ip("link", "del", "wg0")
-    assert announced() == "192.168.77.1"  # an offline LAN: there is no way out
+    assert announced() == "192.168.77.1"  # a LAN without a default route
     board.plug("192.168.78.1", "eth1")
     board.ip("route", "add", "default", "via", "192.168.78.254")
-    assert announced() == "192.168.78.1"  # of two, the one that the kernel would use
+    assert announced() == "192.168.78.1"  # of two, the one with the route
     board.ip("link", "set", "eth1", "down")
     assert announced() == "192.168.77.1"
     board.ip("address", "flush", "dev", "eth0")
@@ -239,8 +239,8 @@ def test_nothing_but_the_lans_address_is_announced(lan: Lan) -> None:
     assert announced() == "169.254.3.4"  # a cable between two machines, and no router
 
 
-def test_a_bridge_is_the_lans_if_there_is_hardware_in_it(tmp_path: Path) -> None:
-    """Lost otherwise: routers and hosts of virtual machines, whose only address is a bridge's."""
+def test_a_bridge_with_hardware_in_it_counts_as_lan(tmp_path: Path) -> None:
+    """If this fails, the daemon is not found on hosts whose only LAN address is on a bridge, such as Proxmox."""
     for path in (
         "eth0/device",
         "bond0/lower_eth0/device",
@@ -258,95 +258,189 @@ def test_a_bridge_is_the_lans_if_there_is_hardware_in_it(tmp_path: Path) -> None
     (tmp_path / "wwan0" / "type").write_text("519\n")
     (tmp_path / "eth0" / "type").write_text("1\n")
     (tmp_path / "eth0" / "flags").write_text("0x1003\n")
-    there = {link.name for link in tmp_path.iterdir() if doors.leads_to_lan(link)}
-    assert there == {"eth0", "bond0", "bond0.7", "br-lan", "vmbr0"}
-    assert doors.leads_to_lan(tmp_path / "en0") and not doors.leads_to_lan(tmp_path / "utun3")  # no /sys at all
+    found = {path.name for path in tmp_path.iterdir() if discovery.is_lan_interface(path)}
+    assert found == {"eth0", "bond0", "bond0.7", "br-lan", "vmbr0"}
+    # Without /sys (macOS) the name decides.
+    assert discovery.is_lan_interface(tmp_path / "en0") and not discovery.is_lan_interface(tmp_path / "utun3")
 
 
-BEACON = """
-import logging, pathlib, socket, sys
-import doors, settings
+ADVERTISER = """
+import logging, pathlib, sys
+import discovery, settings
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-doors.CHECK_S = 1
-port = int(sys.argv[2])
-with socket.create_server(("0.0.0.0", port)):
-    beacon = doors.Beacon(settings.Settings(lumen_data_dir=pathlib.Path(sys.argv[1])), "0.0.0.0", port)
-    beacon.serve("torch")
-    sys.stdin.read()
-beacon.close()
+advertiser = discovery.Advertiser(settings.Settings(lumen_data_dir=pathlib.Path(sys.argv[1])), "0.0.0.0", 50051)
+advertiser.set_ready("torch")
+sys.stdin.read()
+advertiser.close()
 """
 
 
 @pytest.mark.lan
-def test_no_two_daemons_share_a_name_and_each_keeps_its_own(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
-    """Lost otherwise: one of two daemons, or the one that clients know by its name, after every power cut."""
+def test_two_daemons_get_different_names_and_keep_them(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
+    """If this fails, one of two daemons is hidden, or they exchange their names when one of them restarts."""
 
-    def beacon(machine: Machine, data: str, port: int = 50051) -> subprocess.Popen[str]:
+    def advertise(machine: Machine, data: str) -> subprocess.Popen[str]:
         with (tmp_path / f"{data}.log").open("a") as file:
             streams = {"stdin": subprocess.PIPE, "stdout": file, "cwd": ROOT}
-            return machine.start(sys.executable, "-c", BEACON, str(tmp_path / data), str(port), **streams)
+            return machine.start(sys.executable, "-c", ADVERTISER, str(tmp_path / data), **streams)
 
-    def seen(count: int) -> dict[tuple[str, int], tuple[str, str]]:
-        """where -> (name, host), once avahi sees so many, each with a name of its own."""
+    def seen() -> dict[str, str]:
+        """address -> instance name; the same for both service types."""
+        by_type = [{s.address: s.name for s in avahi.sees(kind)} for kind in MDNS_TYPES]
+        return by_type[0] if by_type[0] == by_type[1] else {}
 
-        def look() -> Any:
-            sightings = avahi.sees(MDNS_TYPES[1])
-            names = {sighting.name for sighting in sightings}
-            own = all(sighting.text["uuid"][:8] in sighting.host for sighting in sightings)
-            return own and len(sightings) == len(names) == count and sightings
-
-        return {(s.address, s.port): (s.name, s.host) for s in until(look, 40)}
-
-    one, two, three = (lan.machine(f"10.77.0.{i}") for i in (1, 2, 3))
-    # Two that do not hear each other at first both take the name, and one gives way when it does.
-    lan.ip("-n", lan.switch, "link", "set", two.port, "nomaster")
-    first, second = (beacon(machine, data) for machine, data in ((one, "a"), (two, "b")))
-    logs = [tmp_path / "a.log", tmp_path / "b.log"]
-    until(lambda: all("mDNS: CLIP-Image-Processor._lumen._tcp" in log.read_text() for log in logs))
-    lan.ip("-n", lan.switch, "link", "set", two.port, "master", "br0")
-    found = seen(2)
-    uuids = {data: (tmp_path / data / "uuid").read_text()[:8] for data in "ab"}
-    names = {"CLIP-Image-Processor", *(f"CLIP-Image-Processor-{uuid}" for uuid in uuids.values())}
-    assert {name for name, _ in found.values()} < names
-    for process, host, data in ((first, one, "a"), (second, two, "b")):  # each comes back as what it was
+    one, two = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
+    first = advertise(one, "a")
+    until(lambda: seen() == {one.address: "CLIP-Image-Processor"})
+    second = advertise(two, "b")
+    until((tmp_path / "b" / "uuid").exists)
+    suffix = (tmp_path / "b" / "uuid").read_text()[:8]
+    both = {one.address: "CLIP-Image-Processor", two.address: f"CLIP-Image-Processor-{suffix}"}
+    until(lambda: seen() == both)
+    for process, machine, data in ((first, one, "a"), (second, two, "b")):
         process.kill()
         process.wait()
-        beacon(host, data)
-        assert seen(2) == found
-    shutil.copytree(tmp_path / "a", tmp_path / "copy")  # of a memory card, say: another machine with the same uuid
-    beacon(three, "copy")
-    beacon(one, "a", 50052)  # on the same machine with the same data folder
-    everybody = seen(4)
-    assert found.items() <= everybody.items()
-    assert everybody["10.77.0.3", 50051][1] == f"lumen-clip-{uuids['a']}-2.local" != everybody["10.77.0.1", 50052][1]
-    assert "the daemon at 10.77.0.1 has the uuid of this one" in (tmp_path / "copy.log").read_text()
+        log = tmp_path / f"{data}.log"
+        log.unlink()
+        advertise(machine, data)
+        until(lambda log=log: "_lumen._tcp" in log.read_text())  # type: ignore[misc]
+        assert seen() == both
 
 
-ECHO = """
+RESPONDER = """
 import socket, sys, zeroconf
-found = zeroconf.Zeroconf(interfaces=[sys.argv[1]], ip_version=zeroconf.IPVersion.V4Only)
-host, address, port = sys.argv[2], sys.argv[3], int(sys.argv[4])
+own_address, host, address, node_uuid = sys.argv[1:5]
+responder = zeroconf.Zeroconf(interfaces=[own_address], ip_version=zeroconf.IPVersion.V4Only)
 for kind in sys.argv[5:]:
-    where = {"addresses": [socket.inet_aton(address)], "port": port, "server": host}
-    found.register_service(zeroconf.ServiceInfo(kind, "CLIP-Image-Processor." + kind, **where))
+    record = {"addresses": [socket.inet_aton(address)], "port": 40404, "server": host}
+    record["properties"] = {"uuid": node_uuid}
+    responder.register_service(zeroconf.ServiceInfo(kind, "CLIP-Image-Processor." + kind, **record))
 print("there", flush=True)
 sys.stdin.read()
 """
 
 
+def start_responder(machine: Machine, node_uuid: str, address: str, *kinds: str) -> None:
+    """Answers with records of a daemon with this uuid at this address."""
+    host = f"lumen-clip-{node_uuid[:8]}.local."
+    command = [sys.executable, "-c", RESPONDER, machine.address, host, address, node_uuid, *kinds]
+    process = machine.start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == "there\n"
+
+
 @pytest.mark.lan
-@pytest.mark.parametrize("where", ["its own address", "an address of old"])
-def test_a_name_that_only_caches_remember_is_taken_back(lan: Lan, tmp_path: Path, where: str) -> None:
-    """Lost otherwise: the name, after a crash on a network whose router or sleep proxy answers for the dead."""
+@pytest.mark.parametrize("where", ["its own address", "an earlier address"])
+def test_a_daemon_keeps_its_name_if_a_proxy_still_answers_with_its_old_records(
+    lan: Lan, tmp_path: Path, where: str
+) -> None:
+    """If this fails, a daemon that crashed changes its name on networks with a sleep proxy or an mDNS reflector."""
     board, proxy = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
-    host = f"lumen-clip-{doors.kept_uuid(tmp_path)[:8]}.local."
     old = board.address if where == "its own address" else "10.77.0.99"
-    kinds = [f"{kind}.local." for kind in MDNS_TYPES]
-    command = [sys.executable, "-c", ECHO, proxy.address, host, old, "40404", *kinds]
-    echo = proxy.start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert echo.stdout and echo.stdout.readline() == "there\n"
+    start_responder(proxy, discovery.kept_uuid(tmp_path), old, *(f"{kind}.local." for kind in MDNS_TYPES))
     node = board.daemon(tmp_path)
     port = node.wait_for(r"port (\d+); loading")[1]
     node.wait_for(rf"mDNS: CLIP-Image-Processor\._lumen\._tcp\.local\. at 10\.77\.0\.1:{port}\n")
     assert node.stop() == 0
-    assert "CLIP-Image-Processor-" not in node.log and "copy" not in node.log
+    assert "another daemon has the name" not in node.log
+
+
+@pytest.mark.lan
+def test_a_name_that_is_taken_with_one_service_type_is_given_up_for_both(lan: Lan, tmp_path: Path) -> None:
+    """If this fails, a client that reads both service types takes one daemon for two."""
+    board, other = lan.machine("10.77.0.1"), lan.machine("10.77.0.2")
+    start_responder(other, "5f0c2a4e-other", other.address, f"{MDNS_TYPES[1]}.local.")
+    node = board.daemon(tmp_path)
+    suffix = discovery.kept_uuid(tmp_path)[:8]
+    for kind in MDNS_TYPES:
+        node.wait_for(rf"mDNS: CLIP-Image-Processor-{suffix}\.{kind}\.local\. at 10\.77\.0\.1:")
+    assert node.stop() == 0
+    assert "CLIP-Image-Processor._" not in node.log
+
+
+def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) -> None:
+    """If this fails, clients without a configured address do not find the daemon, or find one that has stopped."""
+    settings = {
+        "CLIP_BACKEND": "onnxrt",
+        "BIOCLIP_BACKEND": "none",
+        "CLIP_MODEL": tiny_onnx,
+        "ADVERTISE_IP": "127.0.0.1",
+    }
+    types = "_homenative-node._tcp.local.,_lumen._tcp.local."
+    name = f"lumen-test-{os.getpid()}"
+    found = []
+    for _ in range(2):
+        node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
+        try:
+            run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
+            assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
+            found.append(_browse(name, "_homenative-node._tcp.local."))
+            assert _browse(name, "_lumen._tcp.local.").addresses == [socket.inet_aton("127.0.0.1")]
+        finally:
+            assert node.stop() == 0
+    properties = [{k.decode(): v.decode() for k, v in info.properties.items()} for info in found]
+    assert properties[0] == properties[1]  # the uuid is kept
+    assert properties[0] == {
+        "uuid": (tmp_path / "uuid").read_text().strip(),
+        "status": "ready",
+        "version": "1.0.0",
+        "v": "1.0.0",
+        "runtime": "onnxrt",
+    }
+    assert run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1").returncode == 1  # withdrawn
+
+
+BROWSER = """
+import socket, sys, time, zeroconf
+found = zeroconf.Zeroconf(interfaces=[sys.argv[1]], ip_version=zeroconf.IPVersion.V4Only)
+info = found.get_service_info("_lumen._tcp.local.", sys.argv[2] + "._lumen._tcp.local.", 8000)
+print(info and [socket.inet_ntoa(address) for address in info.addresses])
+"""
+
+
+def test_a_network_that_comes_later_or_changes_is_announced_on(tmp_path: Path, tiny_onnx: Path) -> None:
+    """If this fails, boards that start before their router, or whose address changes, are not found."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+        pytest.skip("needs root, iproute2 and util-linux, for a network of its own")
+    name = f"lumen-later-{os.getpid()}"
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_NAME": name}
+    settings["CLIP_MDNS_TYPE"] = "_lumen._tcp.local."
+    node = Node(label_files(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
+    node.wait_for("ready: ")
+    inside = ("nsenter", "--target", str(node.process.pid), "--net")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run([*inside, "ip", *arguments], check=True)
+
+    try:
+        node.wait_for("no address that others could reach")
+        ip("link", "add", "eth9", "type", "veth", "peer", "name", "eth8")
+        for end in ("eth8", "eth9"):
+            ip("link", "set", end, "up")
+        for address, other in (("10.77.0.1", ""), ("10.77.0.2", "10.77.0.1")):
+            if other:
+                ip("address", "del", f"{other}/24", "dev", "eth9")
+            ip("address", "add", f"{address}/24", "dev", "eth9")
+            ip("route", "replace", "224.0.0.0/4", "dev", "eth9")
+            node.wait_for(rf"mDNS: {name}\._lumen\._tcp\.local\. at {address}:\d+", 30)
+            browse = [*inside, sys.executable, "-c", BROWSER, address, name]
+            seen = subprocess.run(browse, capture_output=True, text=True, timeout=30)
+            assert seen.stdout.strip() == str([address]), seen.stderr
+    finally:
+        assert node.stop() == 0, node.log
+
+
+def _browse(name: str, kind: str) -> Any:
+    from zeroconf import Zeroconf
+
+    with Zeroconf(interfaces=["127.0.0.1"]) as browser:
+        info = browser.get_service_info(kind, f"{name}.{kind}", 3000)
+    assert info is not None
+    return info
+
+
+def test_a_given_address_and_the_uuid_are_used_as_they_are(tmp_path: Path) -> None:
+    """If this fails, the daemon advertises an address that nobody can reach, or a new uuid after each start."""
+    assert discovery.advertised_ip("127.0.0.1") is None
+    assert discovery.advertised_ip("192.168.7.7") == "192.168.7.7"
+    assert discovery.is_local_address("127.0.0.1") and not discovery.is_local_address("192.0.2.77")
+    assert discovery.kept_uuid(tmp_path) == discovery.kept_uuid(tmp_path)

@@ -1,0 +1,244 @@
+"""TLS, the access token, and admission of calls that wait for their request message."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import re
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from settings import SettingError, Settings
+
+log = logging.getLogger("lumen.security")
+
+SHORT_CALLS_MAX = 16  # health checks and reflection calls at the same time
+SHORT_CALL_TIMEOUT_S = 20  # for the whole call, its request message included
+HEALTH_WATCHES_MAX = 64  # open Watch calls of the standard health service; they occupy no thread
+
+
+def tls_credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """None for plaintext. Raises SettingError if the files are not a certificate, its key and a CA certificate."""
+    cert, key, ca = "LUMEN_TLS_CERT", "LUMEN_TLS_KEY", "LUMEN_TLS_CLIENT_CA"
+    paths = {name: getattr(settings, name.lower()) for name in (cert, key, ca)}
+    if not any(paths.values()):
+        return None
+    for name, required in ((cert, key), (key, cert), (ca, cert)):
+        if paths[name] and not paths[required]:
+            raise SettingError(f"{name}={paths[name]}: needs {required} as well")
+    pem = {name: _read_file(name, path) for name, path in paths.items() if path}
+    try:  # gRPC does not validate the files; with invalid ones it would reject every client
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(paths[cert], paths[key])
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{cert}={paths[cert]}: not a PEM certificate that {key} is the key of ({error})") from error
+    try:
+        if paths[ca]:
+            context.load_verify_locations(paths[ca])
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{ca}={paths[ca]}: not a PEM certificate ({error})") from error
+    return grpc.ssl_server_credentials([(pem[key], pem[cert])], pem.get(ca), require_client_auth=ca in pem)
+
+
+def read_token(settings: Settings, host: str) -> bytes:
+    """The bearer token that every call must carry, or b"" if none is configured. Raises SettingError."""
+    path = settings.lumen_token_file
+    if not path:
+        return b""
+    token = _read_file("LUMEN_TOKEN_FILE", path).strip()
+    if not re.fullmatch(rb"[!-~]{16,4096}", token):
+        raise SettingError(f"LUMEN_TOKEN_FILE={path}: allowed: one token of 16 printable ASCII characters or more")
+    if not settings.lumen_tls_cert and not _is_loopback(host):
+        text = "without LUMEN_TLS_CERT the token would travel in the clear; allowed then: --host 127.0.0.1"
+        raise SettingError(f"LUMEN_TOKEN_FILE={path}: {text}")
+    if Path(path).stat().st_mode & 0o077:
+        log.warning("LUMEN_TOKEN_FILE=%s can be read by others on this machine; chmod 600", path)
+    return token
+
+
+def _read_file(setting: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingError(f"{setting}={path}: {error.strerror}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]
+    """Rejects calls without the token. The standard health service stays open.
+
+    A call is rejected before its request message is read. Waiting for the message would let unauthenticated clients
+    occupy threads.
+    """
+
+    def __init__(self, token: bytes, on_rejected: Callable[[str, str], None]) -> None:
+        """`on_rejected` is called with the reason and the peer."""
+        self._expected = b"Bearer " + token
+
+        def reject(_: Any, context: Any) -> None:
+            on_rejected("no valid token", context.peer())
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "metadata authorization: allowed: Bearer and the token")
+
+        self._rejection = grpc.stream_stream_rpc_method_handler(reject)
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        values = [value for key, value in details.invocation_metadata if key == "authorization"]
+        authorized = any(hmac.compare_digest(str(value).encode(), self._expected) for value in values)
+        if authorized or details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return continuation(details)
+        return self._rejection
+
+
+def hide_exceptions(behaviour: Callable[[Any, Any], Iterator[Any]]) -> Callable[[Any, Any], Iterator[Any]]:
+    """Sends the text of unexpected exceptions to the log instead of the client, because it may contain a path."""
+
+    def wrapped(messages: Any, context: Any) -> Iterator[Any]:
+        try:
+            yield from behaviour(messages, context)
+        except grpc.RpcError:  # the call is over
+            raise
+        except Exception as error:
+            if context.code():  # raised by context.abort(), whose text is ours
+                raise
+            context.abort(grpc.StatusCode.INTERNAL, internal_error(error))
+
+    return wrapped
+
+
+def internal_error(error: BaseException) -> str:
+    """Logs the exception under a number; -> the text for the client, which contains only the number."""
+    number = uuid.uuid4().hex[:8]
+    log.error("internal error %s", number, exc_info=error)
+    return f"internal error {number}; the daemon's log says more"
+
+
+MALFORMED = object()  # stands for a message that could not be parsed
+
+
+def tolerant_parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A request deserializer for gRPC that returns MALFORMED instead of raising.
+
+    If a deserializer raises, gRPC ends the call at once and again when the handler returns. Such a call is never
+    released: it keeps its memory and its place among the streams of its connection.
+    """
+
+    def parse_or_mark(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return MALFORMED
+
+    return parse_or_mark
+
+
+class ShortCallLimiter:
+    """Limits the calls that wait for a request message and should end soon: standard health and reflection.
+
+    Each occupies a thread, gRPC sets no deadline for them, and anyone may open them. When the limit is reached, the
+    oldest call is cancelled. Each call is cancelled after SHORT_CALL_TIMEOUT_S.
+    """
+
+    def __init__(self, limit: int = SHORT_CALLS_MAX) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._calls: dict[Any, float] = {}  # context -> start by time.monotonic(); oldest first
+
+    @contextmanager
+    def admit(self, context: Any) -> Iterator[None]:
+        with self._lock:
+            oldest = next(iter(self._calls)) if len(self._calls) >= self._limit else None
+            if oldest:
+                del self._calls[oldest]
+            self._calls[context] = time.monotonic()
+        if oldest:
+            oldest.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls.pop(context, None)
+
+    def cancel_expired(self, now: float, timeout_s: float | None = None) -> None:
+        """Cancels the calls that are older than `timeout_s`, by default SHORT_CALL_TIMEOUT_S."""
+        limit = SHORT_CALL_TIMEOUT_S if timeout_s is None else timeout_s
+        with self._lock:
+            expired = [context for context, since in self._calls.items() if now - since > limit]
+        for context in expired:
+            context.cancel()
+
+
+def short_call_handlers(
+    limiter: ShortCallLimiter, servicer: health.HealthServicer, service: str
+) -> dict[str, dict[str, Any]]:
+    """Handlers for the standard health of `service` and for reflection: service name -> method name -> handler.
+
+    Check and Watch take one message, but are registered as streams. For a unary call gRPC occupies a thread before the
+    message has arrived, and that wait cannot be ended.
+    """
+    watches = threading.BoundedSemaphore(HEALTH_WATCHES_MAX)
+
+    def valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        for message in messages:
+            if message is MALFORMED:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is not valid for this method")
+            yield message
+
+    def read_request(messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
+        with limiter.admit(context):
+            request = next(valid(messages, context), None)
+        if request is None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
+        assert request is not None
+        if request.service not in ("", service):
+            request.service = "unknown"  # the servicer keeps every name that it is asked for
+        return request
+
+    def check(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        yield servicer.Check(read_request(messages, context), context)
+
+    def watch(messages: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
+        request = read_request(messages, context)
+        if not watches.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{HEALTH_WATCHES_MAX} watch health already; try later")
+        if context.add_callback(watches.release):
+            servicer.Watch(request, context, send)
+        else:
+            watches.release()
+
+    watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # gRPC then occupies no thread
+
+    reflector: Any = reflection.ReflectionServicer((service, health.SERVICE_NAME, reflection.SERVICE_NAME))
+
+    def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        with limiter.admit(context):
+            yield from reflector.ServerReflectionInfo(valid(messages, context), context)
+
+    handler = grpc.stream_stream_rpc_method_handler
+    request = tolerant_parser(health_pb2.HealthCheckRequest.FromString)
+    response = health_pb2.HealthCheckResponse.SerializeToString
+    question = tolerant_parser(reflection_pb2.ServerReflectionRequest.FromString)
+    answer = reflection_pb2.ServerReflectionResponse.SerializeToString
+    return {
+        health.SERVICE_NAME: {
+            "Check": handler(hide_exceptions(check), request, response),
+            "Watch": handler(watch, request, response),
+        },
+        reflection.SERVICE_NAME: {"ServerReflectionInfo": handler(hide_exceptions(reflect), question, answer)},
+    }
