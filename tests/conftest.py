@@ -33,6 +33,7 @@ from tests.kit import (
     COLOURS,
     DEMO,
     IMAGENET,
+    LIMIT_S,
     SPECIES,
     Drawing,
     Node,
@@ -46,6 +47,12 @@ from tests.kit import (
 )
 from tests.lan import Lan
 from tests.npu_double import FAKE_NPU
+
+
+@pytest.fixture(scope="session")
+def measuring(request: pytest.FixtureRequest) -> bool:
+    """Whether times count: `-m measure`, on a quiet machine."""
+    return "measure" in request.config.option.markexpr
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +167,7 @@ def hub() -> Iterator[FakeHub]:
 def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
     """A daemon for the faults, which has had 64 streams at once, so that its pools have their threads."""
     folder = tmp_path_factory.mktemp("harsh")
-    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 8}
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 20}
     settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
     node = Node(label_files(folder / "data"), ("--log-level", "debug"), **settings).ready()
     release = threading.Event()
@@ -170,7 +177,7 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     mirror = reflection_pb2_grpc.ServerReflectionStub(node.channel)
     question = reflection_pb2.ServerReflectionRequest()
     silent = [mirror.ServerReflectionInfo(held(question, release)) for _ in range(service.LOBBY_PLACES)]
-    waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]
+    waiting = [node.stub.Health.future(Empty(), timeout=LIMIT_S) for _ in range(200)]
     for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
         with pytest.raises(grpc.RpcError):
             next(refused)

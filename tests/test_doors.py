@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import SERVICE, Node, label_files, run_client
+from tests.kit import LIMIT_S, SERVICE, Node, label_files, run_client
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,13 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
     release = threading.Event()
 
     def silent() -> Iterator[pb.InferRequest]:
-        release.wait(60)
+        release.wait(LIMIT_S)
         yield from ()
 
     try:
         with grpc.secure_channel(node.address, trusted) as channel:
             stub = pb_grpc.InferenceStub(channel)
-            strangers = [stub.Infer(silent(), timeout=30) for _ in range(200)]
+            strangers = [stub.Infer(silent(), timeout=LIMIT_S) for _ in range(200)]
             for call in strangers:
                 with pytest.raises(grpc.RpcError) as error:
                     next(call)
@@ -101,7 +101,7 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
             for metadata in ([], [wrong[0]], [wrong[1]], [wrong[2]], wrong):
                 for ask in (stub.Health, stub.GetCapabilities, lambda *a, **k: list(stub.StreamCapabilities(*a, **k))):
                     with pytest.raises(grpc.RpcError) as error:
-                        ask(Empty(), timeout=10, metadata=metadata)
+                        ask(Empty(), timeout=LIMIT_S, metadata=metadata)
                     assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
             listed = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
@@ -114,7 +114,7 @@ def test_a_token_is_asked_of_every_call_and_silent_strangers_hold_nothing(
             # All the while, whoever has the token is served.
             right = [("authorization", f"Bearer {token}")]
             request = pb.InferRequest(task="clip_embed", payload=b"a dog")
-            [response] = stub.Infer(iter([request]), timeout=10, metadata=right)
+            [response] = stub.Infer(iter([request]), timeout=LIMIT_S, metadata=right)
             assert response.result
         own = ("--ca", str(papers / "ca.pem"), "--token-file", str(papers / "token"))
         for arguments in (("clip_embed", "a dog"), ("capabilities",), ("health",)):
@@ -159,7 +159,7 @@ def test_doors_that_cannot_be_closed_end_the_start(
     (papers / "short").write_text("secret\n")
     environment = {name: papers / value for name, value in settings.items()}
     node = Node(tmp_path, ("--host", "0.0.0.0"), **environment)
-    assert node.process.wait(60) == 2
+    assert node.ended() == 2
     node.stop()
     assert re.match(f"lumen-clip: {said}", node.log) and node.log.count("\n") == 1
 
