@@ -163,7 +163,7 @@ def hub() -> Iterator[FakeHub]:
     hub.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
     """A daemon for the faults, which has had 64 streams at once, so that its pools have their threads."""
     folder = tmp_path_factory.mktemp("harsh")
@@ -239,8 +239,10 @@ def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def big(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A true ViT-B-32 with seeded random weights, as OpenCLIP weights and as an ONNX folder."""
+    if not {"big", "spread"} & set(request.config.option.markexpr.split()):
+        pytest.skip("takes four minutes and 2 GB of memory; run it with: python -m pytest -s -m big")
 
     def make(folder: Path) -> None:
         import open_clip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -470,6 +471,7 @@ class Drawing:
     scene: str | None  # None: no scene is plainly right
     species: str | None
 
+    @functools.cache  # noqa: B019 - there is one set of drawings, and most of them are used by several tests
     def file(self, side: int = 256, kind: str = "PNG", **options: Any) -> bytes:
         import resvg_py
 

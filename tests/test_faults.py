@@ -437,6 +437,7 @@ def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -
         hole.listen(64)  # takes connections and says nothing
         endpoint = f"http://127.0.0.1:{hole.getsockname()[1]}"
         settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": endpoint}
+        settings |= {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}  # of 10
         node = Node(tmp_path, **settings)
         assert node.ended() == 1
         node.stop()

@@ -432,7 +432,7 @@ def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> No
 
 @pytest.mark.big
 def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -k small_board"""
+    """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -m big -k small_board"""
     data, photo = label_files(tmp_path), encoded(picture(RED, (1600, 1200)))
     resident = {}
     for kind, backend, model in (
@@ -460,7 +460,7 @@ def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
 
 @pytest.mark.big
 def test_scaled_decode_on_real_photographs(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the figure in the README. Prints it: pytest -s -k real_photographs"""
+    """Lost otherwise: the figure in the README. Prints it: pytest -s -m big -k real_photographs"""
     paths = [path for path in photographs() if min(Image.open(path).size) >= 1000]
     if not paths:
         pytest.skip("no real photographs here; Debian's gnome-backgrounds and plasma-workspace-wallpapers have some")
