@@ -67,7 +67,8 @@ def test_with_a_client_ca_only_its_clients_are_served(papers: Path, tiny_onnx: P
 
     def ask(name: str) -> subprocess.CompletedProcess[str]:
         own = ("--cert", str(papers / f"{name}.pem"), "--key", str(papers / f"{name}.key")) if name else ()
-        arguments = ("clip_embed", "a dog", "--timeout", "5", "--ca", str(papers / "ca.pem"), *own)
+        patience = "60" if name == "client" else "5"
+        arguments = ("clip_embed", "a dog", "--timeout", patience, "--ca", str(papers / "ca.pem"), *own)
         return run_client(*arguments, address=node.address)
 
     try:

@@ -273,6 +273,8 @@ def test_told_to_stop_it_answers_what_it_has_and_exits_0(
         yield pb.InferRequest(task="clip_embed", payload=b"a dog")
         yield from chunks(photo, 20, task="clip_image_embed")
         node.wait_for("stopping: ")
+        check = health_pb2_grpc.HealthStub(node.channel).Check
+        wait_until(lambda: check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING)
         time.sleep(0.1)
         yield pb.InferRequest(task="clip_embed", payload=b"a dog that came too late")
         release.wait(LIMIT_S)
