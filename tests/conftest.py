@@ -169,7 +169,7 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     folder = tmp_path_factory.mktemp("harsh")
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 20}
     settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
-    node = Node(label_files(folder / "data"), ("--log-level", "debug"), **settings).ready()
+    node = Node(label_files(folder / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
     release = threading.Event()
     calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(64)]
     assert all(next(call).result for call in calls)

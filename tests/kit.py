@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -183,7 +184,10 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
 def shared(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder made once for all test processes of a run."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return made_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base, name, make)
+
+
+def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
     with filelock.FileLock(base / f"{name}.lock"):
         if not (base / name).exists():
             make(base / f"{name}.making")
@@ -208,12 +212,21 @@ def reference_vectors(reference: Any, pictures: list[Image.Image] = (), texts: l
         return model.encode_text(tokenizer(list(texts)), normalize=True).numpy()
 
 
-def label_files(data: Path) -> Path:
+def label_files(data: Path, model: Path | None = None) -> Path:
+    """A data folder with label files; with `model`, an ONNX folder of the tests, also with the text vectors of its
+    labels, which a first start computes for seconds."""
+    if model:
+        made = made_once(model.parent, f"{model.name}-labels", lambda folder: _start_and_stop(folder, model))
+        shutil.copytree(made / "clip", data / "clip", dirs_exist_ok=True)
     for name, content in (("clip/imagenet_class_names", IMAGENET), ("bioclip/txt_emb_species", SPECIES)):
         path = data / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), "utf-8")
     return data
+
+
+def _start_and_stop(folder: Path, model: Path) -> None:
+    assert Node(label_files(folder), **one_model(model)).ready().stop() == 0
 
 
 # --- a daemon as a user starts it ----------------------------------------------------------------------------------

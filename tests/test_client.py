@@ -340,7 +340,7 @@ def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) 
     name = f"lumen-test-{os.getpid()}"
     found = []
     for _ in range(2):
-        node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
+        node = Node(label_files(tmp_path, tiny_onnx), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
         run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
         assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
         found.append(_browse(name, "_homenative-node._tcp.local."))
@@ -373,7 +373,9 @@ def test_a_network_that_comes_later_or_changes_is_announced_on(tmp_path: Path, t
     name = f"lumen-later-{os.getpid()}"
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_NAME": name}
     settings["CLIP_MDNS_TYPE"] = "_lumen._tcp.local."
-    node = Node(label_files(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
+    node = Node(
+        label_files(tmp_path, tiny_onnx), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings
+    )
     node.wait_for("ready: ")
     inside = ("nsenter", "--target", str(node.process.pid), "--net")
 

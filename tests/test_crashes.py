@@ -89,7 +89,7 @@ sys.exit(lumen_clip.main())
 def misbehaving(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
     """Starts such a daemon, always on the same data folder."""
     (tmp_path / "daemon.py").write_text(MISBEHAVING.replace("@ROOT@", str(ROOT)))
-    data = label_files(tmp_path / "data")
+    data = label_files(tmp_path / "data", tiny_onnx)
 
     def start(**environment: Any) -> Node:
         settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", **environment}

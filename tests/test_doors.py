@@ -42,7 +42,7 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def closed(papers: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:
     tls = {"LUMEN_TLS_CERT": papers / "server.pem", "LUMEN_TLS_KEY": papers / "server.key"}
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    return Node(label_files(data), **model, **tls, **environment).ready()
+    return Node(label_files(data, tiny_onnx), **model, **tls, **environment).ready()
 
 
 def test_with_tls_only_those_who_speak_it_are_served(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_doors_that_cannot_be_closed_end_the_start(
 def test_on_loopback_a_token_needs_no_tls(papers: Path, tiny_onnx: Path, tmp_path: Path) -> None:
     """Lost otherwise: several users of one machine, kept apart without certificates."""
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), **model, LUMEN_TOKEN_FILE=papers / "token").ready()
+    node = Node(label_files(tmp_path, tiny_onnx), **model, LUMEN_TOKEN_FILE=papers / "token").ready()
     try:
         assert run_client("clip_embed", "x", address=node.address).returncode == 1
         own = ("--token-file", str(papers / "token"))

@@ -79,7 +79,7 @@ def test_a_peer_that_froze_is_let_go(tmp_path: Path, tiny_onnx: Path) -> None:
     """
     constants = {"service.KEEPALIVE_S": 4, "service.KEEPALIVE_PATIENCE_S": 4}  # of 30 and 10
     settings = one_model(tiny_onnx) | impatient(tmp_path, constants)
-    node = Node(label_files(tmp_path / "data"), ("--log-level", "debug"), **settings).ready()
+    node = Node(label_files(tmp_path / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
     with outlived(node, "a stream is over after 3 answers"):
         client = subprocess.Popen([sys.executable, "-c", FROZEN_CLIENT, node.address], cwd=ROOT, stdout=subprocess.PIPE)
         assert client.stdout and client.stdout.readline() == b"answered\n"
@@ -283,7 +283,7 @@ def test_without_file_descriptors_old_clients_are_served_and_new_ones_later(tmp_
     """
     limited = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *Node.PROGRAM)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), (), limited, **settings).ready()
+    node = Node(label_files(tmp_path, tiny_onnx), (), limited, **settings).ready()
     try:
         with outlived(node):
             peers = []
@@ -310,7 +310,9 @@ def test_a_clock_that_jumps_costs_no_answer(tmp_path: Path, tiny_onnx: Path) -> 
     )
     (tmp_path / "daemon.py").write_text(script)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 4}
-    node = Node(label_files(tmp_path), program=(sys.executable, str(tmp_path / "daemon.py")), **settings).ready()
+    node = Node(
+        label_files(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
+    ).ready()
     try:
         release = threading.Event()
         with outlived(node):
@@ -416,7 +418,9 @@ def test_told_to_stop_it_stops(tmp_path: Path, tiny_onnx: Path, moment: str) -> 
         script += "backends.create_backend = lambda options: time.sleep(600)\n"
     (tmp_path / "daemon.py").write_text(script + "sys.exit(lumen_clip.main())\n")
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), program=(sys.executable, str(tmp_path / "daemon.py")), **settings).bound()
+    node = Node(
+        label_files(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
+    ).bound()
     if moment != "loading":
         node.wait_for("ready: ")
     release = threading.Event()

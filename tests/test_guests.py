@@ -80,7 +80,7 @@ def test_calls_whose_message_never_comes_hold_nothing(harsh: Node, method: str) 
 def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: five minutes of everybody's time, again and again, to a guest who opens all streams."""
     settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=3) | impatient(tmp_path, {"service.WANTED_IDLE_S": 5})
-    node = Node(label_files(tmp_path / "data"), **settings).ready()
+    node = Node(label_files(tmp_path / "data", tiny_onnx), **settings).ready()
     release, busy = threading.Event(), pb.InferRequest(task="clip_embed", payload=b"a dog")
     try:
         silent = [node.stub.Infer(held(busy, release), timeout=LIMIT_S) for _ in range(3)]
@@ -236,7 +236,7 @@ def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pyt
 
 def test_a_large_picture_costs_little_more_than_its_pixels(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: a gigabyte, to a file of a few kilobytes."""
-    node = Node(label_files(tmp_path), **one_model(tiny_onnx)).ready()
+    node = Node(label_files(tmp_path, tiny_onnx), **one_model(tiny_onnx)).ready()
     try:
         served(node)
         before, most, over = resident_mb(node), [0.0], threading.Event()
@@ -278,7 +278,7 @@ def test_messages_that_never_end_do_not_eat_the_machine(tmp_path: Path, tiny_onn
     """Lost otherwise: the board, to a guest: gRPC keeps 64 MB of each message before anybody sees a byte of it."""
     (tmp_path / "daemon.py").write_text(SMALL_MACHINE.replace("@ROOT@", str(ROOT)))
     program = (sys.executable, str(tmp_path / "daemon.py"))
-    node = Node(label_files(tmp_path / "data"), program=program, **one_model(tiny_onnx)).ready()
+    node = Node(label_files(tmp_path / "data", tiny_onnx), program=program, **one_model(tiny_onnx)).ready()
     try:
         release = threading.Event()  # gRPC's threads, which are made when they are needed, are none of ours
         calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(24)]
@@ -373,7 +373,7 @@ def test_scrapers_that_dawdle_hold_nothing(tmp_path: Path, tiny_onnx: Path) -> N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = one_model(tiny_onnx, LUMEN_METRICS_PORT=port) | impatient(tmp_path, {"watch.ScrapeServer.SCRAPE_S": 2})
-    node = Node(label_files(tmp_path / "data"), **settings).ready()
+    node = Node(label_files(tmp_path / "data", tiny_onnx), **settings).ready()
     try:
         served(node)
         before = threads_and_files(node)[0]
@@ -426,7 +426,7 @@ def test_no_exception_tells_a_client_what_is_inside(tmp_path: Path, tiny_onnx: P
     """Lost otherwise: a path, a name or a secret, to whoever finds the fault that lets it out."""
     (tmp_path / "daemon.py").write_text(BROKEN.replace("@ROOT@", str(ROOT)))
     program = (sys.executable, str(tmp_path / "daemon.py"))
-    node = Node(label_files(tmp_path / "data"), program=program, **one_model(tiny_onnx)).ready()
+    node = Node(label_files(tmp_path / "data", tiny_onnx), program=program, **one_model(tiny_onnx)).ready()
     check = health_pb2_grpc.HealthStub(node.channel).Check
     calls: tuple[Callable[[], Any], ...] = (
         lambda: node.infer(pb.InferRequest(task="clip_embed", payload=b"x")),

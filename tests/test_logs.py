@@ -19,7 +19,9 @@ def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path:
     """Lost otherwise: the one trace of a night's trouble; or trust in it, to a client that sends line breaks."""
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     settings |= impatient(tmp_path, {"lumen_clip.TRAFFIC_LOG_S": 4})
-    node = Node(label_files(tmp_path / "data"), ("--log-level", "debug", "--log-format", "json"), **settings).ready()
+    node = Node(
+        label_files(tmp_path / "data", tiny_onnx), ("--log-level", "debug", "--log-format", "json"), **settings
+    ).ready()
     forged = 'x\n{"level": "CRITICAL", "message": "pwned"}\r\u2028'
     requests = [pb.InferRequest(task="clip_embed", payload=b"a dog", correlation_id="a") for _ in range(8)]
     requests += [pb.InferRequest(task=forged, payload=b"x", correlation_id=forged)]
@@ -55,7 +57,7 @@ def test_prometheus_counts_what_went_through(tmp_path: Path, tiny_onnx: Path) ->
         "BIOCLIP_BACKEND": "none",
         "LUMEN_METRICS_PORT": port,
     }
-    node = Node(label_files(tmp_path), **settings).ready()
+    node = Node(label_files(tmp_path, tiny_onnx), **settings).ready()
     node.infer(
         *[pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5, pb.InferRequest(task="nonsense", payload=b"x")
     )

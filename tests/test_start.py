@@ -265,7 +265,7 @@ def test_told_to_stop_it_answers_what_it_has_and_exits_0(
 ) -> None:
     """Lost otherwise: photographs in flight, at each upgrade."""
     settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
-    node = Node(label_files(tmp_path), ("--log-level", "debug"), **settings).ready()
+    node = Node(label_files(tmp_path, tiny_onnx), ("--log-level", "debug"), **settings).ready()
     photo = encoded(picture(RED, (4000, 3000)), "PNG")  # takes a while to decode
     release = threading.Event()
 

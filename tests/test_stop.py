@@ -53,7 +53,7 @@ WHITE = encoded(picture((255, 255, 255)), "PNG")
 
 @pytest.fixture
 def stuck(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
-    data = label_files(tmp_path / "data")
+    data = label_files(tmp_path / "data", tiny_onnx)
 
     def start(loading: str = "", drain: int = 20) -> Node:
         script = STUCK.replace("@ROOT@", str(ROOT)).replace("@LOADING@", loading).replace("@DRAIN@", str(drain))

@@ -235,7 +235,7 @@ def test_gen_is_what_the_proto_generates(tmp_path: Path) -> None:
 def small_node(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
     """A daemon with small limits and one model."""
     node = Node(
-        label_files(tmp_path_factory.mktemp("small-data")),
+        label_files(tmp_path_factory.mktemp("small-data"), tiny_onnx),
         CLIP_BACKEND="onnxrt",
         BIOCLIP_BACKEND="none",
         CLIP_MODEL=tiny_onnx,
