@@ -234,7 +234,7 @@ def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
     print(f"{outcomes}, {resident_mb(harsh) - before:.0f} MB more")
     wait_until(lambda: harsh.log.count(", invalid_argument", seen) >= outcomes["refused"])
     assert harsh.log.count(", invalid_argument", seen) == outcomes["refused"]  # a line for each
-    assert min(outcomes.values()) > 100 and resident_mb(harsh) - before < 250
+    assert min(outcomes.values()) > 50 and resident_mb(harsh) - before < 250
 
 
 @pytest.mark.parametrize("moment", ["queued", "running", "replying", "at its deadline"])
@@ -434,6 +434,17 @@ def test_told_to_stop_it_stops(tmp_path: Path, tiny_onnx: Path, moment: str) -> 
     release.set()
 
 
+# A daemon that gives the hub two seconds in the place of thirty.
+HASTY = """
+import sys
+sys.path.insert(0, "@ROOT@")
+import huggingface_hub, lumen_clip
+ask = huggingface_hub.HfApi.repo_info
+huggingface_hub.HfApi.repo_info = lambda *arguments, timeout, **more: ask(*arguments, timeout=min(timeout, 2), **more)
+sys.exit(lumen_clip.main())
+"""
+
+
 def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -> None:
     """Lost otherwise: a start that hangs behind a firewall which drops packets."""
     with socket.socket() as hole:
@@ -441,8 +452,8 @@ def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -
         hole.listen(64)  # takes connections and says nothing
         endpoint = f"http://127.0.0.1:{hole.getsockname()[1]}"
         settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": endpoint}
-        settings |= {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}  # of 10
-        node = Node(tmp_path, **settings)
+        (tmp_path / "daemon.py").write_text(HASTY.replace("@ROOT@", str(ROOT)))
+        node = Node(tmp_path / "data", program=(sys.executable, str(tmp_path / "daemon.py")), **settings)
         assert node.ended() == 1
         node.stop()
     assert len([line for line in node.log.splitlines() if line.startswith("lumen-clip: CLIP_MODEL=")]) == 1

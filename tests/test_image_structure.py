@@ -280,7 +280,7 @@ def test_structures_that_no_camera_writes_are_refused_at_once(name: str) -> None
     before = time.thread_time()
     with pytest.raises(inputs.BadInput, match=f"payload: .*{said}"):
         pixels_of(data)
-    assert time.thread_time() - before < honest_cost()
+    assert time.thread_time() - before < 4 * honest_cost()
 
 
 def most_expensive() -> dict[str, Callable[[], bytes]]:
@@ -358,7 +358,7 @@ def test_damaged_structures_are_checked_at_once_and_cost_no_more() -> None:
         except image_structure.StructureError:
             continue
         finally:
-            assert time.thread_time() - before < honest_cost()
+            assert time.thread_time() - before < 4 * honest_cost()
         assert cost(bytes(data)) < 10 * honest_cost()
     assert 60 < accepted < 400
 

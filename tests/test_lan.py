@@ -278,8 +278,13 @@ beacon.close()
 
 
 @pytest.mark.lan
-def test_no_two_daemons_share_a_name_and_each_keeps_its_own(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
+@pytest.mark.measure
+def test_no_two_daemons_share_a_name_and_each_keeps_its_own(
+    lan: Lan, avahi: Avahi, tmp_path: Path, measuring: bool
+) -> None:
     """Lost otherwise: one of two daemons, or the one that clients know by its name, after every power cut."""
+    if not measuring:
+        pytest.skip("a daemon must answer within 750 ms; run it on a quiet machine with: python -m pytest -m measure")
 
     def beacon(machine: Machine, data: str, port: int = 50051) -> subprocess.Popen[str]:
         with (tmp_path / f"{data}.log").open("a") as file:

@@ -336,14 +336,19 @@ def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path:
 
 def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Path) -> None:
     """Lost otherwise: the figures of the README, which nobody could check."""
-    common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path), "--seconds", "0.3"]
+    common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path)]
     (tmp_path / "photos").mkdir()
     for i in range(3):
         picture(RED, (900, 700), i).save(tmp_path / "photos" / f"{i}.jpg")
 
     def measured(*options: str) -> str:
-        command = [sys.executable, str(ROOT / "bench.py"), *common, *options]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
+        for seconds in ("0.4", "4", "40"):  # a busy machine may answer nothing in less
+            command = [sys.executable, str(ROOT / "bench.py"), *common, "--seconds", seconds, *options]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if "--seconds gives it longer" not in run.stderr:
+                break
+        assert run.returncode == 0, run.stderr
+        return run.stdout
 
     said = measured("--cases", "640,mixed", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"))
     content = json.loads((tmp_path / "b.json").read_text())
