@@ -5,3 +5,9 @@ its true-size sisters have seeded random weights, for which shapes and numerical
 
 `conftest.py` makes models, daemons and networks, once each; the files without `test_` are what tests are made of.
 """
+
+import os
+
+# PyTorch's threads spin while they wait for each other. Two test processes, or a busy machine, would make the training
+# of the small model ten times as expensive.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

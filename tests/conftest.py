@@ -34,6 +34,7 @@ from tests.kit import (
     COLOURS,
     DEMO,
     IMAGENET,
+    LIMIT_S,
     SPECIES,
     Drawing,
     Node,
@@ -47,6 +48,12 @@ from tests.kit import (
 )
 from tests.lan import Lan
 from tests.npu_double import FAKE_NPU
+
+
+@pytest.fixture(scope="session")
+def measuring(request: pytest.FixtureRequest) -> bool:
+    """Whether times count: `-m measure`, on a quiet machine."""
+    return "measure" in request.config.option.markexpr
 
 
 @pytest.fixture(scope="session")
@@ -157,21 +164,27 @@ def hub() -> Iterator[FakeHub]:
     hub.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
-    """A daemon for the faults, which has had 64 streams at once, so that its pools have their threads."""
+    """A daemon for the faults, which has had all streams at once that it takes, so that its pools have their threads."""
     folder = tmp_path_factory.mktemp("harsh")
-    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 8}
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 20}
     settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
-    node = Node(label_files(folder / "data"), ("--log-level", "debug"), **settings).ready()
+    node = Node(label_files(folder / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
     release = threading.Event()
     calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(64)]
     assert all(next(call).result for call in calls)
-    # The spare threads as well.
+    # The spare threads as well. The first stream of a connection is admitted beyond the limit.
+    own = [grpc.insecure_channel(node.address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(64)]
+    for channel in own:
+        calls.append(
+            pb_grpc.InferenceStub(channel).Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release))
+        )
+        assert next(calls[-1]).result
     mirror = reflection_pb2_grpc.ServerReflectionStub(node.channel)
     question = reflection_pb2.ServerReflectionRequest()
     silent = [mirror.ServerReflectionInfo(held(question, release)) for _ in range(security.SHORT_CALLS_MAX)]
-    waiting = [node.stub.Health.future(Empty(), timeout=10) for _ in range(200)]
+    waiting = [node.stub.Health.future(Empty(), timeout=LIMIT_S) for _ in range(200)]
     for refused in [node.stub.Infer(held(pb.InferRequest(), release)) for _ in range(16)]:
         with pytest.raises(grpc.RpcError):
             next(refused)
@@ -182,6 +195,8 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     assert all(list(call) == [] for call in calls)
     for call in silent:
         call.cancel()
+    for channel in own:
+        channel.close()
     yield node
     assert node.stop() == 0, node.log
 
@@ -233,8 +248,10 @@ def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def big(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A true ViT-B-32 with seeded random weights, as OpenCLIP weights and as an ONNX folder."""
+    if not {"big", "spread"} & set(request.config.option.markexpr.split()):
+        pytest.skip("takes four minutes and 2 GB of memory; run it with: python -m pytest -s -m big")
 
     def make(folder: Path) -> None:
         import open_clip

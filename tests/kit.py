@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,6 +44,9 @@ NOWHERE = "http://127.0.0.1:9"  # no hub answers here: whoever asks it has broke
 
 
 SERVICE = "home_native.v1.Inference"
+
+
+LIMIT_S = 120  # for what should happen soon; a test that waits for a condition has no opinion of a machine's speed
 
 
 # --- models and data that the tests make ---------------------------------------------------------------------------
@@ -179,7 +184,10 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
 def shared(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder made once for all test processes of a run."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return made_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base, name, make)
+
+
+def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
     with filelock.FileLock(base / f"{name}.lock"):
         if not (base / name).exists():
             make(base / f"{name}.making")
@@ -204,12 +212,21 @@ def reference_vectors(reference: Any, pictures: list[Image.Image] = (), texts: l
         return model.encode_text(tokenizer(list(texts)), normalize=True).numpy()
 
 
-def label_files(data: Path) -> Path:
+def label_files(data: Path, model: Path | None = None) -> Path:
+    """A data folder with label files; with `model`, an ONNX folder of the tests, also with the text vectors of its
+    labels, which a first start computes for seconds."""
+    if model:
+        made = made_once(model.parent, f"{model.name}-labels", lambda folder: _start_and_stop(folder, model))
+        shutil.copytree(made / "clip", data / "clip", dirs_exist_ok=True)
     for name, content in (("clip/imagenet_class_names", IMAGENET), ("bioclip/txt_emb_species", SPECIES)):
         path = data / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), "utf-8")
     return data
+
+
+def _start_and_stop(folder: Path, model: Path) -> None:
+    assert Node(label_files(folder), **one_model(model)).ready().stop() == 0
 
 
 # --- a daemon as a user starts it ----------------------------------------------------------------------------------
@@ -225,7 +242,7 @@ class Node:
     ) -> None:
         clean = {k: v for k, v in os.environ.items() if k in Settings.__annotations__ or not k.isupper() or k in KEPT}
         clean |= {"LUMEN_DATA_DIR": str(data), "CLIP_MDNS_TYPE": "off", "HF_ENDPOINT": NOWHERE, "CLIP_TEMPLATES": "1"}
-        clean |= {"LUMEN_TUNE": "0"}
+        clean |= {"LUMEN_TUNE": "0", "OMP_WAIT_POLICY": "PASSIVE"}
         clean |= {k: str(v) for k, v in environment.items()}
         command = [*program, "--host", "127.0.0.1", "--port", "0", *arguments]
         self.log, self.data = "", data
@@ -245,7 +262,7 @@ class Node:
         with self._lines:
             self._lines.notify_all()
 
-    def wait_for(self, pattern: str, seconds: float = 90) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = LIMIT_S) -> re.Match[str]:
         deadline = time.monotonic() + seconds
         with self._lines:
             while not (match := re.search(pattern, self.log)):
@@ -267,15 +284,19 @@ class Node:
         self.wait_for("ready: ")
         return self
 
+    def ended(self) -> int:
+        """The status that it leaves with, once all that it wrote is in the log."""
+        status = self.process.wait(LIMIT_S)
+        self._reader.join(LIMIT_S)
+        return status
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
-        status = self.process.wait(30)
-        self._reader.join(5)
-        return status
+        return self.ended()
 
     def infer(self, *requests: pb.InferRequest) -> list[pb.InferResponse]:
-        return list(self.stub.Infer(iter(requests), timeout=60))
+        return list(self.stub.Infer(iter(requests), timeout=LIMIT_S))
 
     def ask(self, task: str, payload: bytes, mime: str = "", **meta: str) -> pb.InferResponse:
         [response] = self.infer(pb.InferRequest(task=task, payload=payload, payload_mime=mime, meta=meta))
@@ -320,7 +341,7 @@ class Watched:
     def _note(self, kind: str, count: int) -> None:
         self.batches.append((kind, count))
         self.busy.set()
-        assert (self.text_gate if kind == "text" else self.gate).wait(30)
+        assert (self.text_gate if kind == "text" else self.gate).wait(LIMIT_S)
 
     def encode_images(self, pixels: Any) -> Any:
         self._note("image", len(pixels))
@@ -333,8 +354,24 @@ class Watched:
         return self._backend.encode_text(tokens)
 
 
+class Turnstile:
+    """In the place of a gate: lets one batch through for each `release`, as a slow model does."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+
+    def wait(self, timeout: float) -> bool:
+        return self._permits.acquire(timeout=timeout)
+
+    def release(self, count: int = 1) -> None:
+        self._permits.release(count)
+
+    def set(self) -> None:
+        self._permits.release(10_000)
+
+
 def one(stub: Any, task: str, payload: bytes, **meta: str) -> pb.InferResponse:
-    [response] = stub.Infer(iter([pb.InferRequest(task=task, payload=payload, meta=meta)]), timeout=30)
+    [response] = stub.Infer(iter([pb.InferRequest(task=task, payload=payload, meta=meta)]), timeout=LIMIT_S)
     return response
 
 
@@ -350,11 +387,16 @@ def submitted(to: engine.Engine, line: engine.Line) -> engine.Job:
     return job
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.01)
+
+
+def queued(daemon: Any, name: str = "") -> int:
+    """Items that wait for a batch, in all lines or in those whose name ends so."""
+    return sum(len(line.queue) for line in daemon.engine._lines if line.name.endswith(name))
 
 
 # --- pictures and text ---------------------------------------------------------------------------------------------
@@ -392,7 +434,7 @@ def save(path: Path, content: str) -> None:
     path.with_suffix(".new").rename(path)
 
 
-def in_time(ask: Callable[[], pb.InferResponse], seconds: float = 20) -> pb.InferResponse:
+def in_time(ask: Callable[[], pb.InferResponse], seconds: float = LIMIT_S) -> pb.InferResponse:
     """The first answer that is no error: a file is looked at every two seconds."""
     deadline = time.monotonic() + seconds
     while (response := ask()).error.message:
@@ -416,7 +458,7 @@ def run_client(
     *arguments: str, address: str = "", stdin: bytes = b"", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "client.py"), *arguments, *(("--address", address) if address else ())]
-    run = subprocess.run(command, capture_output=True, input=stdin, env={**os.environ, **environment}, timeout=60)
+    run = subprocess.run(command, capture_output=True, input=stdin, env={**os.environ, **environment}, timeout=LIMIT_S)
     return subprocess.CompletedProcess(command, run.returncode, run.stdout.decode(), run.stderr.decode())
 
 
@@ -442,6 +484,7 @@ class Drawing:
     scene: str | None  # None: no scene is plainly right
     species: str | None
 
+    @functools.cache  # noqa: B019 - there is one set of drawings, and most of them are used by several tests
     def file(self, side: int = 256, kind: str = "PNG", **options: Any) -> bytes:
         import resvg_py
 

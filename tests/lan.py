@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.kit import ROOT, Node
+from tests.kit import LIMIT_S, ROOT, Node
 
 MDNS_TYPES = "_homenative-node._tcp", "_lumen._tcp"
 
@@ -62,7 +62,7 @@ class Machine:
 
     def client(self, *arguments: str, program: Path = ROOT / "client.py") -> subprocess.CompletedProcess[str]:
         command = [*self.inside, sys.executable, str(program), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 class Lan:
@@ -94,7 +94,7 @@ class Lan:
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def until(condition: Callable[[], Any], seconds: float = LIMIT_S) -> Any:
     """What the condition becomes, once it is true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

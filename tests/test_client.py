@@ -16,7 +16,6 @@ import sys
 import tempfile
 import termios
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import client
 import machine
 from gen import ml_service_pb2 as pb
 from tests.hub import FakeHub, folder_content
-from tests.kit import KEPT, ROOT, Node, label_files, run_client, wait_until
+from tests.kit import KEPT, LIMIT_S, ROOT, Node, label_files, run_client, wait_until
 
 
 def test_the_command_line_speaks_to_people_and_to_programs(onnx_node: Node, album: Path) -> None:
@@ -194,7 +193,7 @@ def slow_answers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def answers(_: Any, requests: Any) -> Any:
         for number, _request in enumerate(requests):
-            assert number < 3 or release.wait(60)
+            assert number < 3 or release.wait(LIMIT_S)
             yield client.Result("clip_image_embed", "", {"vector": [0.6, 0.8], "dim": 2, "model_id": "m"}, {})
 
     monkeypatch.setattr(client, "infer_many", answers)
@@ -205,11 +204,12 @@ def slow_answers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_an_interrupted_run_keeps_the_rows_so_far(album: Path, tmp_path: Path, suffix: str) -> None:
     """Lost otherwise: hours of work, to a Ctrl-C or to a daemon that goes away; or the result of an earlier run."""
     program = (
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import client\n"
+        "import signal, sys, time; sys.path.insert(0, sys.argv.pop(1)); import client\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell ignores for what runs beside it
         "def answers(clients, requests):\n"
         "    for number, _ in enumerate(requests):\n"
         "        if number == 3:\n"
-        "            print('waiting', flush=True); time.sleep(60)\n"
+        "            print('waiting', flush=True); time.sleep(600)\n"
         "        yield client.Result('', '', {'vector': [0.6, 0.8], 'dim': 2, 'model_id': 'm'}, {})\n"
         "client.infer_many = answers; sys.exit(client.main())"
     )
@@ -220,7 +220,7 @@ def test_an_interrupted_run_keeps_the_rows_so_far(album: Path, tmp_path: Path, s
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout and process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=LIMIT_S)
         kept = partial.with_name(f"v.partial{number}{suffix}")
         assert process.returncode == 130 and f"client.py: 3 rows are in {kept}" in said, said
         assert out.read_bytes() == b"an earlier run's"
@@ -242,7 +242,7 @@ def test_rows_are_on_the_disk_before_the_run_ends(album: Path, tmp_path: Path, s
         wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") == 3)
         assert not out.exists()
         slow_answers.set()
-        assert run.result(30) == 0
+        assert run.result(LIMIT_S) == 0
     assert out.read_bytes().count(b"\n") == 6 and not partial.exists()
 
 
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_whole_rows(onnx_node: Node, album: Path, tmp_path: P
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(client.main())"
     )
     command = [sys.executable, "-c", program, str(ROOT), "clip_image_embed", str(album), "--out", str(out)]
-    run = subprocess.run([*command, "--address", onnx_node.address], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([*command, "--address", onnx_node.address], capture_output=True, text=True, timeout=LIMIT_S)
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
     text = (tmp_path / "v.partial.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
@@ -322,7 +322,7 @@ def test_the_client_runs_without_numpy_tqdm_and_zeroconf(onnx_node: Node, tmp_pa
     for name in ("numpy", "tqdm", "zeroconf", "PIL", "grpc_health", "google_crc32c"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')")
     command = [sys.executable, "client.py", "clip_image_embed", str(album), "--json", "--address", onnx_node.address]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 6, run.stderr
 
 
@@ -353,9 +353,8 @@ def test_a_start_is_given_time_for_as_long_as_it_gets_on(tmp_path: Path, hub: Fa
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
         node = Node(label_files(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", HF_ENDPOINT=hub.url, **settings).bound()
-        assert hub.stalled.wait(60)
-        time.sleep(2.5)  # what came last is told
-        supervisor.settimeout(0.1)
+        assert hub.stalled.wait(LIMIT_S)
+        supervisor.settimeout(3)  # what came last is told within a second, and then nothing is
         said: list[str] = []
         with contextlib.suppress(TimeoutError):
             while True:
@@ -368,9 +367,6 @@ def test_a_start_is_given_time_for_as_long_as_it_gets_on(tmp_path: Path, hub: Fa
         with pytest.raises(grpc.RpcError) as error:
             node.stub.GetCapabilities(Empty())
         assert error.value.details() == f"not ready: downloading org/model: {megabytes[-1]} of {whole} MB"
-        supervisor.settimeout(3)
-        with pytest.raises(TimeoutError):
-            supervisor.recv(4096)  # nothing comes, so nothing is said
         assert node.stop() == 0
 
 
@@ -387,7 +383,7 @@ def test_a_terminal_has_bars_and_the_journal_has_lines(tmp_path: Path, tiny_onnx
     while b"ready: " not in shown and process.poll() is None:
         shown += os.read(terminal, 4096)
     process.terminate()
-    assert process.wait(30) == 0 and b"\rtext vectors: 100%" in shown, shown
+    assert process.wait(LIMIT_S) == 0 and b"\rtext vectors: 100%" in shown, shown
     os.close(terminal)
 
     read, write = os.pipe()
@@ -450,7 +446,7 @@ def test_a_foreign_client_gets_the_same_answers(
     )
     photo = album / "1" / "1.jpg"
     command = ["node", "foreign.js", str(ROOT / "ml_service.proto"), onnx_node.address, str(photo)]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT_S)
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert answer["total"] > 10 and answer["mime"] == "application/json;schema=embedding_v1"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import discovery
-from tests.kit import ROOT, Node, label_files, run_client
+from tests.kit import LIMIT_S, ROOT, Node, label_files, run_client
 from tests.lan import MDNS_TYPES, Lan, Machine, until
 
 BUS = """<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth><policy context="default">
@@ -52,7 +52,7 @@ class Avahi:
 
     def _browse(self, kind: str) -> subprocess.CompletedProcess[str]:
         command = ["avahi-browse", "--resolve", "--parsable", "--terminate", "--no-db-lookup", kind]
-        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=LIMIT_S)
 
     def sees(self, kind: str) -> list[Sighting]:
         found = []
@@ -105,7 +105,7 @@ def test_avahi_sees_the_daemon_load_serve_crash_and_leave(lan: Lan, avahi: Avahi
     assert again != port
     until(lambda: both_say(again))
     assert node.stop() == 0
-    until(lambda: not any(map(avahi.sees, MDNS_TYPES)), 10)
+    until(lambda: not any(map(avahi.sees, MDNS_TYPES)))
 
 
 ASK = """
@@ -117,7 +117,7 @@ for packet in sys.argv[2:]:
     one.sendto(bytes.fromhex(packet), ("224.0.0.251", 5353))
     asked.append(one)
 for one in asked:
-    one.settimeout(5)
+    one.settimeout(60)
     packet, source = one.recvfrom(9000)
     print(source[0], source[1], packet.hex())
 """
@@ -165,7 +165,7 @@ def test_both_forms_of_the_apps_question_are_answered_to_its_own_port(lan: Lan, 
     question = b"\x06_lumen\x04_tcp\x05local\x00\x00\x0c" + bytes.fromhex(of_class)
     packets = [f"{number}00000001000000000000{question.hex()}" for number in numbers]
     command = [*phone.inside, sys.executable, "-c", ASK, phone.address, *packets]
-    replies = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    replies = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout.splitlines()
     for number, reply in zip(numbers, replies, strict=True):  # the SDK queries from each interface at once
         address, source, answer = reply.split()
         packet = bytes.fromhex(answer)

@@ -13,7 +13,7 @@ import pytest
 
 import doctor
 from settings import Settings
-from tests.kit import KEPT, NOWHERE, Node, label_files
+from tests.kit import KEPT, LIMIT_S, NOWHERE, Node, label_files
 from tests.npu_double import with_program
 
 
@@ -150,7 +150,7 @@ def see_the_doctor(tmp_path: Path, *arguments: str, **environment: Any) -> subpr
     clean = {k: v for k, v in os.environ.items() if k in KEPT}
     clean |= {"LUMEN_DATA_DIR": str(tmp_path), "HF_ENDPOINT": NOWHERE} | {k: str(v) for k, v in environment.items()}
     command = [*Node.PROGRAM, "--doctor", "--host", "127.0.0.1", *arguments]
-    run = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=LIMIT_S)
     assert "Traceback" not in run.stdout + run.stderr
     return run
 

@@ -215,5 +215,5 @@ def test_labels_of_ones_own_replace_imagenet_and_the_tree_of_life(tiny_onnx: Pat
         assert node.stop() == 0
     (tmp_path / "names.json").write_text('{"0": "a"}')
     node = Node(data, **models, **own).bound()
-    assert node.process.wait(60) == 1 and node.stop() == 1
+    assert node.ended() == 1 and node.stop() == 1
     assert f"lumen-clip: CLIP_LABELS={own['CLIP_LABELS']}: allowed: a JSON list of names" in node.log

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -16,25 +15,9 @@ import assembly
 from fair_queue import ACCOUNTS_MAX, FairQueue, Flow, Shares
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import GREEN, RED, encoded, picture, wait_until
+from tests.kit import GREEN, LIMIT_S, RED, Turnstile, encoded, picture, wait_until
 
 BATCH, WINDOW = 8, 32  # of the `watched` daemon; requests of a stream in progress
-
-
-class Turnstile:
-    """In the place of a gate: lets one batch through for each `release`, as a slow model does."""
-
-    def __init__(self) -> None:
-        self._permits = threading.Semaphore(0)
-
-    def wait(self, timeout: float) -> bool:
-        return self._permits.acquire(timeout=timeout)
-
-    def release(self, count: int = 1) -> None:
-        self._permits.release(count)
-
-    def set(self) -> None:
-        self._permits.release(10_000)
 
 
 @contextlib.contextmanager
@@ -43,7 +26,7 @@ def import_of(address: str, streams: int) -> Iterator[Any]:
     request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED, (64, 64))))
     with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         stub = pb_grpc.InferenceStub(channel)
-        calls = [stub.Infer(iter([request] * 200), timeout=120) for _ in range(streams)]
+        calls = [stub.Infer(iter([request] * 200), timeout=LIMIT_S) for _ in range(streams)]
         yield stub
         for call in calls:
             call.cancel()
@@ -64,7 +47,7 @@ def queued_jobs(daemon: Any) -> list[str]:
 
 
 def answers(stub: Any, requests: list[pb.InferRequest]) -> list[pb.InferResponse]:
-    return list(stub.Infer(iter(requests), timeout=60))
+    return list(stub.Infer(iter(requests), timeout=LIMIT_S))
 
 
 @pytest.mark.parametrize(
@@ -85,15 +68,15 @@ def test_a_single_picture_is_answered_within_two_batches(
         stubs = [stack.enter_context(import_of(backend.address, streams)) for _ in range(connections)]
         try:
             least = min(connections * streams * WINDOW, memory) - BATCH
-            wait_until(lambda: len(queued_jobs(daemon)) >= least, 60)
-            time.sleep(2)  # the imports have been running for a while when the person comes
+            wait_until(lambda: len(queued_jobs(daemon)) >= least)
+            time.sleep(0.5)  # the batch has been running for a while when the person comes
             for number in range(3):
                 photo = encoded(picture(GREEN, (64, 64), number))
                 request = pb.InferRequest(task="clip_image_embed", correlation_id="single", payload=photo)
                 single = person.submit(answers, stubs[0] if shared else stub, [request])
                 wait_until(lambda: "single" in queued_jobs(daemon))
                 turnstile.release(2)  # ends the batch that runs, and the next one
-                [response] = single.result(20)
+                [response] = single.result(LIMIT_S)
                 assert response.result
         finally:
             turnstile.set()

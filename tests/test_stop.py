@@ -17,13 +17,15 @@ import pytest
 
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import ROOT, Node, encoded, label_files, one_model, picture, wait_until
+from tests.kit import LIMIT_S, ROOT, Node, encoded, label_files, one_model, picture, wait_until
 
 # A daemon whose model never finishes a white picture.
 STUCK = """
 import sys, time
 sys.path.insert(0, "@ROOT@")
 import discovery, lumen_clip, onnxrt
+
+lumen_clip.DRAIN_S = int("@DRAIN@")
 
 encode = onnxrt.ONNXRTBackend.encode_images
 
@@ -38,15 +40,24 @@ if "@LOADING@":
     discovery.Advertiser.close = lambda advertiser: time.sleep(3600)  # a network that accepts no goodbye
 sys.exit(lumen_clip.main())
 """
+# A daemon whose main thread waits for an hour at a time.
+SLEEPY = """
+import sys
+sys.path.insert(0, "@ROOT@")
+import lumen_clip
+lumen_clip.min = lambda *periods: 3600.0
+sys.exit(lumen_clip.main())
+"""
 WHITE = encoded(picture((255, 255, 255)), "PNG")
 
 
 @pytest.fixture
 def stuck(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
-    data = label_files(tmp_path / "data")
+    data = label_files(tmp_path / "data", tiny_onnx)
 
-    def start(loading: str = "") -> Node:
-        (tmp_path / "daemon.py").write_text(STUCK.replace("@ROOT@", str(ROOT)).replace("@LOADING@", loading))
+    def start(loading: str = "", drain: int = 20) -> Node:
+        script = STUCK.replace("@ROOT@", str(ROOT)).replace("@LOADING@", loading).replace("@DRAIN@", str(drain))
+        (tmp_path / "daemon.py").write_text(script)
         node = Node(data, program=(sys.executable, str(tmp_path / "daemon.py")), **one_model(tiny_onnx))
         return node.bound() if loading else node.ready()
 
@@ -60,7 +71,7 @@ def in_flight(node: Node) -> bytes:
 def hanging(node: Node) -> Any:
     """A call whose picture the model has."""
     request = pb.InferRequest(task="clip_image_embed", payload=WHITE)
-    call = node.stub.Infer(iter([request]), timeout=60)
+    call = node.stub.Infer(iter([request]), timeout=LIMIT_S)
     wait_until(lambda: b" batch " in in_flight(node))
     return call
 
@@ -68,7 +79,8 @@ def hanging(node: Node) -> Any:
 def test_every_call_during_a_stop_is_answered_or_unavailable(tmp_path: Path) -> None:
     """An app that is told CANCELLED takes its own request for withdrawn, and does not try again."""
     outcomes = collections.Counter[str]()
-    for _ in range(6):
+    for _ in range(3):
+        answered = outcomes["OK"]
         node = Node(tmp_path, ("--demo",)).ready()
         stopped = threading.Event()
 
@@ -78,7 +90,7 @@ def test_every_call_during_a_stop_is_answered_or_unavailable(tmp_path: Path) -> 
                 stub = pb_grpc.InferenceStub(channel)
                 while not stopped.is_set():
                     try:
-                        responses = list(stub.Infer(iter(requests), timeout=20))
+                        responses = list(stub.Infer(iter(requests), timeout=LIMIT_S))
                         outcomes["OK"] += len(responses) == len(requests) and all(r.result for r in responses)
                         outcomes["incomplete"] += len(responses) != len(requests)
                     except grpc.RpcError as error:
@@ -87,34 +99,33 @@ def test_every_call_during_a_stop_is_answered_or_unavailable(tmp_path: Path) -> 
         clients = [threading.Thread(target=client, args=(number,)) for number in range(12)]
         for thread in clients:
             thread.start()
-        time.sleep(1)
+        wait_until(lambda: outcomes["OK"] > answered + 60)  # noqa: B023
         assert node.stop() == 0
         stopped.set()
         for thread in clients:
             thread.join()
     print(outcomes)
-    assert outcomes["OK"] > 100 and outcomes["UNAVAILABLE"] > 0
+    assert outcomes["UNAVAILABLE"] > 0
     assert +outcomes - collections.Counter(OK=10**9, UNAVAILABLE=10**9) == {}
 
 
 def test_a_signal_that_another_thread_receives_stops_at_once(tmp_path: Path) -> None:
     """A stop would take up to five seconds: the kernel may hand a signal to any thread, and Python acts on it only
     when the main thread wakes."""
-    node = Node(tmp_path, ("--demo",)).ready()
-    time.sleep(0.5)
+    program = tmp_path / "daemon.py"
+    program.write_text(SLEEPY.replace("@ROOT@", str(ROOT)))
+    node = Node(tmp_path / "data", ("--demo",), (sys.executable, str(program))).ready()
     threads = [int(task.name) for task in Path(f"/proc/{node.process.pid}/task").iterdir()]
     other = max(threads)  # not the main thread, whose number is the process's
-    began = time.monotonic()
     assert ctypes.CDLL(None).syscall(234, node.process.pid, other, signal.SIGTERM) == 0  # tgkill
-    node.wait_for("stopping: ", 20)
-    assert time.monotonic() - began < 3
-    assert node.process.wait(20) == 0
+    node.wait_for("stopping: ")
+    assert node.ended() == 0
 
 
 def test_a_stop_is_not_taken_for_a_crash(stuck: Callable[..., Node]) -> None:
     """A good photograph would be suspected at each restart, and refused after the second, because the daemon was told
     to stop while a client that had left was still being served."""
-    node = stuck()
+    node = stuck(drain=2)
     call = hanging(node)
     call.cancel()
     assert node.stop() == 0 and in_flight(node) == b""
@@ -126,14 +137,14 @@ def test_a_stop_is_not_taken_for_a_crash(stuck: Callable[..., Node]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_drain_at_once(stuck: Callable[..., Node], number: signal.Signals) -> None:
     """Ctrl-C would have to be followed by 20 seconds of waiting, or by kill -9."""
-    node = stuck()
+    node = stuck(drain=3600)
     call = hanging(node)
     node.process.send_signal(number)
     node.wait_for("stopping: ")
     time.sleep(0.5)
     assert node.process.poll() is None  # it waits for the request in progress
     node.process.send_signal(number)
-    assert node.process.wait(10) == 0
+    assert node.ended() == 0
     with pytest.raises(grpc.RpcError) as error:
         list(call)
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -145,5 +156,12 @@ def test_a_second_signal_ends_a_load_at_once(stuck: Callable[..., Node]) -> None
     node = stuck("loading")
     node.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    node.process.send_signal(signal.SIGINT)
-    assert node.process.wait(10) == 0 and "Traceback" not in node.log
+    assert node.process.poll() is None
+
+    def ends() -> bool:
+        node.process.send_signal(signal.SIGINT)  # again, because the kernel may make one of two that are pending
+        time.sleep(0.2)
+        return node.process.poll() is not None
+
+    wait_until(ends)
+    assert node.ended() == 0 and "Traceback" not in node.log

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import assembly
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import RED, ROOT, SERVICE, Node, chunks, encoded, label_files, picture
+from tests.kit import LIMIT_S, RED, ROOT, SERVICE, Node, chunks, encoded, label_files, picture, wait_until
 
 # --- the wire ------------------------------------------------------------------------------------------------------
 
@@ -110,9 +110,9 @@ def test_a_complete_request_is_answered_before_half_close(node: Node) -> None:
 
     def requests() -> Iterator[pb.InferRequest]:
         yield pb.InferRequest(correlation_id="1", task="clip_embed", payload=b"a dog")
-        release.wait(30)
+        release.wait(LIMIT_S)
 
-    call = node.stub.Infer(requests(), timeout=30)
+    call = node.stub.Infer(requests(), timeout=LIMIT_S)
     assert next(call).correlation_id == "1"
     release.set()
     assert list(call) == []
@@ -170,7 +170,7 @@ def test_a_stream_without_a_request_is_refused(torch_node: Node) -> None:
 
 def test_capabilities_satisfy_the_sdk(node: Node) -> None:
     """Lost otherwise: the node is never routable; the SDK reads these once."""
-    streamed = list(node.stub.StreamCapabilities(Empty(), timeout=3))
+    streamed = list(node.stub.StreamCapabilities(Empty(), timeout=LIMIT_S))
     assert [c.service_name for c in streamed] == ["clip", "bioclip"]
     whole = node.stub.GetCapabilities(Empty())
     default = {name for name in tasks.TASKS if not name.startswith("semantic")}
@@ -185,7 +185,7 @@ def test_capabilities_satisfy_the_sdk(node: Node) -> None:
 
 def test_health_and_reflection_speak_the_standard_protocols(node: Node) -> None:
     """Lost otherwise: Docker's and Kubernetes' health checks, and grpcurl."""
-    node.stub.Health(Empty(), timeout=2)
+    node.stub.Health(Empty(), timeout=LIMIT_S)
     check = health_pb2_grpc.HealthStub(node.channel).Check
     for name in ("", SERVICE):
         assert check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
@@ -205,11 +205,11 @@ def test_eager_pings_do_not_cost_the_connection(torch_node: Node) -> None:
     release = threading.Event()
 
     def requests() -> Iterator[pb.InferRequest]:
-        release.wait(6)
+        release.wait(3)  # ten pings; the third would be one too many
         yield pb.InferRequest(task="clip_embed", payload=b"a dog")
 
     with grpc.insecure_channel(torch_node.address, options) as channel:
-        [response] = pb_grpc.InferenceStub(channel).Infer(requests(), timeout=20)
+        [response] = pb_grpc.InferenceStub(channel).Infer(requests(), timeout=LIMIT_S)
     assert response.result
 
 
@@ -235,7 +235,7 @@ def test_gen_is_what_the_proto_generates(tmp_path: Path) -> None:
 def small_node(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
     """A daemon with small limits and one model."""
     node = Node(
-        label_files(tmp_path_factory.mktemp("small-data")),
+        label_files(tmp_path_factory.mktemp("small-data"), tiny_onnx),
         CLIP_BACKEND="onnxrt",
         BIOCLIP_BACKEND="none",
         CLIP_MODEL=tiny_onnx,
@@ -253,24 +253,23 @@ def test_more_streams_than_allowed_are_told_so_while_health_answers(small_node: 
 
     def held() -> Iterator[pb.InferRequest]:
         yield pb.InferRequest(task="clip_embed", payload=b"a dog")
-        release.wait(30)
+        release.wait(LIMIT_S)
 
-    calls = [small_node.stub.Infer(held(), timeout=30) for _ in range(3)]
+    calls = [small_node.stub.Infer(held(), timeout=LIMIT_S) for _ in range(3)]
     for call in calls:
         assert next(call).result
     with pytest.raises(grpc.RpcError) as error:
         small_node.infer(pb.InferRequest(task="clip_embed", payload=b"a dog"))
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "3 Infer streams" in error.value.details()
-    small_node.stub.Health(Empty(), timeout=1)
+    small_node.stub.Health(Empty(), timeout=LIMIT_S)
     calls[0].cancel()  # one leaves without a word, and its place is free
-    deadline = time.monotonic() + 5
-    while True:
-        try:
-            assert small_node.infer(pb.InferRequest(task="clip_embed", payload=b"a dog"))[0].result
-            break
-        except grpc.RpcError:
-            assert time.monotonic() < deadline, "the place of a client that left is never free"
-            time.sleep(0.05)
+
+    def admitted() -> bool:
+        with contextlib.suppress(grpc.RpcError):
+            return bool(small_node.infer(pb.InferRequest(task="clip_embed", payload=b"a dog"))[0].result)
+        return False
+
+    wait_until(admitted)
     release.set()
 
 
