@@ -166,7 +166,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture(scope="session")
 def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
-    """A daemon for the faults, which has had all streams at once that it takes, so that its pools have their threads."""
+    """A daemon for the faults, whose pools have all their threads: it has had as many streams at once as it takes."""
     folder = tmp_path_factory.mktemp("harsh")
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 20}
     settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
