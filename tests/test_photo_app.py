@@ -20,8 +20,7 @@ from tests.hostile import impatient
 from tests.kit import COLOURS, RED, SPECIES, Node, chunks, encoded, label_files, one_model, picture, wait_until
 from tests.photo_app import PhotoApp
 
-# More than one shard, so that they are computed while the daemon serves.
-LATE = [[["Animalia", "Chordata", "Aves", "", "", f"Avis{i}", "domestica"], f"bird {i}"] for i in range(2100)]
+LATE = [[["Animalia", "Chordata", "Aves", "", "", f"Avis{i}", "domestica"], f"bird {i}"] for i in range(300)]
 
 
 def species_come_late(tmp_path: Path, tiny_onnx: Path, **constants: Any) -> Node:
@@ -29,6 +28,7 @@ def species_come_late(tmp_path: Path, tiny_onnx: Path, **constants: Any) -> Node
     data = label_files(tmp_path / "data")
     (data / "bioclip" / "txt_emb_species.json").write_text(json.dumps(SPECIES + LATE))
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}
+    constants["vectorfile.SHARD_LABELS"] = 64  # more labels than that are computed while the daemon serves
     return Node(data, **settings, **impatient(tmp_path, constants)).ready()
 
 
