@@ -22,6 +22,7 @@ from tasks import Models, Request, Task, find_task, prepare, prepared_bytes, rea
 
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
 DECODE_THREADS_MAX = 4
+SHORT_TEXT_BYTES = 1024  # takes up to 10 ms; cleaning 64 KB of short lines takes half a second of the interpreter
 TASK_NAME_SHOWN = 80  # characters of a task's name that are kept for the log
 
 
@@ -67,7 +68,7 @@ class Intake:
             prepared = Lease(self.prepared, most)
             job.answer.add_done_callback(prepared.release)
             work = partial(self._prepare, job, task, request, models, payload, prepared)
-            if task.takes == "text":  # takes microseconds, and must not wait among pictures
+            if task.takes == "text" and len(request.payload) <= SHORT_TEXT_BYTES:  # must not wait among pictures
                 work()
             else:
                 self.decoders.submit(job, work)

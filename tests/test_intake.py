@@ -179,6 +179,25 @@ def test_a_client_that_left_does_not_hold_up_those_behind_it() -> None:
     assert sorted(outcomes) == ["left", "served"]
 
 
+def test_long_texts_wait_in_the_fair_order(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen streams of 64 KB of line breaks would clean their texts at the same time, and everybody else's pictures
+    would wait for seconds."""
+    pool = daemon.intake.decoders
+    queued: list[int] = []
+    submit = pool.submit
+
+    def record(job: Any, work: Any) -> None:
+        queued.append(job.size)
+        submit(job, work)
+
+    monkeypatch.setattr(pool, "submit", record)
+    texts = [b"a dog", b"a\n" * 32_000]
+    requests = [pb.InferRequest(task="clip_embed", payload=text) for text in texts]
+    assert all(response.result for response in daemon.stub.Infer(iter(requests), timeout=LIMIT_S))
+    assert queued == [64_000]
+    settled(daemon)
+
+
 class Upload:
     """A stream that sends a large request in chunks, one at each `next`."""
 
