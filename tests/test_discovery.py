@@ -276,8 +276,11 @@ advertiser.close()
 
 
 @pytest.mark.lan
-def test_two_daemons_get_different_names_and_keep_them(lan: Lan, avahi: Avahi, tmp_path: Path) -> None:
+@pytest.mark.measure
+def test_two_daemons_get_different_names_and_keep_them(lan: Lan, avahi: Avahi, tmp_path: Path, measuring: bool) -> None:
     """If this fails, one of two daemons is hidden, or they exchange their names when one of them restarts."""
+    if not measuring:
+        pytest.skip("daemons must answer mDNS probes within 750 ms; on a quiet machine: python -m pytest -m measure")
 
     def advertise(machine: Machine, data: str) -> subprocess.Popen[str]:
         with (tmp_path / f"{data}.log").open("a") as file:
