@@ -34,7 +34,7 @@ class Budget:
     """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model.
 
     First come, first served: otherwise small parts that are taken and given back all the time would leave no room for a
-    large one. Who has begun something and needs more to end it comes first.
+    large one. A request that has begun and needs more to be completed comes first.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,8 +43,8 @@ class Budget:
         self._waiting: OrderedDict[object, float] = OrderedDict()  # who waits, whoever is next first, and since when
 
     def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf, has_begun: bool = False) -> None:
-        """Waits for room, for others make some, `patience` seconds. Raises Overload if none comes or the client is
-        gone."""
+        """Waits up to `patience` seconds until others have given back enough. Raises Overload if they do not, or if the
+        client is gone. `has_begun`: the request already holds a part."""
         deadline, ticket = time.monotonic() + patience, object()
         with self._changed:
             self._waiting[ticket] = time.monotonic()
@@ -61,7 +61,7 @@ class Budget:
                 self._changed.notify_all()  # whoever is next may have room as well
 
     def overdraw(self, size: int) -> None:
-        """Takes without waiting, though it may be more than there is; others then wait for so much longer."""
+        """Takes at once, even if more than the limit is then in use; later callers of `take` wait longer."""
         with self._changed:
             self._free -= size
 

@@ -35,7 +35,9 @@ COST_WEIGHT = 0.2  # of the last batch in the moving average of an item's cost
 SMALLER_S = 300.0  # for so long batches stay at the size that worked after a larger one failed
 COST_RISE, COST_FLOOR = 10, 0.5  # times the average, and core seconds: what one batch may cost an item at most
 BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it ends
-IDLE_S = 1.0  # after the last answer background work has the machine to itself; clients send one request after another
+# Seconds after the last answer until background work may use the whole machine. Many clients send one request after
+# another, with short pauses.
+IDLE_S = 1.0
 
 
 class Line:
@@ -350,7 +352,7 @@ class Engine:
         return bool(self._expected or waiting or self._inferring or self._free < self._lanes)
 
     def _until_background(self) -> float | None:
-        """Seconds until background work may run although requests wait; None: nothing waits for that."""
+        """Seconds until background work may run; None if none waits or if a batch has to end first."""
         if self._inferring or not any(line.queue for line in self._lines if line.kind == Line.BACKGROUND):
             return None
         begin = self._background_from if self._is_busy() else min(self._background_from, self._idle_from)
@@ -478,7 +480,7 @@ class Engine:
 
 
 class DecodePool:
-    """Threads that turn payloads into pixels, in the fair order. Pillow releases the GIL meanwhile."""
+    """Threads that turn payloads into pixels or token ids, in the fair order. Pillow releases the GIL meanwhile."""
 
     def __init__(self, threads: int) -> None:
         self._changed = threading.Condition()

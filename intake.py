@@ -22,7 +22,8 @@ from tasks import Models, Request, Task, find_task, prepare, prepared_bytes, rea
 
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
 DECODE_THREADS_MAX = 4
-SHORT_TEXT_BYTES = 1024  # takes up to 10 ms; cleaning 64 KB of short lines takes half a second of the interpreter
+# Longer texts wait in the fair order: cleaning 64 KB of short lines takes half a second, during which the GIL is held.
+SHORT_TEXT_BYTES = 1024
 TASK_NAME_SHOWN = 80  # characters of a task's name that are kept for the log
 
 

@@ -67,10 +67,10 @@ WINDOW = 32  # requests of one stream in work; then its reader waits, and the cl
 CHUNK_IDLE_S = 30  # between two chunks of one request
 STREAM_IDLE_S = 300  # of a stream that has nothing in work
 READER_IDLE_S = 60  # of a client that does not read its answer
-WANTED_BYTES_S = 2  # for which somebody has waited for memory when the oldest upload is ended
-UPLOAD_S = 20  # of a request in chunks that is sure of its place, although others wait for its memory
+WANTED_BYTES_S = 2  # of waiting for memory, after which the oldest incomplete request is ended
+UPLOAD_S = 20  # for which a request in chunks may be incomplete while others wait for memory
 WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
-ANSWERED_S = 1  # so soon after an answer the client may be about to close its stream; whoever wants a place waits
+ANSWERED_S = 1  # after its last answer a stream may be about to end; so long a new stream waits for its place
 READING_S = 0.5  # of a message that is on its way, when memory is short
 KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
 # Of a connection; gRPC then asks the client to open another one, and ends this one after its last stream. The photo app
@@ -389,7 +389,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             return "a thread of the engine or of the decoders has died"
         for what, since in (
             ("a batch or a task's step", engine.busy_since),
-            ("the preparation of a picture", decoders.busy_since),
+            ("the preparation of a request", decoders.busy_since),
         ):
             if since is not None and clock.now() - since > limit:
                 return f"{what} has been running for over {limit} s (LUMEN_HANG_S)"

@@ -364,7 +364,7 @@ def test_a_decoder_that_hangs_ends_the_process_so_that_it_is_started_again(misbe
     wait_until(lambda: b" prepare " in (Path(node.data) / "in-flight").read_bytes())
     call.cancel()  # the client does not wait, but the thread is gone all the same
     assert node.ended() == 1
-    assert node.log.count("the preparation of a picture has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+    assert node.log.count("the preparation of a request has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
 
 
 def test_a_process_that_was_stopped_goes_on(misbehaving: Callable[..., Node]) -> None:
