@@ -44,10 +44,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import backends
-import inputs
 import machine
+import model_files
+import preprocess
+import torch_backend
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
+from settings import ModelOptions
 
 HERE = Path(__file__).resolve().parent
 IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has under way
@@ -139,12 +142,12 @@ class Limits:
     Measured when asked for, since a machine is seldom as fast now as it was a minute ago.
     """
 
-    def __init__(self, backend: backends.Backend, cases: Sequence[Case], seconds: float) -> None:
+    def __init__(self, backend: model_files.Backend, cases: Sequence[Case], seconds: float) -> None:
         """`seconds` bounds each measurement."""
         self.backend, self.cores, self._seconds = backend, machine.usable_cores(), seconds
         self._cases = {case.name: case for case in cases}
         self._threads = ThreadPoolExecutor(self.cores)
-        ways = list((self._torch_ways if isinstance(backend, backends.TorchBackend) else self._onnx_ways)(backend))
+        ways = list((self._torch_ways if isinstance(backend, torch_backend.TorchBackend) else self._onnx_ways)(backend))
         self._best_size, self._best = max(ways, key=lambda way: rate(way[1], way[0], seconds))
 
     def _ready_pixels(self) -> Iterator[NDArray[np.uint8]]:
@@ -166,7 +169,7 @@ class Limits:
                 backend.model.encode_image(ready)
 
         for pixels in self._ready_pixels():
-            ready = torch.from_numpy(backends.normalize(pixels, backend.preprocess))
+            ready = torch.from_numpy(preprocess.normalize(pixels, backend.preprocess))
             yield len(pixels), partial(encode, ready, self.cores)
             yield len(pixels) * self.cores, partial(self._on_each_core, partial(encode, ready, 1))
 
@@ -176,8 +179,8 @@ class Limits:
 
         alone = onnxruntime.SessionOptions()
         alone.intra_op_num_threads = 1
-        whole = onnxruntime.InferenceSession(str(backend.image_path))
-        one_core = onnxruntime.InferenceSession(str(backend.image_path), alone)
+        whole = onnxruntime.InferenceSession(str(backend.image.path))
+        one_core = onnxruntime.InferenceSession(str(backend.image.path), alone)
         name, fixed = whole.get_inputs()[0].name, whole.get_inputs()[0].shape[0]
 
         for pixels in self._ready_pixels():
@@ -201,7 +204,7 @@ class Limits:
             runs = (core_seconds(partial(self.backend.encode_text, tokens[:n]), n, self._seconds) for n in (8, 32))
             return {"text model": min(runs)}
         recipes = [self.backend.preprocess]
-        decode = partial(inputs.decode_image, case.payload, recipes, 1 << 30, draft=True)
+        decode = partial(preprocess.decode_image, case.payload, recipes, 1 << 30, draft=True)
         return {
             "decode": core_seconds(decode, 1, self._seconds),
             "image model": core_seconds(self._best, self._best_size, self._seconds),
@@ -502,7 +505,7 @@ def measure_photos(server: Server, folder: Path) -> str:
     )
 
 
-def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
+def measure_fidelity(backend: model_files.Backend, folder: Path) -> str:
     """Cosine to full decode, and the time of decoding, for each margin that scaled JPEG decode may keep."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     paths = paths[:: max(1, len(paths) // 100)]
@@ -512,7 +515,7 @@ def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
 
     def vectors(draft: bool) -> tuple[NDArray[np.float32], float]:
         started, recipe = time.process_time(), backend.preprocess
-        pixels = np.stack([inputs.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
+        pixels = np.stack([preprocess.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
         took = time.process_time() - started
         with ThreadPoolExecutor(backend.lanes) as lanes:
             pieces = [pixels[i : i + 4] for i in range(0, len(pixels), 4)]
@@ -520,22 +523,22 @@ def measure_fidelity(backend: backends.Backend, folder: Path) -> str:
 
     full, took = vectors(False)
     lines = [f"full decode of {len(files)} JPEG files: {1000 * took / len(files):.0f} core ms each"]
-    default = inputs.DRAFT_MARGIN
+    default = preprocess.DRAFT_MARGIN
     for margin in (1, 2, 4):
-        inputs.DRAFT_MARGIN = margin
+        preprocess.DRAFT_MARGIN = margin
         scaled, took = vectors(True)
         cosine = np.sum(full * scaled, axis=1)
         lines.append(
             f"at least {margin} x the model's side{' (the default)' * (margin == default)}: cosine mean "
             f"{cosine.mean():.6f}, worst {cosine.min():.6f}; {1000 * took / len(files):.0f} core ms each"
         )
-    inputs.DRAFT_MARGIN = default
+    preprocess.DRAFT_MARGIN = default
     return "\n".join(lines)
 
 
 def measure_int8(options: argparse.Namespace) -> str:
     """int8 against fp32, turn and turn about on ready pixels, each in each arrangement that the machine offers."""
-    both: dict[str, backends.Backend] = {}
+    both: dict[str, model_files.Backend] = {}
     for precision in ("fp32", "int8"):
         options.precision = precision
         both[precision] = open_backend(options, build_model(options.data_dir, options))
@@ -555,29 +558,29 @@ def measure_int8(options: argparse.Namespace) -> str:
 
 def measure_scoring(folder: Path, count: int, dim: int = 768) -> str:
     """Scoring of a tree of life of true size against reading and copying its rows once, turn and turn about."""
+    import label_cache
     import labels
-    import taxa
-    import vectorfile
+    import species
 
     rng = np.random.default_rng(0)
-    key = vectorfile.CacheKey("random", "none", "", count, dim)
+    key = label_cache.CacheKey("random", "none", "", count, dim)
 
     def blocks() -> Iterator[Any]:
-        for start in range(0, count, vectorfile.BLOCK):
-            rows = rng.standard_normal((min(vectorfile.BLOCK, count - start), dim), np.float32)
+        for start in range(0, count, label_cache.BLOCK):
+            rows = rng.standard_normal((min(label_cache.BLOCK, count - start), dim), np.float32)
             yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     try:
-        stored = vectorfile.load(folder / vectorfile.FILE, key.meta())
+        stored = label_cache.load(folder / label_cache.FILE, key.meta())
     except FileNotFoundError:
         names = [f"a/b/c/d/{i // 400:05}/{i // 8:07}/{i % 8}/*" for i in range(count)]
-        vectorfile.save(folder, key, blocks(), names, taxa.depths(names))
-        stored = vectorfile.load(folder / vectorfile.FILE, key.meta())
+        label_cache.save(folder, key, blocks(), names, species.depths(names))
+        stored = label_cache.load(folder / label_cache.FILE, key.meta())
     assert stored and stored.names
     anonymous, started = anonymous_mb(), time.perf_counter()
-    stored = vectorfile.load(folder / vectorfile.FILE, key.meta())
+    stored = label_cache.load(folder / label_cache.FILE, key.meta())
     assert stored and stored.names
-    species = taxa.Species(stored.names, stored, 100.0)
+    known = species.Species(stored.names, stored, 100.0)
     ready = time.perf_counter() - started
     told = [f"{count:,} x {dim}, {stored.vecs.nbytes / 1e9:.2f} GB: ready in {ready:.2f} s"]
     scan = labels.Cosines(stored.vecs)
@@ -589,8 +592,8 @@ def measure_scoring(folder: Path, count: int, dim: int = 768) -> str:
             "reading the rows": partial(_on_each_core, scan.threads, _read, stored.vecs),
             "a plain copy of them": partial(_on_each_core, scan.threads, _copy, stored.vecs),
             "their cosines": partial(scan, queries),
-            "top 5": partial(species.answers, queries, [taxa.Ask(5)] * batch),
-            "top 5 families": partial(species.answers, queries, [taxa.Ask(5, rank="family")] * batch),
+            "top 5": partial(known.answers, queries, [species.Ask(5)] * batch),
+            "top 5 families": partial(known.answers, queries, [species.Ask(5, rank="family")] * batch),
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(15):
@@ -730,13 +733,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def open_backend(options: argparse.Namespace, model: str) -> backends.Backend:
+def open_backend(options: argparse.Namespace, model: str) -> model_files.Backend:
     if options.backend == "torch":
         import torch  # noqa: F401  # before the backend says how its threads shall wait: the limit is torch as it comes
-    return backends.create_backend(backends.ModelOptions("CLIP", options.backend, model, options.data_dir))
+    return backends.create_backend(ModelOptions("CLIP", options.backend, model, options.data_dir))
 
 
-def report(server: Server, backend: backends.Backend | None, options: argparse.Namespace) -> None:
+def report(server: Server, backend: model_files.Backend | None, options: argparse.Namespace) -> None:
     everything = make_cases()
     wanted = tuple(options.cases.split(","))
     cases = [case for case in everything if case.name.startswith(wanted)]

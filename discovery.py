@@ -21,6 +21,7 @@ from settings import Settings
 
 log = logging.getLogger("lumen.discovery")
 
+MDNS_VERSION = "1.0.0"  # TXT `version` and `v`, which apps show; upstream's own value
 READY_ONLY_TYPE = "_lumen._tcp.local."
 NETWORK_CHECK_S = 5.0  # between two checks for another address
 UPDATE_INTERVAL_S = 1.25  # receivers keep records that are less than a second old beside new ones (RFC 6762, 10.2)
@@ -140,9 +141,9 @@ class Advertiser:
         settings, runtime = self._settings, self._runtime
         properties = {
             "uuid": self._uuid,
-            "status": settings.clip_mdns_status if runtime else "loading",
-            "version": settings.clip_mdns_version,
-            "v": settings.clip_mdns_version,
+            "status": "ready" if runtime else "loading",
+            "version": MDNS_VERSION,
+            "v": MDNS_VERSION,
             **({"runtime": runtime} if runtime else {}),
             **({"tls": "1"} if settings.lumen_tls_cert else {}),
         }

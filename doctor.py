@@ -21,14 +21,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import backends
 import machine
-import npu
-
-if TYPE_CHECKING:
-    from settings import Settings
+from settings import ModelOptions, Settings
 
 OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some cores
 # Of a model's files on disk, what is resident while it loads and runs: measured 1.4 (torch) to 2.1 (int8) at
@@ -57,14 +52,13 @@ class Visit:
     port: int
     places: Places = field(default_factory=Places)
 
-    def models(self) -> list[backends.ModelOptions]:
-        names = [name for name in ("clip", "bioclip") if self.settings.backend_of(name) != "none"]
-        return [self.settings.options(name) for name in names]
+    def models(self) -> list[ModelOptions]:
+        return list(self.settings.models().values())
 
     def uses(self, backend: str) -> bool:
         return any(model.backend == backend for model in self.models())
 
-    def folder(self, model: backends.ModelOptions) -> Path | None:
+    def folder(self, model: ModelOptions) -> Path | None:
         """Where a model's files lie (for torch perhaps one file), or None while they are not here."""
         arch, _, weights = model.model.partition(":")
         for path in (Path(model.model), *([Path(weights)] if weights else [])):
@@ -79,14 +73,14 @@ class Visit:
                 return marker.parent
         return None
 
-    def weights(self, model: backends.ModelOptions) -> list[Path]:
+    def weights(self, model: ModelOptions) -> list[Path]:
         """The files of a model that are here and take memory."""
         folder = self.folder(model)
         if folder is None:
             return []
         files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
         if model.backend == "rknn":
-            target = model.rknn_target or npu.npu_target(_text(self.places.proc / "device-tree" / "compatible"))
+            target = model.rknn_target or machine.npu_target(_text(self.places.proc / "device-tree" / "compatible"))
             files = [path for path in files if "textual" in path.parts or f"rknpu/{target}/" in path.as_posix()]
         else:
             files = [path for path in files if "rknpu" not in path.parts]
@@ -95,16 +89,15 @@ class Visit:
     def to_download(self) -> list[str]:
         """What is not here yet and comes from the hub."""
         missing = [f"{model.name}'s model" for model in self.models() if self.folder(model) is None]
-        for model, file in (("clip", "imagenet_class_names.json"), ("bioclip", "txt_emb_species.json")):
-            own = getattr(self.settings, f"{model}_labels")
+        files = {"clip": "imagenet_class_names.json", "bioclip": "txt_emb_species.json"}
+        for model, options in self.settings.models().items():
             folder = self.settings.lumen_data_dir / model
             published = any(folder.glob("*/*/published/text_vectors.npz"))  # which bring their own names
-            here = own or published or (folder / file).is_file()
-            if self.settings.backend_of(model) != "none" and not here:
+            if not (options.labels or published or (folder / files[model]).is_file()):
                 missing.append(f"{model.upper()}'s labels")
         return missing
 
-    def has_onnx(self, model: backends.ModelOptions) -> bool:
+    def has_onnx(self, model: ModelOptions) -> bool:
         folder = self.folder(model)
         return bool(model.onnx_image) or bool(folder and (folder / "visual" / "model.onnx").is_file())
 
@@ -127,10 +120,10 @@ Finding = tuple[str, str]  # mark, text
 def board(visit: Visit) -> Iterator[Finding]:
     path = visit.places.proc / "device-tree" / "compatible"
     names = path.read_bytes().decode("ascii", "replace").strip("\0").split("\0") if path.exists() else []
-    target = npu.npu_target(" ".join(names))
+    target = machine.npu_target(" ".join(names))
     named = {model.rknn_target for model in visit.models() if model.backend == "rknn" and model.rknn_target}
     if target:
-        cores = npu.NPU_CORES[target]
+        cores = machine.NPU_CORES[target]
         yield FINE, f"{', '.join(names)}: runs programs for {target}, on {cores} NPU core{'s' * (cores > 1)}"
     elif named:
         yield FINE, f"{', '.join(sorted(named))}, as CLIP_RKNN_TARGET or BIOCLIP_RKNN_TARGET says"
@@ -187,7 +180,7 @@ def npu_programs(visit: Visit) -> Iterator[Finding]:
         yield NOTE, "not needed: no model uses the NPU"
     board_names = _text(visit.places.proc / "device-tree" / "compatible")
     for model in on_npu:
-        target = model.rknn_target or npu.npu_target(board_names)
+        target = model.rknn_target or machine.npu_target(board_names)
         folder = visit.folder(model)
         path = Path(model.rknn_model) if model.rknn_model else None
         if path is None and folder is not None and target:

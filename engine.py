@@ -22,8 +22,8 @@ from typing import Any
 import orjson
 
 import machine
+from errors import BadInput
 from fair_queue import FairQueue, Flow, Shares
-from inputs import BadInput
 from logs import Traffic
 from machine import clock
 
@@ -96,7 +96,7 @@ class Answer:
     def encoded(self) -> bytes:
         if isinstance(self.content, bytes):
             return self.content
-        # A value that is not finite would be `null`; `backends.unit_rows` and `create_backend` let none come here.
+        # A value that is not finite would be `null`; `model_files.unit_rows` and `create_backend` let none come here.
         return orjson.dumps(self.content, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def mime(self) -> str:

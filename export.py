@@ -36,12 +36,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-import backends
-import inputs
-import npu
-from backends import ModelOptions, TorchBackend
-from inputs import BackendError, Preprocess
-from onnxrt import ONNXRTBackend
+import machine
+import model_files
+import preprocess
+import rknn_backend
+import tokenizer
+from errors import BackendError
+from onnx_backend import FolderBackend, open_onnx
+from preprocess import Preprocess
+from settings import ModelOptions
+from torch_backend import TorchBackend
 
 log = logging.getLogger("lumen.export")
 
@@ -238,7 +242,7 @@ def write_folder(source: TorchBackend, reference: Reference, folder: Path, wante
 def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wanted: Wanted) -> None:
     """What the towers are, what they should answer, and the sha-256 of every file that is there."""
     manifest = {
-        "format": backends.MANIFEST_FORMAT,
+        "format": model_files.MANIFEST_FORMAT,
         "model_id": wanted.model_id,
         "notice": wanted.notice,
         "precision": wanted.precision,
@@ -248,10 +252,10 @@ def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wan
         "logit_bias": 0.0,  # CLIP has none; the models that have one are refused
         "preprocess": asdict(source.preprocess),
         "golden": _golden(reference, FLOORS[wanted.precision].golden),
-        "source": {"file": source.weights.name, "sha256": backends.sha256_of(source.weights)},
+        "source": {"file": source.weights.name, "sha256": machine.sha256_of(source.weights)},
         "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
         "files": {
-            path.relative_to(folder).as_posix(): backends.sha256_of(path)
+            path.relative_to(folder).as_posix(): machine.sha256_of(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
@@ -354,7 +358,7 @@ def read_photos(folder: Path | None) -> list[Image.Image]:
 
 
 def cosines(
-    reference: Reference, written: ONNXRTBackend, pictures: Sequence[Image.Image]
+    reference: Reference, written: FolderBackend, pictures: Sequence[Image.Image]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(pictures, texts): the cosine of each sample between OpenCLIP and the folder, which takes them in batches."""
     files, recipe = [], written.preprocess
@@ -362,7 +366,7 @@ def cosines(
         file = io.BytesIO()
         picture.save(file, "PNG")
         files.append(file.getvalue())
-    pixels = np.stack([inputs.decode_image(file, [recipe], 10**7, draft=False)[recipe] for file in files])
+    pixels = np.stack([preprocess.decode_image(file, [recipe], 10**7, draft=False)[recipe] for file in files])
     batches = pixels[:1], pixels[1:3], *(pixels[i : i + 17] for i in range(3, len(pixels), 17))
     images = np.concatenate([written.encode_images(batch) for batch in batches if len(batch)])
     parts = TEXTS[:1], TEXTS[1:3], TEXTS[3:]  # each batch runs at its own length
@@ -398,12 +402,12 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
     """
     folder = folder.resolve()  # the toolkit is run elsewhere
     path = folder / "visual" / "model.onnx"
-    manifest = backends.read_json(folder / "manifest.json")
+    manifest = model_files.read_json(folder / "manifest.json")
     if not path.is_file() or manifest.get("precision") != "fp32":
         raise ExportError(
             f"--to {folder}: --rknn needs the fp32 image tower of an export there, with its manifest.json"
         )
-    recipe = Preprocess.from_config(backends.read_json(path.with_name("preprocess_cfg.json")))
+    recipe = Preprocess.from_config(model_files.read_json(path.with_name("preprocess_cfg.json")))
     pixels = _pixels(read_photos(photos)[:NPU_PICTURES], recipe)
     golden = manifest["golden"]["picture"]
     inputs = np.concatenate([pixels, _pixels([Image.open(io.BytesIO(base64.b64decode(golden)))], recipe)])
@@ -416,7 +420,7 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
         try:
             found, said = _compile(path, soc, recipe, fused, staging / "model.rknn", inputs)
             table = cost_table(said)
-            cosine = float(np.sum(backends.unit_rows(found) * expected, axis=1).min())
+            cosine = float(np.sum(model_files.unit_rows(found) * expected, axis=1).min())
             print(f"{soc}: cosine to ONNX Runtime in the simulator, {len(inputs)} pictures: worst {cosine:.7f}")
             print(f"{soc}: {summary(table)}")
             if "out of the float16" in said:
@@ -424,7 +428,7 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
             if not cosine >= SIMULATOR_FLOOR:
                 raise ExportError(f"{soc}: allowed: cosine {SIMULATOR_FLOOR} and more; nothing is left")
             contract = {
-                "format": npu.NPU_FORMAT,
+                "format": rknn_backend.NPU_FORMAT,
                 "soc": soc,
                 "toolkit": TOOLKIT,
                 "input": {"dtype": "uint8", "layout": "NHWC", "shape": [1, recipe.size, recipe.size, 3]},
@@ -433,12 +437,12 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
                 "batch_sizes": [1],
                 "fused_attention": fused,
                 "model_id": manifest["model_id"],
-                "onnx_sha256": backends.sha256_of(path),
-                "rknn_sha256": backends.sha256_of(staging / "model.rknn"),
+                "onnx_sha256": machine.sha256_of(path),
+                "rknn_sha256": machine.sha256_of(staging / "model.rknn"),
                 "compiler_cycles": sum(op.cycles for op in table),
                 "simulator_cosine": round(cosine, 7),
                 "golden": {
-                    "floor": npu.NPU_FLOOR,
+                    "floor": rknn_backend.NPU_FLOOR,
                     "picture": golden,
                     "picture_vector": expected[-1].round(7).tolist(),
                 },
@@ -451,16 +455,16 @@ def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path |
         print(f"{home}: {(home / 'model.rknn').stat().st_size / 1e6:.1f} MB")
 
 
-def _pixels(pictures: Sequence[Image.Image], recipe: Preprocess) -> inputs.Pixels:
+def _pixels(pictures: Sequence[Image.Image], recipe: Preprocess) -> preprocess.Pixels:
     rows = []
     for picture in pictures:
         file = io.BytesIO()
         picture.save(file, "PNG")
-        rows.append(inputs.decode_image(file.getvalue(), [recipe], 10**8, draft=False)[recipe])
+        rows.append(preprocess.decode_image(file.getvalue(), [recipe], 10**8, draft=False)[recipe])
     return np.stack(rows)
 
 
-def _run_onnx(path: Path, pixels: inputs.Pixels) -> backends.Vectors:
+def _run_onnx(path: Path, pixels: preprocess.Pixels) -> model_files.Vectors:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -525,7 +529,7 @@ def npu_graph(path: Path) -> Any:
 
 
 def _compile(
-    path: Path, soc: str, recipe: Preprocess, fused: bool, to: Path, pixels: inputs.Pixels
+    path: Path, soc: str, recipe: Preprocess, fused: bool, to: Path, pixels: preprocess.Pixels
 ) -> tuple[NDArray[np.float32], str]:
     """Builds the program and runs it in the simulator; -> (its rows for `pixels`, all that the toolkit said)."""
     import onnx
@@ -665,7 +669,7 @@ def export(
     staging = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         write_folder(source, reference, staging, wanted)
-        written = ONNXRTBackend(ExportOptions("CLIP", "onnxrt", str(staging), data_dir))
+        written = open_onnx(ExportOptions("CLIP", "onnxrt", str(staging), data_dir))
         check(cosines(reference, written, pictures), FLOORS[precision].worst)
         for part in set(PARTS["both"]) - set(PARTS[tower]):
             shutil.rmtree(staging / part)
@@ -683,7 +687,7 @@ def refuse_what_is_not_clip(source: TorchBackend, model: str) -> None:
     """SigLIP's and others' text towers look both ways: no true length, other tokenizers, other scores."""
     if getattr(source.model, "logit_bias", None) is not None:
         raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
-    if not isinstance(source.tokenizer, inputs.ClipTokenizer):
+    if not isinstance(source.tokenizer, tokenizer.ClipTokenizer):
         raise ExportError(f"--model {model}: its tokenizer is not CLIP's; only CLIP models are supported")
     if not source.open_length:
         raise ExportError(f"--model {model}: its text tower is not CLIP's causal one; only CLIP models are supported")
@@ -700,8 +704,8 @@ def check(found: tuple[NDArray[Any], NDArray[Any]], floor: float) -> None:
 
 def _socs(text: str) -> list[str]:
     socs = text.split(",")
-    if unknown := [soc for soc in socs if soc not in npu.NPU_CORES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(npu.NPU_CORES)}")
+    if unknown := [soc for soc in socs if soc not in machine.NPU_CORES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(machine.NPU_CORES)}")
     return socs
 
 

@@ -13,6 +13,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from errors import BadInput
+
 # Scans of a progressive JPEG. libjpeg writes 10 for colour and 18 for CMYK; optimisers choose about as many. One scan
 # without data costs libjpeg up to 26 ms at 40 megapixels.
 SCANS_MAX = 64
@@ -45,12 +47,8 @@ AV1_PICTURES_MAX = 8
 SEARCH_BYTES = 1 << 20  # of one search; other threads run between two searches
 
 
-class StructureError(ValueError):
-    """A file has more parts than any real picture, or an unsupported coding; the text is for the client."""
-
-
 def check_structure(data: bytes, max_pixels: int) -> int:
-    """Raises StructureError if decoding `data` could cost far more than a real picture of `max_pixels` pixels.
+    """Raises BadInput if decoding `data` could cost far more than a real picture of `max_pixels` pixels.
 
     Also raises for WebP and AVIF files whose coded size is above `max_pixels`: libwebp allocates memory for it before
     Pillow reports the size, and the size that an AVIF reports can be smaller. Bytes of other formats pass.
@@ -72,12 +70,12 @@ def check_structure(data: bytes, max_pixels: int) -> int:
 
 def _limit(value: int, limit: int, what: str) -> None:
     if value > limit:
-        raise StructureError(f"the {what}: more than {limit:,}, which no real picture has")
+        raise BadInput(f"payload: the {what}: more than {limit:,}, which no real picture has")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise StructureError(f"the image has {width} x {height} pixels; allowed: {max_pixels} in all")
+        raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
 
 
 # --- JPEG ---------------------------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def _check_jpeg(data: bytes) -> None:
         if kind == _EOI and scans:
             return
         if kind in _UNSUPPORTED:
-            raise StructureError("JPEG with arithmetic or hierarchical coding is not supported")
+            raise BadInput("payload: JPEG with arithmetic or hierarchical coding is not supported")
         if kind not in _TABLES and kind not in _METADATA:
             continue  # has no length; libjpeg and Pillow stop there or ignore it
         length = max(2, int.from_bytes(data[position : position + 2], "big"))
@@ -376,7 +374,7 @@ class _AvifCheck:
             for number in range(min(integers.next(4), ITEM_TABLE_BYTES_MAX // 12)):
                 first, each, _ = (integers.next(4) for _ in range(3))
                 if not each or (number == 0 and first != 1):
-                    raise StructureError("the AVIF has chunks without samples")  # the first sample is elsewhere then
+                    raise BadInput("payload: the AVIF has chunks without samples")  # the first sample is elsewhere then
                 track.samples_per_chunk = max(track.samples_per_chunk, each)
 
     def _check_av1(self, payload: memoryview) -> None:

@@ -6,19 +6,91 @@ Nothing here knows gRPC. Whatever a request contains, its job is finished and gi
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import machine
-from assembly import Budget, Lease
 from engine import DecodePool, Engine, Job
+from errors import Overload
 from fair_queue import Flow
 from journal import Journal
 from logs import Traffic
 from settings import Settings
 from tasks import Models, Request, Task, find_task, prepare, prepared_bytes, read_meta
+
+
+class Budget:
+    """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model.
+
+    First come, first served: otherwise small parts that are taken and given back all the time would leave no room for a
+    large one. A request that has begun and needs more to be completed comes first.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._free = limit
+        self._changed = threading.Condition()
+        self._waiting: OrderedDict[object, float] = OrderedDict()  # who waits, whoever is next first, and since when
+
+    def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf, has_begun: bool = False) -> None:
+        """Waits up to `patience` seconds until others have given back enough. Raises Overload if they do not, or if the
+        client is gone. `has_begun`: the request already holds a part."""
+        deadline, ticket = time.monotonic() + patience, object()
+        with self._changed:
+            self._waiting[ticket] = time.monotonic()
+            if has_begun:
+                self._waiting.move_to_end(ticket, last=False)
+            try:
+                while self._free < size or next(iter(self._waiting)) is not ticket:
+                    if gone() or time.monotonic() > deadline:
+                        raise Overload
+                    self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic()) + 0.01))
+                self._free -= size
+            finally:
+                del self._waiting[ticket]
+                self._changed.notify_all()  # whoever is next may have room as well
+
+    def overdraw(self, size: int) -> None:
+        """Takes at once, even if more than the limit is then in use; later callers of `take` wait longer."""
+        with self._changed:
+            self._free -= size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._free += size
+            self._changed.notify_all()
+
+    @property
+    def used(self) -> int:
+        return self._limit - self._free
+
+    def waited(self) -> float:
+        """Seconds for which somebody has been waiting by now."""
+        with self._changed:
+            return time.monotonic() - min(self._waiting.values(), default=math.inf)
+
+
+class Lease:
+    """A part of a budget that was taken, and is given back once, however often and by whom `release` is called."""
+
+    def __init__(self, budget: Budget, size: int) -> None:
+        self._budget, self._size = budget, size
+        self._lock = threading.Lock()
+
+    def release(self, _: object = None) -> None:
+        """Gives back what is left. It takes an argument so that it can be a future's callback."""
+        self.shrink(0)
+
+    def shrink(self, size: int) -> None:
+        """Gives back all but `size`, if that much is left."""
+        with self._lock:
+            surplus, self._size = max(self._size - size, 0), min(self._size, size)
+        self._budget.give(surplus)
+
 
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
 DECODE_THREADS_MAX = 4
@@ -33,9 +105,13 @@ class Intake:
     def __init__(self, settings: Settings, journal: Journal, traffic: Traffic, engine: Engine) -> None:
         self._settings, self._journal, self._traffic, self._engine = settings, journal, traffic, engine
         self.decoders = DecodePool(min(machine.usable_cores(), DECODE_THREADS_MAX))
-        self.payloads = Budget(4 * settings.lumen_max_request_mb << 20)  # bytes of requests until they are prepared
+        self.payloads = Budget(4 * self.request_bytes_max)  # bytes of requests until they are prepared
         self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders: of one picture or of several
         self.prepared = Budget(PREPARED_MAX)
+
+    @property
+    def request_bytes_max(self) -> int:
+        return self._settings.lumen_max_request_mb << 20
 
     def job(self, correlation_id: str, flow: Flow, request: Request | None) -> Job:
         """The job of a request, which `begin` starts. None: of one that could not be assembled."""
@@ -75,6 +151,12 @@ class Intake:
                 self.decoders.submit(job, work)
         except Exception as error:
             job.finish(error)
+
+    def finished(self, job: Job, outcome: str) -> None:
+        """Counts a request that has its response, or whose client has left ("cancelled")."""
+        self._traffic.count_request(job, outcome)
+        if outcome == "ok":
+            self._journal.answered(job.digest)
 
     def _prepare(self, job: Job, task: Task, request: Request, models: Models, payload: Lease, prepared: Lease) -> None:
         """Payload -> pixels or token ids, then to the engine. Does not raise."""

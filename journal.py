@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 
 import machine
-from inputs import BadInput
+from errors import BadInput
 
 log = logging.getLogger("lumen.journal")
 

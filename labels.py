@@ -1,4 +1,4 @@
-"""Label sets: names, prompts, scoring and top-k. `python labels.py build|info|verify` makes those of species.
+"""Label sets: names, prompts, scoring and top-k.
 
 Knows nothing of models or gRPC: whoever builds a label set hands in a function that turns texts into vectors.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from errors import LabelError
 from machine import cache_of_a_core, step_back, usable_cores
+from model_files import Encode, Say, Vectors, fetch_file
 
 log = logging.getLogger("lumen.labels")
-
-Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
-Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
-Watched = Callable[[str, Path, Mapping[str, int]], AbstractContextManager[None]]  # see `model_files.report_download`
 
 ENCODE_BATCH = 32  # prompts a forward
 SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
@@ -63,29 +58,11 @@ TEMPLATES = {
     80: _OPENAI_TEMPLATES,
 }
 
-SCENES = (  # upstream's six; `scenes.TABLE` has more
-    "a photo of an animal",
-    "a photo of a bird",
-    "a photo of an insect",
-    "a photo of a human-made object",
-    "a photo of a landscape",
-    "an abstract painting",
-)
-
-
-class LabelError(Exception):
-    """A label file cannot be had or is not what it should be; the text is one line for the operator."""
-
-
-def unwatched(what: str, folder: Path, files: Mapping[str, int]) -> AbstractContextManager[None]:
-    """Around a download of which nobody is told how far it is."""
-    return nullcontext()
-
 
 # --- names ------------------------------------------------------------------------------------------------------
 
 
-def class_names(data_dir: Path, own: str = "", watched: Watched = unwatched) -> list[str]:
+def class_names(data_dir: Path, own: str, say: Say) -> list[str]:
     """What `clip_classify` chooses from: the file `own`, a JSON list of names, or else ImageNet-1k's.
 
     Those are in the order of the classes, each a WordNet synset ("tench, Tinca tinca"). Raises LabelError.
@@ -93,7 +70,7 @@ def class_names(data_dir: Path, own: str = "", watched: Watched = unwatched) -> 
     if own:
         return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
     path = data_dir / "clip" / "imagenet_class_names.json"
-    return label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet, watched)
+    return label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet, say)
 
 
 def _parse_list(content: Any) -> list[str]:
@@ -114,43 +91,12 @@ def _parse_imagenet(content: Any) -> list[str]:
     return names
 
 
-def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list[str]], watched: Watched) -> list[str]:
+def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list[str]], say: Say) -> list[str]:
     """The names in `path`, fetched once from a hub dataset. Raises LabelError."""
     if not path.is_file():
         wrong = f"the hub's {filename} of {repo} is not what it should be"
-        return fetch_file(path, repo, filename, watched, check=lambda staged: read_names(staged, wrong, parse))
+        return fetch_file(path, repo, filename, say, check=lambda staged: read_names(staged, wrong, parse))
     return read_names(path, f"{path}: not the file {filename} of {repo}", parse)
-
-
-def fetch_file(
-    path: Path,
-    repo: str,
-    filename: str,
-    watched: Watched,
-    revision: str | None = None,
-    *,
-    check: Callable[[Path], list[str]],
-) -> list[str]:
-    """Downloads a file of a hub dataset to `path`; -> what `check` makes of it. Raises LabelError, as `check` may."""
-    from huggingface_hub import hf_hub_download
-
-    staging = path.parent / ".download"
-    log.info("downloading %s of %s", filename, repo)
-    try:
-        with watched(filename, staging, {filename: 0}):
-            staged = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=staging))
-    except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
-        log.debug("download failed", exc_info=True)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise LabelError(f"cannot download {filename} of the hub dataset {repo} ({reason})") from error
-    try:
-        names = check(staged)
-    except LabelError:
-        staged.unlink()  # a later start shall ask the hub again
-        raise
-    os.replace(staged, path)
-    shutil.rmtree(staging)
-    return names
 
 
 def read_names(path: Path, complaint: str, parse: Callable[[Any], list[str]]) -> list[str]:
@@ -180,9 +126,6 @@ def imagenet_recipe(templates: int) -> Recipe:
 def names_recipe(templates: int) -> Recipe:
     """The label as it stands, commas and all, in the same templates: for names that are not synsets."""
     return Recipe(f"names-{templates}", lambda label: [t.format(label.strip()) for t in TEMPLATES[templates]])
-
-
-SCENE_RECIPE = Recipe("scenes", lambda label: [label])
 
 
 def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vectors:
@@ -318,8 +261,4 @@ def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from treeoflife import main  # which is built on this module
-
-    sys.exit(main())
+    raise SystemExit("labels.py: the commands build, info and verify are those of tree_of_life.py now")

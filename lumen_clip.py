@@ -26,34 +26,32 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
 from google.protobuf import empty_pb2
 
 import backends
+import label_cache
 import labels
 import logs
 import machine
 import metrics
-import vectorfile
-from backends import Backend
 from discovery import Advertiser
 from engine import Engine
-from inputs import BackendError
+from errors import BackendError, LabelError, SettingError
 from journal import Journal
-from labels import LabelError, LabelSet
-from labelsets import PROMPTS, Maker, OwnSets
-from loading import SpeciesLoader
+from label_files import PROMPTS, Maker, OwnSets, SceneSet, read_scenes
+from labels import LabelSet
 from machine import clock
-from model_files import report_download
-from scenes import SceneSet, read_scenes
+from model_files import Backend, Encode, Say, encoder_of
 from service import Daemon, start_server
-from settings import VERSION, SettingError, Settings, demo_environment
+from settings import VERSION, Settings, demo_environment
+from species import Species
+from species_loader import SpeciesLoader
 from tasks import Model, Models
-from taxa import Species
 
 log = logging.getLogger("lumen")
 
@@ -71,10 +69,19 @@ MEMORY_FLOOR = 64 << 20  # bytes, or a twenty-fifth of what there is: less than 
 
 
 Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
-Events = queue.SimpleQueue[Loaded | BaseException | None]  # None: told to stop
 
 
-def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) -> Loaded:
+class Signal(Enum):
+    """What the operator asks for while the daemon runs."""
+
+    STOP = "stop"
+    RELOAD = "reload"
+
+
+Events = queue.SimpleQueue[Loaded | BaseException | Signal]
+
+
+def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
     """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError.
 
     Species that are not at hand are left to the loader.
@@ -85,20 +92,17 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
     own = None
     scenes = read_scenes(settings.lumen_scenes)  # before anything that takes long
     notices: list[str] = []
-    for name in loaded:
-        if settings.backend_of(name) == "none":
-            continue
-        options = replace(settings.options(name), watched=partial(report_download, say))
+    for name, options in settings.models().items():
         # Clients are told this too: a file's name, and not where it lies.
         where = "" if options.model.startswith("hf-hub:") else "[^:]*/"
         say(f"loading {re.sub(where, '', options.model)} ({options.backend})")
-        backend = backends.create_backend(options)
+        backend = backends.create_backend(options, say)
         folder = settings.lumen_data_dir / name / backend.runtime / backend.model_id.replace("/", "--")
         tuning = None
         if settings.lumen_tune:
             say(f"trying how {backend.model_id} runs best here")
-            tuning = backends.tuned(backend, settings.batch_size_of(name), folder)
-        model = loaded[name] = Model(backend, name, engine, settings.batch_size_of(name), tuning)
+            tuning = backends.tuned(backend, options.max_batch_size, folder)
+        model = loaded[name] = Model(backend, name, engine, options.max_batch_size, tuning)
         log.info(
             "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
         )
@@ -106,49 +110,40 @@ def load_models(settings: Settings, engine: Engine, say: Callable[[str], None]) 
             notices.append(backend.notice)
             log.warning("%s: %s", backend.model_id, backend.notice)
         if name == "clip":
-            encode = encoding(backend)
+            encode = encoder_of(backend)
             sets["classes"] = _classes(backend, encode, folder, settings, say)
-            if settings.backend_of("bioclip") != "none":
+            if "bioclip" in settings.models():
                 vectors = labels.label_vectors(scenes.choices.texts(), PROMPTS, encode)
                 sets["scenes"] = SceneSet(scenes, vectors, backend.logit_scale)
             maker = Maker(folder / "labels", backend.model_id, backend.dim, backend.logit_scale)
             own = OwnSets(settings.lumen_data_dir / "labels", maker, labels.TEMPLATES[settings.clip_templates])
-            own.look(encode, compute=False)
+            own.read(encode, compute=False)
             continue
-        loader = SpeciesLoader(settings.bioclip_labels, model, folder, settings.lumen_data_dir, engine)
+        loader = SpeciesLoader(options.labels, model, folder, settings.lumen_data_dir, engine)
         if species := loader.at_once(say):
             sets["species"], loader = species, None
             # Only bioclip_embed asks for it from here on, and BioCLIP-2's takes half a gigabyte. People who search do
             # so with CLIP's, which stays.
             if settings.lumen_semantic != name:
-                backend.rest_text()
+                backend.unload_text()
     if settings.lumen_semantic:
         log.info("semantic tasks: %s. %s", settings.lumen_semantic, SEMANTIC_NOTICE)
     models = Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, own, settings.lumen_semantic)
     return models, loader
 
 
-def encoding(backend: Backend) -> labels.Encode:
-    """Texts to vectors on this thread, while the inference thread does not run yet."""
-    return lambda texts: backend.encode_text(backend.tokenize(texts))
-
-
-def _classes(
-    backend: Backend, encode: labels.Encode, folder: Path, settings: Settings, say: Callable[[str], None]
-) -> LabelSet:
+def _classes(backend: Backend, encode: Encode, folder: Path, settings: Settings, say: Say) -> LabelSet:
     """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime."""
-    watched = partial(report_download, say)
-
-    own = settings.clip_labels
-    names = labels.class_names(settings.lumen_data_dir, own, watched)
+    own = settings.clip.labels
+    names = labels.class_names(settings.lumen_data_dir, own, say)
     recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
     say(f"text vectors of {len(names)} labels for {backend.model_id}")
-    found = vectorfile.cached_vectors(
+    found = label_cache.cached_vectors(
         folder,
         names,
         recipe,
         encode,
-        vectorfile.CacheKey.of(names, recipe, backend.model_id, backend.dim),
+        label_cache.CacheKey.of(names, recipe, backend.model_id, backend.dim),
         sorted((settings.lumen_data_dir / "clip").glob("*_imagenet_vectors.npz")),
         lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
     )
@@ -236,7 +231,7 @@ def see_the_doctor(options: argparse.Namespace) -> int:
         settings = Settings.from_environment(environment)
     except SettingError as error:
         findings.append(("settings", doctor.FAILURE, f"{error}; the rest is of the defaults"))
-        settings = Settings()
+        settings = Settings.from_environment({})
     return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
 
 
@@ -262,9 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_in_background(daemon, events.put)
     advertiser = Advertiser(settings, options.host, port)
     event = events.get()
+    while event is Signal.RELOAD:  # the label sets are read when the models are there
+        event = events.get()
     if not isinstance(event, tuple):
         advertiser.close()
-    if event is None:
+    if event is Signal.STOP:
         log.info("stopped while loading")
         _leave(0)
     if isinstance(event, BaseException):
@@ -282,12 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def handle_signals(events: Events, journal: Journal) -> None:
-    """SIGTERM and SIGINT: the first asks for an orderly stop, the second ends the process at once.
+    """SIGTERM and SIGINT: the first asks for an orderly stop, the second ends the process at once. SIGHUP: the label
+    sets are read again; but a terminal that closes sends it as well, and then it means the same as SIGTERM.
 
     A handler in Python runs on the main thread, which may learn of a signal only when its current wait ends, seconds
     later. So a thread of its own reads the signals' numbers from a pipe.
     """
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    had_terminal = has_terminal()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -297,15 +298,28 @@ def handle_signals(events: Events, journal: Journal) -> None:
     def read() -> None:
         told = False
         while True:
-            if os.read(reading, 1)[0] not in numbers:
+            number = os.read(reading, 1)[0]
+            if number not in numbers:
+                continue
+            if number == signal.SIGHUP and not (had_terminal and not has_terminal()):
+                events.put(Signal.RELOAD)
                 continue
             if told:
                 journal.close()  # to stop is not to crash
                 _leave(0)
             told = True
-            events.put(None)
+            events.put(Signal.STOP)
 
     threading.Thread(target=read, name="signals", daemon=True).start()
+
+
+def has_terminal() -> bool:
+    """Whether the process belongs to a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def prepare_process(options: argparse.Namespace) -> None:
@@ -365,14 +379,14 @@ def supervise(daemon: Daemon, events: Events) -> str:
     beat = min(5.0, watchdog or 5.0, daemon.settings.lumen_hang_s / 2)
     clock.tick(beat)
     while True:
-        try:
-            events.get(timeout=beat)
-            return ""
-        except queue.Empty:
-            clock.tick(beat)
-            daemon.check_streams()
-            machine.trim_memory()
-            daemon.traffic.log_summary(TRAFFIC_LOG_S)
+        with suppress(queue.Empty):
+            if events.get(timeout=beat) is Signal.STOP:
+                return ""
+            daemon.reload()
+        clock.tick(beat)
+        daemon.check()
+        machine.trim_memory()
+        daemon.traffic.log_summary(TRAFFIC_LOG_S)
         if trouble := daemon.trouble():
             return trouble
         if watchdog:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import os
+import resource
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-if sys.platform != "win32":
-    import resource
-
+from typing import IO
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+NPU_CORES = {"rk3562": 1, "rk3566": 1, "rk3568": 1, "rk3576": 2, "rk3588": 3}
+DEVICE_TREE = Path("/proc/device-tree/compatible")
 
 
 def control_groups(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
@@ -97,6 +98,21 @@ def nvidia_gpus(folder: Path = NVIDIA_GPUS) -> str:
     return ", ".join(models)
 
 
+def board_target() -> str:
+    """The target in `NPU_CORES` whose programs this board runs, or "" if it is no Rockchip board that we know."""
+    try:
+        return npu_target(DEVICE_TREE.read_bytes().decode("ascii", "replace"))
+    except OSError:  # no device tree, or a container that hides it
+        return ""
+
+
+def npu_target(names: str) -> str:
+    """Of the names that a device tree lists, such as `rockchip,rk3588s`; see `board_target`."""
+    if "rk3582" in names:  # sold with a part of an RK3588's cores
+        return "rk3588"
+    return next((target for target in NPU_CORES if target in names), "")
+
+
 def step_back(steps: int) -> None:
     """Lowers the calling thread's priority by so many steps of `nice`, where a thread has one of its own.
 
@@ -107,17 +123,34 @@ def step_back(steps: int) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + steps)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a small file so that a kill at any moment leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
+        with temporary.open("w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a small file so that a kill at any moment leaves the old one or the new one."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def sha256_of(*paths: Path) -> str:
+    """Of one file its sha-256; of several, or of a folder's, that of theirs in the order of their names."""
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def use_one_heap() -> None:
@@ -174,8 +207,6 @@ def files_for(wanted: int, kept: int) -> int:
 
     Raises the process's soft limit where it may.
     """
-    if sys.platform == "win32":
-        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + kept:
         soft = wanted + kept if hard == resource.RLIM_INFINITY else min(wanted + kept, hard)

@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from settings import SettingError, Settings
+from errors import SettingError
+from settings import Settings
 
 log = logging.getLogger("lumen.security")
 

@@ -5,15 +5,11 @@ Each Infer call has two threads: a reader, which makes jobs of messages, and gRP
 
 from __future__ import annotations
 
-import itertools
 import logging
-import queue
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,28 +18,26 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health, health_pb2
 
 import machine
-from assembly import ID_MAX, Assembler, ChunkError, Overload
-from engine import TENSOR_MIME, Engine, Job, forget_frames
+from engine import TENSOR_MIME, Engine
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from inputs import BadInput
 from intake import Intake
 from journal import Journal
 from logs import Traffic
 from machine import clock
 from security import (
-    MALFORMED,
     SHORT_CALLS_MAX,
     ShortCallLimiter,
     TokenInterceptor,
     hide_exceptions,
-    internal_error,
     read_token,
     short_call_handlers,
     tls_credentials,
     tolerant_parser,
 )
 from settings import VERSION, Settings
+from species import LABEL_FORMATS, RANKS
+from streams import OPEN_PER_PLACE, READING_S, SHUTTING_DOWN, Stream, Streams
 from tasks import (
     IMAGE_MIMES,
     OWN_LABELS_MAX,
@@ -53,270 +47,21 @@ from tasks import (
     TEXT_MIMES,
     TOPK_MAX,
     Models,
-    NotReady,
-    Request,
     Task,
 )
-from taxa import LABEL_FORMATS, RANKS
 
 log = logging.getLogger("lumen.service")
 
 PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
-WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
-CHUNK_IDLE_S = 30  # between two chunks of one request
-STREAM_IDLE_S = 300  # of a stream that has nothing in work
-READER_IDLE_S = 60  # of a client that does not read its answer
-WANTED_BYTES_S = 2  # of waiting for memory, after which the oldest incomplete request is ended
-UPLOAD_S = 20  # for which a request in chunks may be incomplete while others wait for memory
-WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
-ANSWERED_S = 1  # after its last answer a stream may be about to end; so long a new stream waits for its place
-READING_S = 0.5  # of a message that is on its way, when memory is short
 KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
 # Of a connection; gRPC then asks the client to open another one, and ends this one after its last stream. The photo app
 # reads the capabilities once per connection, so it learns within a minute of species that are there now.
 CONNECTION_AGE_S = 45
 NO_LIMIT = 2**31 - 1  # of a number in gRPC's options
-OPEN_PER_PLACE = 2  # streams, those included that need no place; see `Stream.needs_place`
 CONNECTIONS_MAX = 4096
 FILES_OF_OURS = 48  # models, caches, the log, mDNS
 FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
-
-
-@dataclass(frozen=True)
-class Closing:
-    """The last thing in a stream's line of jobs: how it ends."""
-
-    code: grpc.StatusCode = grpc.StatusCode.OK
-    details: str = ""
-
-
-SHUTTING_DOWN = Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
-
-
-class Stream:
-    """One Infer call: a reader thread makes jobs of its messages, its own thread answers them in their order."""
-
-    _numbers = itertools.count()
-
-    def __init__(self, daemon: Daemon, models: Models, messages: Iterator[pb.InferRequest], context: Any) -> None:
-        self._daemon, self._models, self._messages, self._context = daemon, models, messages, context
-        self.connection: str = context.peer()  # its address and port
-        self._flow = self.connection, next(self._numbers)
-        self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
-        self._in_work: set[Job] = set()
-        self._window = threading.Semaphore(WINDOW)
-        self._assembler = Assembler(daemon.settings.lumen_max_request_mb << 20)
-        self._line = threading.Lock()  # of who puts what into the line of jobs
-        self._closed = False  # a closing stands in it
-        self._gone = False  # the client has left or the call is over
-        self._held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
-        self._idle_since = clock.now()
-        self._reading_since: float | None = None  # when the reader began to wait for a message
-        self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
-        self._answered_since: float | None = None  # when the last request in work was answered
-        self._half_closed = False  # the client sends no more
-        self.over = False  # its thread has gone
-
-    def answers(self) -> Iterator[pb.InferResponse]:
-        if not self._context.add_callback(self._leave):
-            return
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
-        answered = 0
-        try:
-            while isinstance(job := self._jobs.get(), Job):
-                try:
-                    response = self._response(job)
-                except futures.CancelledError:
-                    return
-                self._daemon.traffic.count_request(job, OUTCOMES[response.error.code])
-                self._yielding_since = clock.now()
-                self._in_work.discard(job)
-                self._answered_since = self._yielding_since
-                if not self.needs_place():
-                    self._daemon.place_may_be_free()
-                yield response
-                self._yielding_since, self._idle_since = None, clock.now()
-                self._window.release()
-                answered += 1
-            if job.code is not grpc.StatusCode.OK and not self._gone:
-                log.info("a stream ended: %s, %s", job.code.name, job.details)
-                self._context.abort(job.code, job.details)
-        finally:
-            log.debug("a stream is over after %d answers%s", answered, ", cut off" if self._gone else "")
-            self._leave()
-            for job in list(self._in_work):
-                self._daemon.traffic.count_request(job, "cancelled")
-
-    def check(self, now: float) -> None:
-        """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
-        silent = now - self._idle_since
-        if self._yielding_since is not None:
-            if now - self._yielding_since > READER_IDLE_S and not self._gone:
-                log.info("a stream ended: its client does not read")
-                self._gone = True
-                self._context.cancel()
-        elif self._in_work:
-            return
-        elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
-            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
-        elif silent > STREAM_IDLE_S:
-            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
-
-    def needs_place(self) -> bool:
-        """Whether the stream counts for LUMEN_MAX_STREAMS: not once all is answered and the client sends no more.
-
-        A client that has its answer may open its next stream before gRPC has ended this one.
-        """
-        done = self._half_closed and not self._in_work
-        return not (done or self._gone)
-
-    def may_end(self, now: float) -> bool:
-        """Whether all was answered just now, so that the client may be about to close the stream."""
-        return not self._in_work and self._answered_since is not None and now - self._answered_since < ANSWERED_S
-
-    def uploading(self, now: float) -> float:
-        """Seconds since the oldest of its unfinished requests began; negative if there is none."""
-        return now - self._assembler.since()
-
-    def silent(self, now: float) -> float:
-        """Seconds for which the stream has had nothing in work."""
-        return 0.0 if self._in_work or self._yielding_since is not None else now - self._idle_since
-
-    def reading(self, now: float) -> float:
-        """Seconds for which a message has been on its way, or none has been."""
-        return 0.0 if self._reading_since is None else now - self._reading_since
-
-    def close(self, closing: Closing) -> None:
-        """Answers what is in work, then ends the stream. What comes from now on is not begun: the end answers it."""
-        with self._line:
-            self._closed = True
-            self._jobs.put(closing)
-
-    def _leave(self) -> None:
-        self._gone = True
-        for job in list(self._in_work):
-            job.answer.cancel()
-        self._window.release()
-        self._jobs.put(Closing())
-
-    def _read(self) -> None:
-        closing = Closing()
-        try:
-            empty = True
-            self._reading_since = clock.now()
-            for message in self._messages:
-                self._reading_since, self._idle_since = None, clock.now()
-                empty = False
-                if message is MALFORMED:
-                    closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
-                    break
-                self._take(message)
-                del message  # else it stays until the next one comes
-                if self._gone:
-                    break
-                self._reading_since = clock.now()
-            self._reading_since = None
-            for key in self._assembler.unfinished():
-                if self._gone:
-                    break
-                self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
-            self._half_closed = True
-            self._daemon.place_may_be_free()
-            if empty:
-                closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
-        except Overload:
-            closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
-        except grpc.RpcError:
-            self._gone = True
-        except Exception as error:
-            closing = Closing(grpc.StatusCode.INTERNAL, internal_error(error))
-        finally:
-            self._reading_since = None
-            self._daemon.intake.payloads.give(self._held)
-            self._jobs.put(closing)
-
-    def _take(self, message: pb.InferRequest) -> None:
-        """One message into the assembler, and the request that it completes to work. Raises Overload."""
-        payload = message.payload  # each access makes a copy
-        message.ClearField("payload")
-        room, has_begun = self._assembler.room_for(message, payload)
-        self._daemon.intake.payloads.take(room, lambda: self._gone, CHUNK_IDLE_S, has_begun)
-        self._held += room
-        try:
-            request = self._assembler.add(message, payload)
-        except ChunkError as error:
-            self._start(message.correlation_id[:ID_MAX], None, BadInput(str(error)))
-        else:
-            if request:
-                self._held -= request.held
-                self._start(request.correlation_id, request)
-        kept = self._assembler.held()
-        self._daemon.intake.payloads.give(self._held - kept)
-        self._held = kept
-
-    def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
-        """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
-        self._window.acquire()
-        job = self._daemon.intake.job(correlation_id, self._flow, request)
-        with self._line:
-            if self._closed:
-                job.answer.cancel()
-            else:
-                self._in_work.add(job)
-                self._jobs.put(job)
-        if self._gone:  # `_leave` may not have seen this job
-            job.answer.cancel()
-        if error:
-            job.finish(error)
-        if request:
-            self._daemon.intake.begin(job, request, self._models, alone=self._in_work == {job})
-
-    def _response(self, job: Job) -> pb.InferResponse:
-        """Waits for a job's answer. Raises CancelledError when the client has left."""
-        if error := job.answer.exception():
-            return _error_response(job, error)
-        answer = job.answer.result()
-        milliseconds = round((time.monotonic() - job.arrived) * 1000)
-        try:
-            response = pb.InferResponse(
-                correlation_id=job.correlation_id,
-                is_final=True,
-                result=answer.encoded(),
-                meta={**answer.meta, "lat_ms": str(milliseconds)},
-                total=1,
-                result_mime=answer.mime(),
-                result_schema=answer.schema,
-            )
-        except Exception as error:
-            return _error_response(job, error)
-        self._daemon.journal.answered(job.digest)
-        return response
-
-
-OUTCOMES = {
-    0: "ok",
-    pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument",
-    pb.ERROR_CODE_UNAVAILABLE: "unavailable",
-    pb.ERROR_CODE_INTERNAL: "internal",
-}
-
-
-def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
-    """An error has an empty result and result_mime, so that no client takes it for an answer."""
-    if isinstance(error, BadInput):
-        code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
-    elif isinstance(error, NotReady):
-        code, text = pb.ERROR_CODE_UNAVAILABLE, str(error)
-    else:
-        code, text = pb.ERROR_CODE_INTERNAL, internal_error(error)
-        forget_frames(error)
-    text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
-    problem = pb.Error(code=code, message=text)
-    return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
-
-
-# --- the service ------------------------------------------------------------------------------------------------
 
 
 class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
@@ -332,9 +77,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.short_calls = ShortCallLimiter()
         self.loading = "starting"  # said to clients until the models are there
         self._models: Models | None = None
-        self._streams: set[Stream] = set()  # a stream stays until gRPC has sent its status
-        self._streams_changed = threading.Condition()
-        self._draining = False
+        self.streams = Streams(settings.lumen_max_streams, self.intake)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def serve(self, models: Models) -> None:
@@ -342,44 +85,32 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self._models = models
         self.engine.start()
         if models.own and models.clip:
-            models.own.watch(models.clip.encoder(self.engine))
+            models.own.start(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def reload(self) -> None:
+        """Has the operator's label sets read again."""
+        if self._models and self._models.own:
+            log.info("reading the label sets again")
+            self._models.own.reload()
 
     def drain(self, seconds: float) -> None:
         """Ends every stream once its requests are answered, refuses new ones, and waits so long for all of that."""
-        self._draining = True
         self.health.enter_graceful_shutdown()
-        for stream in list(self._streams):
-            stream.close(SHUTTING_DOWN)
-        with self._streams_changed:
-            self._streams_changed.wait_for(lambda: not self._streams, seconds)
+        self.streams.drain(seconds)
 
-    def check_streams(self) -> None:
-        now = clock.now()
-        streams = list(self._streams)
-        for stream in streams:
-            stream.check(now)
-        oldest = max(streams, key=lambda stream: stream.uploading(now), default=None)
-        if oldest and oldest.uploading(now) > UPLOAD_S and self.intake.payloads.waited() > WANTED_BYTES_S:
-            text = f"a request has been incomplete for over {UPLOAD_S} s, and others wait for its memory; try later"
-            oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+    def check(self) -> None:
+        """Ends calls that hold a thread or memory for nothing. Called now and then by the main thread."""
+        self.streams.check()
         self.short_calls.cancel_expired(time.monotonic())
 
     def make_room(self) -> int:
-        """When memory is short: ends the streams whose next message has been on its way for a while; -> how many.
-
-        gRPC holds up to LUMEN_MAX_REQUEST_MB of each before we see a byte of it, and has no limit over all. Whatever is
-        in work is answered first.
-        """
-        now = clock.now()
-        slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]
-        for stream in slow:
-            stream.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory is short; try later, or in chunks"))
+        """When memory is short: ends calls whose next message has been on its way for a while; -> how many streams."""
         self.short_calls.cancel_expired(time.monotonic(), READING_S)
-        return len(slow)
+        return self.streams.make_room()
 
     def stop_serving(self) -> None:
-        self._draining = True
+        self.streams.draining = True
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def trouble(self) -> str:
@@ -424,7 +155,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         }
 
     def _ready(self, context: Any) -> Models:
-        if self._draining:
+        if self.streams.draining:
             context.abort(SHUTTING_DOWN.code, SHUTTING_DOWN.details)
         if self._models is None:
             context.abort(grpc.StatusCode.UNAVAILABLE, f"not ready: {self.loading}")
@@ -433,61 +164,21 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
         models = self._ready(context)
-        stream = Stream(self, models, request_iterator, context)
-        if not self._admit(stream):
+        stream = Stream(self.streams, self.intake, models, request_iterator, context)
+        if not self.streams.admit(stream):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
             self.traffic.count_rejected("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self.traffic.count_streams(1)
         try:
-            if not context.add_callback(partial(self._remove_stream, stream)):
-                self._remove_stream(stream)
-            if self._draining:  # since `_ready`, so that `drain` may not have seen this stream
+            if not context.add_callback(partial(self.streams.remove, stream)):
+                self.streams.remove(stream)
+            if self.streams.draining:  # since `_ready`, so that `drain` may not have seen this stream
                 stream.close(SHUTTING_DOWN)
             yield from stream.answers()
         finally:
             stream.over = True
             self.traffic.count_streams(-1)
-
-    def _admit(self, stream: Stream) -> bool:
-        """Gives the stream a place, if there is one now or if one may become free in a moment.
-
-        The first stream of a connection may exceed the limit, so that one client cannot take all places from others.
-        """
-        with self._streams_changed:
-            if not self._has_place(stream):
-                now = clock.now()
-                ends = self._end_a_silent_stream(now) or any(other.may_end(now) for other in self._streams)
-                if not (ends and self._streams_changed.wait_for(partial(self._has_place, stream), ANSWERED_S)):
-                    return False
-            self._streams.add(stream)
-        return True
-
-    def _has_place(self, stream: Stream) -> bool:
-        taken = [other for other in self._streams if other.needs_place()]
-        most = self.settings.lumen_max_streams
-        first = all(other.connection != stream.connection for other in taken)
-        still_open = sum(not other.over for other in self._streams)
-        return (first or len(taken) < most) and still_open < OPEN_PER_PLACE * most
-
-    def _end_a_silent_stream(self, now: float) -> bool:
-        """Ends the stream that has had nothing in work for longest, if that is long."""
-        silent = max(self._streams, key=lambda stream: stream.silent(now))
-        if silent.silent(now) < WANTED_IDLE_S:
-            return False
-        text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
-        silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
-        return True
-
-    def place_may_be_free(self) -> None:
-        """To be called when a stream no longer needs its place."""
-        with self._streams_changed:
-            self._streams_changed.notify_all()
-
-    def _remove_stream(self, stream: Stream) -> None:
-        with self._streams_changed:
-            self._streams.discard(stream)
-            self._streams_changed.notify_all()
 
     def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
         models = self._ready(context)

@@ -1,23 +1,31 @@
-"""Every setting: its name, default, and what is allowed.
+"""Every setting: its name, default, unit, what is allowed, and why one would change it.
 
-Read once, from the environment, into one frozen dataclass. Nobody else reads the environment for a setting.
+Read once, from the environment, into one frozen dataclass. No other file reads the environment for a setting.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import backends
-import labels
-import npu
+import machine
+from errors import BackendError, SettingError
+
+log = logging.getLogger("lumen.settings")
 
 VERSION = "1.0.0"
 HERE = Path(__file__).resolve().parent
 DATA_DIR = HERE / "data"
+DEFAULT_MODELS = {"CLIP": "ViT-B-32:laion2b_s34b_b79k", "BIOCLIP": "hf-hub:imageomics/bioclip-2"}
+# Former settings, and what the daemon does instead.
+RETIRED = {
+    "CLIP_MDNS_STATUS": "the daemon announces loading or ready, as it is",
+    "CLIP_MDNS_VERSION": "the daemon announces MDNS_VERSION of discovery.py",
+}
 # What `--demo` sets: an ordinary model in the ordinary layout, and the names of what it was shown.
 DEMO_DIR = HERE / "gen" / "demo"
 DEMO = {
@@ -27,10 +35,6 @@ DEMO = {
     "CLIP_LABELS": str(DEMO_DIR / "names.json"),
     "BIOCLIP_LABELS": str(DEMO_DIR / "species.json"),
 }
-
-
-class SettingError(ValueError):
-    """An operator's value is not allowed; the text is one line that names the variable."""
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -76,7 +80,7 @@ def _ipv4(text: str) -> str:
 
 
 def _templates(text: str) -> int:
-    return int(_choice(*map(str, labels.TEMPLATES))(text))
+    return int(_choice("1", "7", "80")(text))  # the keys of `labels.TEMPLATES`
 
 
 def _switch(text: str) -> bool:
@@ -87,97 +91,138 @@ def _setting(default: Any, parse: Callable[[str], Any] = str) -> Any:
     return field(default=default, metadata={"parse": parse})
 
 
-_BACKEND = _choice("torch", "onnxrt", "rknn", "none")
-_BATCH = _number(1, 1024)
+_PRECISION = _choice("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The settings that each of the two models has, under its name: `CLIP_BACKEND` and `BIOCLIP_BACKEND`, and so on.
+
+    `name` ("CLIP" or "BIOCLIP") is the prefix of the variables, which error lines name. The fields without a parser are
+    not settings.
+    """
+
+    name: str
+    # What runs the model; "none" leaves it and its tasks out. BIOCLIP_BACKEND is CLIP_BACKEND unless it is set.
+    backend: str = _setting("torch", _choice("torch", "onnxrt", "rknn", "none"))
+    # ARCH:tag, ARCH:path/to/weights, hf-hub:org/name, or a folder. Another model has another space of vectors.
+    model: str = _setting("")
+    data_dir: Path = DATA_DIR
+    # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU.
+    device: str = _setting("")
+    # torch: fp16 halves the memory of a GPU and is faster there. A CPU has fp32 only.
+    precision: str = _setting("fp32", _PRECISION)
+    # Images or texts that share one batch at most; 0: BATCH_SIZE. More need more memory, and others wait longer.
+    max_batch_size: int = _setting(0, _number(1, 1024))
+    # onnxrt: files in place of the folder's visual/model.onnx and textual/model.onnx.
+    onnx_image: str = _setting("")
+    onnx_text: str = _setting("")
+    # onnxrt: execution providers in the order of preference; empty: the CPU's. One that is missing ends the start.
+    ort_providers: tuple[str, ...] = _setting((), _names)
+    # rknn: a program in place of the folder's visual/rknpu/TARGET/model.rknn.
+    rknn_model: str = _setting("")
+    # rknn: the chip; empty: what the device tree says, which a container may hide.
+    rknn_target: str = _setting("", _choice(*machine.NPU_CORES))
+    # rknn: cores of the NPU, each with its own copy of the model; 0: all for which there is memory.
+    rknn_cores: int = _setting(0, _number(0, 3))
+    # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
+    labels: str = _setting("")
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            object.__setattr__(self, "model", DEFAULT_MODELS[self.name])
+
+    def error(self, variable: str, value: str, text: str) -> BackendError:
+        return BackendError(f"{self.name}_{variable}={value}: {text}")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting under its variable's name in lower case; README has the table. An empty variable is unset."""
+    """Every setting, each under its variable's name in lower case; README has the table. An empty variable is unset."""
 
-    clip_backend: str = _setting("torch", _BACKEND)
-    bioclip_backend: str = _setting("", _BACKEND)  # "": CLIP's
-    clip_model: str = _setting("ViT-B-32:laion2b_s34b_b79k")
-    bioclip_model: str = _setting("hf-hub:imageomics/bioclip-2")
-    clip_device: str = _setting("")
-    bioclip_device: str = _setting("")
-    clip_precision: str = _setting("fp32", _choice("fp32", "fp16"))
-    bioclip_precision: str = _setting("fp32", _choice("fp32", "fp16"))
-    batch_size: int = _setting(8, _BATCH)
-    clip_max_batch_size: int = _setting(0, _BATCH)  # 0: BATCH_SIZE
-    bioclip_max_batch_size: int = _setting(0, _BATCH)
-    clip_onnx_image: str = _setting("")
-    clip_onnx_text: str = _setting("")
-    bioclip_onnx_image: str = _setting("")
-    bioclip_onnx_text: str = _setting("")
-    clip_ort_providers: tuple[str, ...] = _setting((), _names)
-    bioclip_ort_providers: tuple[str, ...] = _setting((), _names)
-    clip_rknn_model: str = _setting("")
-    bioclip_rknn_model: str = _setting("")
-    clip_rknn_target: str = _setting("", _choice(*npu.NPU_CORES))  # "": what the device tree says
-    bioclip_rknn_target: str = _setting("", _choice(*npu.NPU_CORES))
-    clip_rknn_cores: int = _setting(0, _number(0, 3))  # 0: all that there are and that memory allows
-    bioclip_rknn_cores: int = _setting(0, _number(0, 3))
-    clip_labels: str = _setting("")  # "": ImageNet-1k
-    bioclip_labels: str = _setting("")  # "": see `loading.SpeciesLoader`
+    clip: ModelOptions
+    bioclip: ModelOptions
+    # Images or texts that share one batch at most; see `ModelOptions.max_batch_size`.
+    batch_size: int = _setting(8, _number(1, 1024))
+    # Prompts that are averaged for each class of `clip_classify`. More are a little more accurate, and the first start
+    # takes so many times as long.
     clip_templates: int = _setting(7, _templates)
-    lumen_scenes: str = _setting("")  # "": scenes.TABLE
-    lumen_semantic: str = _setting("", _choice("clip", "bioclip"))  # "": the semantic_ tasks are off
+    # A JSON file of what `smart_classify` distinguishes; empty: `label_files.SCENES`.
+    lumen_scenes: str = _setting("")
+    # The model of the `semantic_` tasks; empty: they are off. Photo apps route them by name alone, so a second node
+    # with another model would mix vectors of two models.
+    lumen_semantic: str = _setting("", _choice("clip", "bioclip"))
+    # The service types that are announced by mDNS. "off" makes the daemon invisible to apps that search for it.
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
+    # The instance name, by which people recognize the daemon in an app's list.
     clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
+    # The identity that is announced; empty: made once and kept in the data folder, which a container may lose.
     clip_mdns_uuid: str = _setting("")
-    clip_mdns_status: str = _setting("ready")
-    clip_mdns_version: str = _setting("1.0.0")
+    # The IPv4 address that is announced; empty: found. Needed in a container, whose own address nobody reaches.
     advertise_ip: str = _setting("", _ipv4)
+    # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
     lumen_data_dir: Path = _setting(DATA_DIR, Path)
+    # Whether a JPEG may be decoded at a fraction of its size, several times as fast. 0 decodes all of it.
     lumen_jpeg_draft: bool = _setting(True, _switch)
+    # Whether the first start tries for a few seconds how images run best here. 0: a batch of BATCH_SIZE on each core.
     lumen_tune: bool = _setting(True, _switch)
-    lumen_tls_cert: str = _setting("")  # "": plaintext
+    # PEM files. A certificate and its key switch TLS on; photo apps then no longer reach the daemon.
+    lumen_tls_cert: str = _setting("")
     lumen_tls_key: str = _setting("")
+    # PEM file of an authority: only clients with a certificate that it signed are served.
     lumen_tls_client_ca: str = _setting("")
+    # A file with a token that every call must carry.
     lumen_token_file: str = _setting("")
+    # Seconds after which a batch, or the decoding of a picture, counts as hung and the process ends. Less ends it while
+    # a slow board works; more leaves it useless for longer.
     lumen_hang_s: int = _setting(120, _number(1, 86_400))
+    # Open Infer streams, each with two threads. A client beyond that receives RESOURCE_EXHAUSTED.
     lumen_max_streams: int = _setting(64, _number(1, 4096))
+    # Megabytes (2^20 bytes) of one request. Four times as much may be held over all streams.
     lumen_max_request_mb: int = _setting(64, _number(1, 1024))
+    # Megapixels (10^6 pixels) of one image, which take 4 to 20 bytes each while it is decoded.
     lumen_max_megapixels: int = _setting(40, _number(1, 1000))
-    lumen_metrics_port: int = _setting(0, _number(0, 65535))  # 0: none
+    # The port of the metrics for Prometheus; 0: none.
+    lumen_metrics_port: int = _setting(0, _number(0, 65535))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Raises SettingError: one line with the variable, its value and what is allowed."""
-        values: dict[str, Any] = {}
-        for setting in fields(cls):
-            name = setting.name.upper()
-            if text := environment.get(name, "").strip():
-                try:
-                    values[setting.name] = setting.metadata["parse"](text)
-                except ValueError as error:
-                    raise SettingError(f"{name}={text}: {error}") from None
-        settings = cls(**values)
-        if settings.backend_of("clip") == settings.backend_of("bioclip") == "none":
+        for name, instead in RETIRED.items():
+            if environment.get(name):
+                log.warning("%s is no longer a setting and has no effect: %s", name, instead)
+        shared = _read(cls, "", environment)
+        batch_size = shared.get("batch_size", cls.batch_size)
+        common = {"max_batch_size": batch_size, "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
+        clip = ModelOptions("CLIP", **common | _read(ModelOptions, "CLIP_", environment))
+        common["backend"] = clip.backend
+        bioclip = ModelOptions("BIOCLIP", **common | _read(ModelOptions, "BIOCLIP_", environment))
+        settings = cls(clip, bioclip, **shared)
+        if not settings.models():
             raise SettingError("CLIP_BACKEND=none: there is nothing to serve; allowed for one of the two models")
-        if settings.lumen_semantic and settings.backend_of(settings.lumen_semantic) == "none":
+        if settings.lumen_semantic and settings.lumen_semantic not in settings.models():
             model = settings.lumen_semantic
             raise SettingError(f"LUMEN_SEMANTIC={model}: {model.upper()}_BACKEND=none; allowed: a model that is served")
         return settings
 
-    def backend_of(self, model: str) -> str:
-        return self.clip_backend if model == "clip" else self.bioclip_backend or self.clip_backend
+    def models(self) -> dict[str, ModelOptions]:
+        """The models that are served, under the names of the task table."""
+        both = {"clip": self.clip, "bioclip": self.bioclip}
+        return {name: options for name, options in both.items() if options.backend != "none"}
 
-    def options(self, model: str) -> backends.ModelOptions:
-        """What the backend of "clip" or "bioclip" needs to know."""
-        shared = {"device", "precision", "onnx_image", "onnx_text", "ort_providers"}
-        shared |= {"rknn_model", "rknn_target", "rknn_cores"}
-        return backends.ModelOptions(
-            name=model.upper(),
-            backend=self.backend_of(model),
-            model=getattr(self, f"{model}_model"),
-            data_dir=self.lumen_data_dir,
-            **{name: getattr(self, f"{model}_{name}") for name in shared},
-        )
 
-    def batch_size_of(self, model: str) -> int:
-        return int(getattr(self, f"{model}_max_batch_size")) or self.batch_size
+def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a dataclass that the environment sets. Raises SettingError."""
+    values: dict[str, Any] = {}
+    for setting in fields(kind):
+        name = (prefix + setting.name).upper()
+        text = environment.get(name, "").strip()
+        if text and "parse" in setting.metadata:
+            try:
+                values[setting.name] = setting.metadata["parse"](text)
+            except ValueError as error:
+                raise SettingError(f"{name}={text}: {error}") from None
+    return values
 
 
 def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:

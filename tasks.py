@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 
 import backends
-import inputs
-import labels
-from backends import Backend
+import model_files
+import preprocess
 from engine import TENSOR_MIME, Answer, Engine, Job, Line, Steps
-from inputs import BadInput, Preprocess, true_length
-from labels import Encode, LabelError, LabelSet
-from labelsets import OwnSet, OwnSets
-from scenes import SceneSet
+from errors import BadInput, LabelError, NotReady
+from label_files import OwnSet, OwnSets, SceneSet
+from labels import LabelSet
+from model_files import Backend, Encode
+from preprocess import Preprocess
 from settings import Settings
-from taxa import LABEL_FORMATS, RANKS, Ask, Species
-from treeoflife import Progress
+from species import LABEL_FORMATS, RANKS, Ask, Species
+from tokenizer import true_length
+from tree_of_life import Progress
 
 TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
 OWN_LABELS_MAX = 256  # labels a caller may bring
@@ -60,7 +61,7 @@ class Model:
         def texts(items: list[Any]) -> Sequence[Any]:
             return rows_of(backend.encode_text(np.stack(items)), len(items))
 
-        def rows_of(vectors: labels.Vectors, count: int) -> Sequence[Any]:
+        def rows_of(vectors: model_files.Vectors, count: int) -> Sequence[Any]:
             if vectors.shape != (count, backend.dim):  # a fault of a runtime's, which would mix up answers
                 raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
             return list(vectors)
@@ -112,7 +113,7 @@ class Model:
     def encoder(self, engine: Engine) -> Encode:
         """Encodes prompts in the background, for a thread that waits for them while the daemon serves."""
 
-        def encode(texts: list[str]) -> labels.Vectors:
+        def encode(texts: list[str]) -> model_files.Vectors:
             tokens, rows = self.backend.tokenize(texts), []
 
             def steps() -> Steps:
@@ -126,10 +127,6 @@ class Model:
             return np.stack(rows)
 
         return encode
-
-
-class NotReady(Exception):
-    """Something is asked for that is not there yet; the text is for the client."""
 
 
 class Models:
@@ -326,7 +323,9 @@ def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
     return Answer("embedding_v1", content, meta)
 
 
-IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (("image/avif",) if "AVIF" in inputs.IMAGE_FORMATS else ())
+IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (
+    ("image/avif",) if "AVIF" in preprocess.IMAGE_FORMATS else ()
+)
 TEXT_MIMES = ("text/plain", "text/markdown", "text/html")
 
 
@@ -529,7 +528,7 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
     return pixels + 8 * rows + sum(4 * len(label) + LABEL_COST for label in request.labels)
 
 
-def prepare(task: Task, request: Request, models: Models, settings: Settings, room: inputs.Room) -> None:
+def prepare(task: Task, request: Request, models: Models, settings: Settings, room: preprocess.Room) -> None:
     """Turns the payload into what the models take: pixels for each, or token ids. Raises BadInput.
 
     `room` is entered with the pixels that are about to be decoded.
@@ -574,15 +573,17 @@ def _own_set(request: Request, models: Models) -> OwnSet:
 
 
 def _pixels(
-    task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings, room: inputs.Room
+    task: Task, request: Request, recipes: Mapping[str, Preprocess], settings: Settings, room: preprocess.Room
 ) -> dict[str, Any]:
     kind = request.meta.get("lumen.input.kind", "") or "raw"
     if kind == "raw":
         limit = settings.lumen_max_megapixels * 1_000_000
-        pictures = inputs.decode_image(request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft, room)
+        pictures = preprocess.decode_image(
+            request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft, room
+        )
         return {name: pictures[recipe] for name, recipe in recipes.items()}
     recipe = recipes[task.models[0]]
     if kind != "tensor" or not task.tensor or not recipe.tensor_id:
         allowed = "raw, tensor" if task.tensor and recipe.tensor_id else "raw"
         raise BadInput(f"meta lumen.input.kind: {kind[:80]!r}; {task.name} takes {allowed}")
-    return {task.models[0]: inputs.pixels_from_tensor(request.payload, request.meta, recipe)}
+    return {task.models[0]: preprocess.pixels_from_tensor(request.payload, request.meta, recipe)}

@@ -26,11 +26,11 @@ import service
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from settings import Settings
 from tests.board import Board, code_of
 from tests.hostile import PATIENCE, held, impatient
 from tests.hub import FakeHub
 from tests.kit import (
+    AS_IT_IS,
     COLOURS,
     DEMO,
     IMAGENET,
@@ -41,10 +41,11 @@ from tests.kit import (
     Watched,
     encoded,
     export_immich_from,
-    label_files,
     picture,
+    settings_of,
     shared,
     train_tiny,
+    write_labels,
 )
 from tests.lan import Lan
 from tests.npu_double import FAKE_NPU
@@ -83,7 +84,7 @@ def reference(tiny: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def torch_node(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Node]:
-    data = label_files(tmp_path_factory.mktemp("torch-data"))
+    data = write_labels(tmp_path_factory.mktemp("torch-data"))
     node = Node(data, CLIP_MODEL=tiny, BIOCLIP_MODEL=tiny, LUMEN_JPEG_DRAFT=0).ready()
     yield node
     assert node.stop() == 0, node.log
@@ -92,7 +93,7 @@ def torch_node(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator
 @pytest.fixture(scope="session")
 def onnx_node(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, tiny_immich: Path) -> Iterator[Node]:
     """An edge device: torch and open_clip cannot be imported at all."""
-    data = label_files(tmp_path_factory.mktemp("onnx-data"))
+    data = write_labels(tmp_path_factory.mktemp("onnx-data"))
     for name in ("torch", "open_clip", "torchvision"):
         (data / f"{name}.py").write_text(f"raise ImportError('{name} does not exist on this device')")
     node = Node(
@@ -115,16 +116,14 @@ def node(request: pytest.FixtureRequest) -> Node:
 @pytest.fixture
 def watched(tiny_onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Watched, Any]]:
     """A daemon inside this process, on a real socket, around a watched model; one batch at a time but for lanes."""
-    settings = Settings(
+    settings = settings_of(
         lumen_data_dir=tmp_path, clip_backend="onnxrt", bioclip_backend="none", clip_model=str(tiny_onnx)
     )
     daemon = service.Daemon(settings)
-    backend = Watched(backends.create_backend(settings.options("clip")))
+    backend = Watched(backends.create_backend(settings.clip))
     backend.arrange(getattr(request, "param", "whole"))
     names = ["an animal", "a landscape"]
-    vectors = labels.label_vectors(
-        names, labels.SCENE_RECIPE, lambda texts: backend.encode_text(backend.tokenize(texts))
-    )
+    vectors = labels.label_vectors(names, AS_IT_IS, lambda texts: backend.encode_text(backend.tokenize(texts)))
     model = tasks.Model(backend, "clip", daemon.engine, 8)
     sets = {"classes": labels.LabelSet(names, vectors, 100.0)}
     server, port = service.start_server(daemon, "127.0.0.1", 0)
@@ -170,7 +169,7 @@ def harsh(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator
     folder = tmp_path_factory.mktemp("harsh")
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 20}
     settings |= impatient(folder, {**PATIENCE, "lumen_clip.TRAFFIC_LOG_S": 4})
-    node = Node(label_files(folder / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
+    node = Node(write_labels(folder / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
     release = threading.Event()
     calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(64)]
     assert all(next(call).result for call in calls)

@@ -37,7 +37,7 @@ sys.exit(lumen_clip.main())
 """
 
 
-PATIENCE = {"service.CHUNK_IDLE_S": 2, "service.READER_IDLE_S": 2, "service.STREAM_IDLE_S": 90}
+PATIENCE = {"streams.CHUNK_IDLE_S": 2, "streams.READER_IDLE_S": 2, "streams.STREAM_IDLE_S": 90}
 
 
 def impatient(folder: Path, constants: dict[str, Any]) -> dict[str, Any]:

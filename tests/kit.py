@@ -28,10 +28,12 @@ from PIL import Image
 import backends
 import client
 import engine
-import inputs
+import model_files
+import preprocess
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from settings import DEMO_DIR, Settings
+from labels import Recipe
+from settings import DEMO_DIR, ModelOptions, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +85,23 @@ SPECIES = [
 ]
 
 
+UPSTREAM_SCENES = (
+    "a photo of an animal",
+    "a photo of a bird",
+    "a photo of an insect",
+    "a photo of a human-made object",
+    "a photo of a landscape",
+    "an abstract painting",
+)
+
+
+def settings_of(**values: object) -> Settings:
+    """Settings as the environment would give them; the names are those of the variables, in lower case."""
+    return Settings.from_environment({name.upper(): str(value) for name, value in values.items()})
+
+
+AS_IT_IS = Recipe("as it is", lambda label: [label])
+
 IMAGENET = {str(i): f"thing{i}, Res {i}" for i in range(1000)} | {
     "0": "tench, Tinca tinca",
     "134": "crane",
@@ -108,7 +127,7 @@ def train_tiny(folder: Path) -> None:
 
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    recipe = {"mean": inputs.OPENAI_MEAN, "std": inputs.OPENAI_STD, "interpolation": "bicubic"}
+    recipe = {"mean": preprocess.OPENAI_MEAN, "std": preprocess.OPENAI_STD, "interpolation": "bicubic"}
     config = {"model_cfg": TINY, "preprocess_cfg": {**recipe, "resize_mode": "shortest"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     model = open_clip.CLIP(**TINY)
@@ -117,7 +136,7 @@ def train_tiny(folder: Path) -> None:
     target = torch.arange(len(COLOURS)).repeat_interleave(2)
     for step in range(80):
         pixels = [np.asarray(picture(c, (224, 224), 2 * step + i)) for c in COLOURS.values() for i in range(2)]
-        images = torch.from_numpy(backends.normalize(np.stack(pixels), inputs.Preprocess()))
+        images = torch.from_numpy(preprocess.normalize(np.stack(pixels), preprocess.Preprocess()))
         image_vectors, text_vectors = model.encode_image(images, True), model.encode_text(texts, True)
         loss = torch.nn.functional.cross_entropy(model.logit_scale.exp() * image_vectors @ text_vectors.T, target)
         optimizer.zero_grad()
@@ -142,7 +161,7 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
 
         def forward(self, image: Any) -> Any:
             if newer:
-                mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (inputs.OPENAI_MEAN, inputs.OPENAI_STD))
+                mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.OPENAI_MEAN, preprocess.OPENAI_STD))
                 image = (image.permute(0, 3, 1, 2).float() / 255 - mean) / std
             return self.model.encode_image(image, normalize=True)
 
@@ -151,7 +170,7 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
             return self.model.encode_text(text, normalize=True)
 
     torch.backends.mha.set_fastpath_enabled(False)
-    side = inputs.Preprocess.from_config({}, model.visual.image_size).size
+    side = preprocess.Preprocess.from_config({}, model.visual.image_size).size
     count = 2 if newer else 1
     pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8) if newer else torch.zeros(1, 3, side, side)
     towers = (
@@ -173,7 +192,7 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
                 dynamo=True,
                 external_data=True,
             )
-    recipe = {"size": side, "mean": inputs.OPENAI_MEAN, "std": inputs.OPENAI_STD, "interpolation": "bicubic"}
+    recipe = {"size": side, "mean": preprocess.OPENAI_MEAN, "std": preprocess.OPENAI_STD, "interpolation": "bicubic"}
     (folder / "visual" / "preprocess_cfg.json").write_text(json.dumps({**recipe, "resize_mode": "shortest"}))
     (folder / "config.json").write_text(json.dumps({"text_cfg": {"context_length": 77}}))
     vocab = {re.sub("<(start|end)_of_text>", r"<|\1oftext|>", word): i for word, i in tokenizer.encoder.items()}
@@ -212,7 +231,7 @@ def reference_vectors(reference: Any, pictures: list[Image.Image] = (), texts: l
         return model.encode_text(tokenizer(list(texts)), normalize=True).numpy()
 
 
-def label_files(data: Path, model: Path | None = None) -> Path:
+def write_labels(data: Path, model: Path | None = None) -> Path:
     """A data folder with label files; with `model`, an ONNX folder of the tests, also with the text vectors of its
     labels, which a first start computes for seconds."""
     if model:
@@ -226,7 +245,7 @@ def label_files(data: Path, model: Path | None = None) -> Path:
 
 
 def _start_and_stop(folder: Path, model: Path) -> None:
-    assert Node(label_files(folder), **one_model(model)).ready().stop() == 0
+    assert Node(write_labels(folder), **one_model(model)).ready().stop() == 0
 
 
 # --- a daemon as a user starts it ----------------------------------------------------------------------------------
@@ -311,7 +330,7 @@ class Node:
 KEPT = {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH"}
 
 
-def chunks(payload: bytes, count: int, **fields: Any) -> list[pb.InferRequest]:
+def in_chunks(payload: bytes, count: int, **fields: Any) -> list[pb.InferRequest]:
     """A request in `count` chunks, as the Lumen SDK cuts it."""
     size = -(-len(payload) // count)
     return [
@@ -406,7 +425,7 @@ FULL = 40_000_000
 
 
 def pixels_of(data: bytes, draft: bool = False) -> Any:
-    [pixels] = inputs.decode_image(data, [inputs.Preprocess()], FULL, draft).values()
+    [pixels] = preprocess.decode_image(data, [preprocess.Preprocess()], FULL, draft).values()
     return pixels
 
 
@@ -421,7 +440,7 @@ class Texts:
 
     def __call__(self, texts: list[str]) -> Any:
         self.calls += len(texts)
-        return backends.unit_rows([np.random.default_rng([self.seed, *t.encode()]).normal(size=16) for t in texts])
+        return model_files.unit_rows([np.random.default_rng([self.seed, *t.encode()]).normal(size=16) for t in texts])
 
 
 # --- label sets of one's own ---------------------------------------------------------------------------------------
@@ -465,8 +484,8 @@ def run_client(
 # --- exports -------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, runtime: str = "onnxrt") -> backends.Backend:
-    return backends.create_backend(backends.ModelOptions("CLIP", runtime, str(folder), folder))
+def load(folder: Path, runtime: str = "onnxrt") -> model_files.Backend:
+    return backends.create_backend(ModelOptions("CLIP", runtime, str(folder), folder))
 
 
 # --- the demo, whose answers mean something ------------------------------------------------------------------------
@@ -493,9 +512,9 @@ class Drawing:
         return encoded(Image.alpha_composite(white, image).convert("RGB"), kind, **options)
 
 
-def vectors_of(backend: backends.Backend, files: list[bytes], draft: bool = False) -> Any:
+def vectors_of(backend: model_files.Backend, files: list[bytes], draft: bool = False) -> Any:
     recipe = backend.preprocess
-    pixels = np.stack([inputs.decode_image(file, [recipe], 10**7, draft)[recipe] for file in files])
+    pixels = np.stack([preprocess.decode_image(file, [recipe], 10**7, draft)[recipe] for file in files])
     return np.concatenate([backend.encode_images(pixels[i : i + 64]) for i in range(0, len(pixels), 64)])
 
 

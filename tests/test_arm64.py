@@ -95,7 +95,7 @@ def test_the_real_npu_library_tells_its_faults_in_one_line(arm64_root: Path) -> 
         try:
             node.wait_for("ready: ", 900)
             [line] = [line for line in node.log.splitlines() if "the NPU is not used" in line]
-            assert re.search(said, line) and " ERROR lumen.npu: " in line and "Traceback" not in node.log
+            assert re.search(said, line) and " ERROR lumen.rknn_backend: " in line and "Traceback" not in node.log
             assert node.stub.GetCapabilities(Empty()).extra["clip_npu"].startswith("refused: ")
             fox = (DEMO / "pictures" / "fox.png").read_bytes()
             assert node.result("clip_classify", fox)["labels"][0]["label"] == "fox"
@@ -113,10 +113,11 @@ def test_the_real_npu_library_tells_its_faults_in_one_line(arm64_root: Path) -> 
     assert "lumen-clip: CLIP_RKNN_MODEL=/nowhere.rknn: no such file" in node.log and "Traceback" not in node.log
     script = """
 from pathlib import Path
-import npu
+import errors
+import rknn_backend
 try:
-    npu.NPUContext(Path("/nowhere.rknn"), 0, False)
-except npu.NPURefused as refusal:
+    rknn_backend.NPUContext(Path("/nowhere.rknn"), 0, False)
+except errors.NPURefused as refusal:
     print(f"{refusal}{refusal.detail}")
 """
     run = subprocess.run(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import backends
+import model_files
 import service
 import tasks
 from gen import ml_service_pb2 as pb
@@ -113,7 +113,7 @@ def test_a_vector_that_is_not_finite_never_leaves(watched: Any, monkeypatch: pyt
     """Lost otherwise: an index with a NaN in it, which finds nothing any more."""
     backend, stub = watched
     monkeypatch.setattr(
-        backend._backend, "_run", lambda session, batch: backends.unit_rows(np.full((len(batch), 64), np.nan))
+        backend._backend, "_run", lambda session, batch: model_files.unit_rows(np.full((len(batch), 64), np.nan))
     )
     assert one(stub, "clip_embed", b"a dog").error.code == pb.ERROR_CODE_INTERNAL
     monkeypatch.undo()

@@ -28,7 +28,7 @@ import client
 import machine
 from gen import ml_service_pb2 as pb
 from tests.hub import FakeHub, folder_content
-from tests.kit import KEPT, LIMIT_S, ROOT, Node, label_files, run_client, wait_until
+from tests.kit import KEPT, LIMIT_S, ROOT, Node, run_client, wait_until, write_labels
 
 
 def test_the_command_line_speaks_to_people_and_to_programs(onnx_node: Node, album: Path) -> None:
@@ -332,7 +332,7 @@ def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path)
         supervisor.bind(str(tmp_path / "notify"))
         supervisor.settimeout(60)
         settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
-        node = Node(label_files(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", **settings).bound()
+        node = Node(write_labels(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", **settings).bound()
         said: list[str] = []
         while not said or not said[-1].startswith("READY=1"):
             said.append(supervisor.recv(4096).decode())
@@ -352,7 +352,7 @@ def test_a_start_is_given_time_for_as_long_as_it_gets_on(tmp_path: Path, hub: Fa
     settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": "hf-hub:org/model"}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
-        node = Node(label_files(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", HF_ENDPOINT=hub.url, **settings).bound()
+        node = Node(write_labels(tmp_path), NOTIFY_SOCKET=tmp_path / "notify", HF_ENDPOINT=hub.url, **settings).bound()
         assert hub.stalled.wait(LIMIT_S)
         supervisor.settimeout(3)  # what came last is told within a second, and then nothing is
         said: list[str] = []
@@ -376,7 +376,7 @@ def test_a_terminal_has_bars_and_the_journal_has_lines(tmp_path: Path, tiny_onnx
     termios.tcsetwinsize(child, (24, 100))
     settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": str(tiny_onnx)}
     environment = {**{k: v for k, v in os.environ.items() if k in KEPT}, **settings, "CLIP_MDNS_TYPE": "off"}
-    environment |= {"LUMEN_DATA_DIR": str(label_files(tmp_path)), "CLIP_TEMPLATES": "1", "LUMEN_TUNE": "0"}
+    environment |= {"LUMEN_DATA_DIR": str(write_labels(tmp_path)), "CLIP_TEMPLATES": "1", "LUMEN_TUNE": "0"}
     process = subprocess.Popen((*Node.PROGRAM, "--port", "0"), env=environment, stderr=child)
     os.close(child)
     shown = b""

@@ -23,17 +23,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gen import ml_service_pb2 as pb
 from tests.hostile import held, outlived
-from tests.kit import GREEN, LIMIT_S, RED, ROOT, SERVICE, Node, encoded, label_files, picture, wait_until
+from tests.kit import GREEN, LIMIT_S, RED, ROOT, SERVICE, Node, encoded, picture, wait_until, write_labels
 
 # A daemon whose native code misbehaves on demand: no model of ours does so by itself.
 MISBEHAVING = """
 import ctypes, os, sys, time
 sys.path.insert(0, "@ROOT@")
 import numpy as np
-import backends, inputs, labels, lumen_clip, onnxrt
+import backends, labels, lumen_clip, preprocess
+from onnx_backend import FolderBackend
 
-decode, encode, fault = inputs.decode_image, onnxrt.ONNXRTBackend.encode_images, os.environ.get("FAULT")
-tokenize, encode_text, score = onnxrt.ONNXRTBackend.tokenize, onnxrt.ONNXRTBackend.encode_text, labels.LabelSet.top
+decode, encode, fault = preprocess.decode_image, FolderBackend.encode_images, os.environ.get("FAULT")
+tokenize, encode_text, score = FolderBackend.tokenize, FolderBackend.encode_text, labels.LabelSet.top
 remembered = set()
 
 def decode_or_crash(data, *rest, **more):
@@ -77,10 +78,10 @@ def score_or_abort(labelset, *rest):
         os.abort()
     return score(labelset, *rest)
 
-inputs.decode_image = decode_or_crash
-onnxrt.ONNXRTBackend.tokenize, onnxrt.ONNXRTBackend.encode_text = tokenize_and_remember, encode_text_or_abort
+preprocess.decode_image = decode_or_crash
+FolderBackend.tokenize, FolderBackend.encode_text = tokenize_and_remember, encode_text_or_abort
 labels.LabelSet.top = score_or_abort
-onnxrt.ONNXRTBackend.encode_images = encode_or_worse
+FolderBackend.encode_images = encode_or_worse
 sys.exit(lumen_clip.main())
 """
 
@@ -89,7 +90,7 @@ sys.exit(lumen_clip.main())
 def misbehaving(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
     """Starts such a daemon, always on the same data folder."""
     (tmp_path / "daemon.py").write_text(MISBEHAVING.replace("@ROOT@", str(ROOT)))
-    data = label_files(tmp_path / "data", tiny_onnx)
+    data = write_labels(tmp_path / "data", tiny_onnx)
 
     def start(**environment: Any) -> Node:
         settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", **environment}
@@ -197,7 +198,8 @@ JOURNAL = """
 import contextlib, ctypes, os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, "@ROOT@")
-import inputs
+import errors
+import preprocess
 from journal import Journal
 
 journal = Journal()
@@ -217,7 +219,7 @@ def rejected(*digests):
     for digest in digests:
         try:
             journal.check(digest)
-        except inputs.BadInput:
+        except errors.BadInput:
             found.append(digest)
     print(" ".join(found))
 

@@ -16,15 +16,17 @@ from google.protobuf.empty_pb2 import Empty
 
 import backends
 import export
+import label_files
 import labels
-import labelsets
-import scenes
+import model_files
 import tasks
 from gen import ml_service_pb2 as pb
-from settings import Settings, demo_environment
+from settings import ModelOptions, Settings, demo_environment
 from tests.kit import (
+    AS_IT_IS,
     DEMO,
     ROOT,
+    UPSTREAM_SCENES,
     Drawing,
     Node,
     export_immich_from,
@@ -74,7 +76,7 @@ def demo_openclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=["onnxrt", "torch", "immich"])
-def demo_backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> backends.Backend:
+def demo_backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> model_files.Backend:
     """The same model on each path: our towers, OpenCLIP's own code, and towers as immich makes them."""
     folder, runtime = DEMO, "onnxrt"
     if request.param != "onnxrt":
@@ -83,10 +85,10 @@ def demo_backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         openclip = folder
         folder = shared(tmp_path_factory, "demo-immich", lambda made: export_immich_from(openclip, made))
         runtime = "onnxrt"
-    return backends.create_backend(backends.ModelOptions("CLIP", runtime, str(folder), folder))
+    return backends.create_backend(ModelOptions("CLIP", runtime, str(folder), folder))
 
 
-def ranking(backend: backends.Backend, images: Any, names: list[str], recipe: labels.Recipe) -> Any:
+def ranking(backend: model_files.Backend, images: Any, names: list[str], recipe: labels.Recipe) -> Any:
     """int `[images, names]`: for each image the names, best first, as the daemon scores them."""
     texts = labels.label_vectors(names, recipe, lambda part: backend.encode_text(backend.tokenize(part)))
     return np.argsort(-images @ texts.T, axis=1)
@@ -96,14 +98,14 @@ def demo_names() -> list[str]:
     return json.loads((DEMO / "names.json").read_text())  # type: ignore[no-any-return]
 
 
-def top1(backend: backends.Backend, drawings: list[Drawing], files: list[bytes], draft: bool = False) -> float:
+def top1(backend: model_files.Backend, drawings: list[Drawing], files: list[bytes], draft: bool = False) -> float:
     names = demo_names()
     best = ranking(backend, vectors_of(backend, files, draft), names, labels.names_recipe(7))[:, 0]
     return float(np.mean([names[i] == drawing.name for i, drawing in zip(best, drawings, strict=True)]))
 
 
 def test_every_backend_path_tells_what_an_unseen_artist_drew(
-    demo_backend: backends.Backend, drawings: list[Drawing]
+    demo_backend: model_files.Backend, drawings: list[Drawing]
 ) -> None:
     """Lost otherwise: meaning. Vectors can agree with each other and all be wrong."""
     names = demo_names()
@@ -111,8 +113,8 @@ def test_every_backend_path_tells_what_an_unseen_artist_drew(
     images = vectors_of(demo_backend, [drawing.file() for drawing in drawings])
     best = ranking(demo_backend, images, names, labels.names_recipe(7))[:, :5]
     hits = best == np.array([names.index(drawing.name) for drawing in drawings])[:, None]
-    scenes = ranking(demo_backend, images, list(labels.SCENES), labels.SCENE_RECIPE)[:, 0]
-    truths = [(labels.SCENES[i], d.scene) for i, d in zip(scenes, drawings, strict=True) if d.scene]
+    scenes = ranking(demo_backend, images, list(UPSTREAM_SCENES), AS_IT_IS)[:, 0]
+    truths = [(UPSTREAM_SCENES[i], d.scene) for i, d in zip(scenes, drawings, strict=True) if d.scene]
     right = np.mean([found == truth for found, truth in truths])
     print(f"\ntop-1 {hits[:, 0].mean():.3f}, top-5 {hits.any(axis=1).mean():.3f}, scenes {right:.3f}")
     assert hits[:, 0].mean() >= 0.5
@@ -122,7 +124,7 @@ def test_every_backend_path_tells_what_an_unseen_artist_drew(
 
 def test_scaled_decode_costs_no_meaning(drawings: list[Drawing]) -> None:
     """Lost otherwise: a faster import of a library in which less is found."""
-    backend = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(DEMO), DEMO))
+    backend = backends.create_backend(ModelOptions("CLIP", "onnxrt", str(DEMO), DEMO))
     shown = drawings[::6]
     files = [drawing.file(640, "JPEG", quality=85) for drawing in shown]
     full, scaled = top1(backend, shown, files), top1(backend, shown, files, draft=True)
@@ -180,7 +182,7 @@ def test_the_demo_says_what_it_is(demo_node: Node) -> None:
     extra = demo_node.stub.GetCapabilities(Empty()).extra
     assert 0.9999 < float(extra["clip_self_test"]) < 1.0001 and extra["bioclip_self_test"]
     settings = Settings.from_environment(demo_environment({"CLIP_BACKEND": "rknn"}))
-    assert settings.clip_mdns_type == () and settings.clip_backend == "onnxrt"
+    assert settings.clip_mdns_type == () and settings.clip.backend == "onnxrt"
     named = demo_environment({"CLIP_MDNS_TYPE": "_lumen._tcp.local."})
     assert Settings.from_environment(named).clip_mdns_type == ("_lumen._tcp.local.",)
 
@@ -214,7 +216,7 @@ def test_smart_classify_takes_the_right_way_for_most_drawings(demo_node: Node, d
     right = 0
     for drawing, response in zip(known, demo_node.infer(*asked), strict=True):
         assert response.correlation_id == drawing.name and not response.error.message
-        living = drawing.scene in labels.SCENES[:3]
+        living = drawing.scene in UPSTREAM_SCENES[:3]
         right += response.meta["source"] == ("bioclip_classification" if living else "scene_classification")
     assert right / len(known) >= 0.85
 
@@ -228,12 +230,12 @@ def test_smart_classify_sends_plants_too_and_loses_nothing(drawings: list[Drawin
 
     kingdom = {drawing.name: (drawing.species or "").split("/")[0] for drawing in drawings}
     groups = {
-        "animals": {d.name for d in drawings if kingdom[d.name] == "Animalia" or d.scene in labels.SCENES[:3]},
+        "animals": {d.name for d in drawings if kingdom[d.name] == "Animalia" or d.scene in UPSTREAM_SCENES[:3]},
         "fungi": {name for name in names if kingdom[name] == "Fungi"},
         "plants": between("bouquet", "leafless tree", "rosette", "empty nest", "nest with eggs", "mushroom"),
         "others": between("baby", "family: woman, girl, girl") | between("bread", "ice"),
     }
-    groups["others"] |= {drawing.name for drawing in drawings if drawing.scene in labels.SCENES[3:]}
+    groups["others"] |= {drawing.name for drawing in drawings if drawing.scene in UPSTREAM_SCENES[3:]}
     assert {group: len(members) for group, members in groups.items()} == {
         **{"animals": 121, "fungi": 2, "plants": 25, "others": 912}
     }
@@ -241,13 +243,13 @@ def test_smart_classify_sends_plants_too_and_loses_nothing(drawings: list[Drawin
     backend = load(DEMO)
     shown = [drawing for drawing in drawings if any(drawing.name in members for members in groups.values())]
     images = vectors_of(backend, [drawing.file() for drawing in shown])
-    six = ranking(backend, images, list(labels.SCENES), labels.SCENE_RECIPE)[:, 0]
-    before = [labels.SCENES[i] if i >= 3 else None for i in six]  # None: to the species
-    table = scenes.read_scenes("")
+    six = ranking(backend, images, list(UPSTREAM_SCENES), AS_IT_IS)[:, 0]
+    before = [UPSTREAM_SCENES[i] if i >= 3 else None for i in six]  # None: to the species
+    table = label_files.read_scenes("")
     vectors = labels.label_vectors(
-        table.choices.texts(), labelsets.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part))
+        table.choices.texts(), label_files.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part))
     )
-    found = scenes.SceneSet(table, vectors, backend.logit_scale)
+    found = label_files.SceneSet(table, vectors, backend.logit_scale)
     settled = [found.settle(found.top(row, len(found))) for row in found.probabilities(images)]
     after = [scene and scene[0] for scene in settled]
 
@@ -256,7 +258,7 @@ def test_smart_classify_sends_plants_too_and_loses_nothing(drawings: list[Drawin
 
     def right(answers: list[str | None]) -> float:
         expected = [
-            (a, None if d.scene in labels.SCENES[:3] else d.scene)
+            (a, None if d.scene in UPSTREAM_SCENES[:3] else d.scene)
             for a, d in zip(answers, shown, strict=True)
             if d.scene
         ]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import discovery
-from tests.kit import LIMIT_S, ROOT, Node, label_files, run_client
+from tests.kit import LIMIT_S, ROOT, Node, run_client, write_labels
 from tests.lan import MDNS_TYPES, Lan, Machine, until
 
 BUS = """<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth><policy context="default">
@@ -372,7 +372,7 @@ def test_mdns_finds_the_daemon_while_it_serves(tmp_path: Path, tiny_onnx: Path) 
     name = f"lumen-test-{os.getpid()}"
     found = []
     for _ in range(2):
-        node = Node(label_files(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
+        node = Node(write_labels(tmp_path), CLIP_MDNS_TYPE=types, CLIP_MDNS_NAME=name, **settings).ready()
         try:
             run = run_client("health", "--discover", LUMEN_MDNS_INTERFACE="127.0.0.1")
             assert run.stdout == "SERVING\n" and f"found {node.address}" in run.stderr, run.stderr
@@ -407,7 +407,7 @@ def test_a_network_that_comes_later_or_changes_is_announced_on(tmp_path: Path, t
     name = f"lumen-later-{os.getpid()}"
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_NAME": name}
     settings["CLIP_MDNS_TYPE"] = "_lumen._tcp.local."
-    node = Node(label_files(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
+    node = Node(write_labels(tmp_path), ("--host", "0.0.0.0"), ("unshare", "--net", *Node.PROGRAM), **settings)
     node.wait_for("ready: ")
     inside = ("nsenter", "--target", str(node.process.pid), "--net")
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 import doctor
-from settings import Settings
-from tests.kit import KEPT, LIMIT_S, NOWHERE, Node, label_files
+from tests.kit import KEPT, LIMIT_S, NOWHERE, Node, settings_of, write_labels
 from tests.npu_double import with_program
 
 
@@ -103,8 +102,8 @@ def test_the_doctor_names_what_ails_a_board(
         program.write(b'"target_platform":["rk3588"],"version":"2.5.0","virtual_tensor":[]')
     if tower == "without":
         (folder / "visual" / "model.onnx").unlink()
-    settings = Settings(
-        clip_backend="rknn", bioclip_backend="none", clip_model=str(folder), lumen_data_dir=label_files(tmp_path / "d")
+    settings = settings_of(
+        clip_backend="rknn", bioclip_backend="none", clip_model=str(folder), lumen_data_dir=write_labels(tmp_path / "d")
     )
     visit = doctor.Visit(settings, "127.0.0.1", 0, a_board(tmp_path / "root", **changes))
     findings = doctor.examine(visit)
@@ -136,12 +135,12 @@ def test_the_doctor_never_faints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     odd = doctor.Places(garbage / "proc", garbage / "sys", garbage / "dev", (garbage / "lib",))
     for places in (nothing, odd):
         for backend in ("onnxrt", "rknn"):
-            settings = Settings(clip_backend=backend, clip_model="x:y", lumen_data_dir=tmp_path / "e" / "f")
+            settings = settings_of(clip_backend=backend, clip_model="x:y", lumen_data_dir=tmp_path / "e" / "f")
             found = doctor.examine(doctor.Visit(settings, "127.0.0.1", 0, places))
             assert {name for name, _, _ in found} == {name for name, _ in doctor.CHECKS}
             assert not [text for _, _, text in found if "could not be checked" in text]
     monkeypatch.setattr(doctor, "_nodes", lambda places: 1 / 0)
-    settings = Settings(clip_backend="rknn", clip_model="x:y", lumen_data_dir=tmp_path)
+    settings = settings_of(clip_backend="rknn", clip_model="x:y", lumen_data_dir=tmp_path)
     found = doctor.examine(doctor.Visit(settings, "127.0.0.1", 0, nothing))
     assert ("NPU nodes", "!", "could not be checked (ZeroDivisionError: division by zero)") in found
 
@@ -166,7 +165,7 @@ def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        run = see_the_doctor(label_files(tmp_path), "--port", str(taken.getsockname()[1]), **plain)
+        run = see_the_doctor(write_labels(tmp_path), "--port", str(taken.getsockname()[1]), **plain)
         assert run.returncode == 1 and re.search(r"^FAIL port .*Address already in use; stop what", run.stdout, re.M)
     for changes, said in (
         ({"CLIP_BACKEND": "rknn"}, r"^FAIL NPU library +rknn-toolkit-lite2 is not installed; it has wheels for"),

@@ -17,8 +17,11 @@ from google.protobuf.empty_pb2 import Empty
 from PIL import Image
 
 import backends
+import errors
 import export
-import inputs
+import model_files
+import preprocess
+from settings import ModelOptions
 from tests.kit import (
     COLOURS,
     GREEN,
@@ -28,11 +31,11 @@ from tests.kit import (
     Node,
     encoded,
     export_immich_from,
-    label_files,
     load,
     picture,
     pixels_of,
     reference_vectors,
+    write_labels,
 )
 
 
@@ -47,17 +50,17 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_refused(tiny_onnx: Path,
     for name in ("visual/model.onnx", "textual/tokenizer.json", "visual/preprocess_cfg.json"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1] + b" ")
-        with pytest.raises(inputs.BackendError, match=f"{name} is not the file that manifest.json names"):
+        with pytest.raises(errors.BackendError, match=f"{name} is not the file that manifest.json names"):
             load(folder)
         (folder / name).unlink()
-        with pytest.raises(inputs.BackendError, match=f"manifest.json names {name}, which is missing"):
+        with pytest.raises(errors.BackendError, match=f"manifest.json names {name}, which is missing"):
             load(folder)
         (folder / name).write_bytes(content)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"logit_scale": float("nan")}))
-    with pytest.raises(inputs.BackendError, match="a logit scale of nan; allowed: above 0"):
+    with pytest.raises(errors.BackendError, match="a logit scale of nan; allowed: above 0"):
         load(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(inputs.BackendError, match=r"manifest\.json is of format 2; this version reads 1"):
+    with pytest.raises(errors.BackendError, match=r"manifest\.json is of format 2; this version reads 1"):
         load(folder)
 
 
@@ -72,7 +75,7 @@ def test_a_machine_that_computes_other_vectors_is_refused_at_start(tiny_onnx: Pa
     assert picture.width != picture.height and len(manifest["golden"]["texts"]) == 2
     manifest["golden"]["text_vectors"].reverse()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(inputs.BackendError, match=r"CLIP_MODEL=.*: self-test: cosine .* allowed: 0.999"):
+    with pytest.raises(errors.BackendError, match=r"CLIP_MODEL=.*: self-test: cosine .* allowed: 0.999"):
         load(folder)
 
 
@@ -81,10 +84,10 @@ def test_the_space_changes_when_vectors_stop_being_comparable(tiny: Path, tiny_o
     torch_space, onnx_space, immich_space = load(tiny, "torch").space, load(tiny_onnx).space, load(tiny_immich).space
     assert torch_space == onnx_space and re.fullmatch("[0-9a-f]{12}", onnx_space)
     assert immich_space != onnx_space and immich_space == load(tiny_immich).space  # nothing tells where it came from
-    recipe = inputs.Preprocess()
-    assert backends.space_of("a", recipe, "fp32") == backends.space_of("a", recipe, "fp16")
-    different = [("b", recipe, "fp32"), ("a", recipe, "int8"), ("a", inputs.Preprocess(size=256), "fp32")]
-    assert len({backends.space_of(*one) for one in [("a", recipe, "fp32"), *different]}) == 4
+    recipe = preprocess.Preprocess()
+    assert model_files.space_of("a", recipe, "fp32") == model_files.space_of("a", recipe, "fp16")
+    different = [("b", recipe, "fp32"), ("a", recipe, "int8"), ("a", preprocess.Preprocess(size=256), "fp32")]
+    assert len({model_files.space_of(*one) for one in [("a", recipe, "fp32"), *different]}) == 4
 
 
 def test_every_answer_and_the_capability_carry_the_space(node: Node) -> None:
@@ -151,8 +154,8 @@ def test_an_export_can_be_one_tower_checked_on_ones_own_photographs(
     assert export.main(asked) == 0
     assert "image cosine to OpenCLIP, 2 samples: mean" in capsys.readouterr().out
     assert {path.name for path in to.iterdir()} == {"visual", "config.json", "manifest.json"}
-    options = backends.ModelOptions("CLIP", "onnxrt", str(to), tmp_path)
-    with pytest.raises(inputs.BackendError, match=r"has no textual/model.onnx.*CLIP_ONNX_TEXT can name one elsewhere"):
+    options = ModelOptions("CLIP", "onnxrt", str(to), tmp_path)
+    with pytest.raises(errors.BackendError, match=r"has no textual/model.onnx.*CLIP_ONNX_TEXT can name one elsewhere"):
         backends.create_backend(options)
     text = str(tiny_onnx / "textual" / "model.onnx")
     whole = backends.create_backend(dataclasses.replace(options, onnx_text=text))
@@ -192,7 +195,7 @@ def test_the_text_tower_of_species_rests_until_a_text_comes(tiny_onnx: Path) -> 
     """Lost otherwise: half a gigabyte for BioCLIP-2's, which only bioclip_embed needs once the labels have vectors."""
     backend = load(tiny_onnx)
     before = backend.encode_text(backend.tokenize(["a dog"]))
-    backend.rest_text()
+    backend.unload_text()
 
     assert backend.encode_images(pixels_of(encoded(picture(RED)))[None]).shape == (1, backend.dim)
     assert np.array_equal(backend.encode_text(backend.tokenize(["a dog"])), before)
@@ -200,7 +203,7 @@ def test_the_text_tower_of_species_rests_until_a_text_comes(tiny_onnx: Path) -> 
 
 def test_labels_of_ones_own_replace_imagenet_and_the_tree_of_life(tiny_onnx: Path, tmp_path: Path) -> None:
     """Lost otherwise: a daemon for a household that has no need of 118 breeds of dog."""
-    data = label_files(tmp_path / "data")
+    data = write_labels(tmp_path / "data")
     (tmp_path / "names.json").write_text(json.dumps([*COLOURS, "one, two"]))
     (tmp_path / "species.json").write_text(json.dumps(SPECIES[:1]))
     models = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-import assembly
+import intake
 from fair_queue import ACCOUNTS_MAX, FairQueue, Flow, Shares
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -62,7 +62,7 @@ def test_a_single_picture_is_answered_within_two_batches(
     pictures a second, 7 s behind one import, and longer behind an app that opens many streams."""
     backend, stub = watched
     daemon = backend.daemon
-    daemon.intake.prepared = assembly.Budget(memory * 224 * 224 * 3)
+    daemon.intake.prepared = intake.Budget(memory * 224 * 224 * 3)
     backend.gate = turnstile = Turnstile()
     with futures.ThreadPoolExecutor(1) as person, contextlib.ExitStack() as stack:
         stubs = [stack.enter_context(import_of(backend.address, streams)) for _ in range(connections)]

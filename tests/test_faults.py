@@ -24,7 +24,7 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_reflection.v1alpha import reflection
 from PIL import Image
 
-import vectorfile
+import label_cache
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.hostile import INFER, RawPeer, held, impatient, mutants, outlived, poisons, threads_and_files
@@ -35,11 +35,11 @@ from tests.kit import (
     ROOT,
     Node,
     encoded,
-    label_files,
     one_model,
     picture,
     resident_mb,
     wait_until,
+    write_labels,
 )
 
 
@@ -79,7 +79,7 @@ def test_a_peer_that_froze_is_let_go(tmp_path: Path, tiny_onnx: Path) -> None:
     """
     constants = {"service.KEEPALIVE_S": 4, "service.KEEPALIVE_PATIENCE_S": 4}  # of 30 and 10
     settings = one_model(tiny_onnx) | impatient(tmp_path, constants)
-    node = Node(label_files(tmp_path / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
+    node = Node(write_labels(tmp_path / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()
     with outlived(node, "a stream is over after 3 answers"):
         client = subprocess.Popen([sys.executable, "-c", FROZEN_CLIENT, node.address], cwd=ROOT, stdout=subprocess.PIPE)
         assert client.stdout and client.stdout.readline() == b"answered\n"
@@ -283,7 +283,7 @@ def test_without_file_descriptors_old_clients_are_served_and_new_ones_later(tmp_
     """
     limited = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *Node.PROGRAM)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path, tiny_onnx), (), limited, **settings).ready()
+    node = Node(write_labels(tmp_path, tiny_onnx), (), limited, **settings).ready()
     try:
         with outlived(node):
             peers = []
@@ -311,7 +311,7 @@ def test_a_clock_that_jumps_costs_no_answer(tmp_path: Path, tiny_onnx: Path) -> 
     (tmp_path / "daemon.py").write_text(script)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_HANG_S": 4}
     node = Node(
-        label_files(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
+        write_labels(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
     ).ready()
     try:
         release = threading.Event()
@@ -342,7 +342,7 @@ def test_a_disk_that_takes_nothing_costs_warnings(tmp_path: Path, tiny_onnx: Pat
     if not mounted(data, "size=200k"):
         pytest.skip("needs root, to mount a small disk")
     try:
-        label_files(data)
+        write_labels(data)
         if disk == "full":
             with contextlib.suppress(OSError), (data / "filler").open("wb", buffering=0) as file:
                 while file.write(bytes(4096)):
@@ -374,28 +374,28 @@ CACHES = {
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_that_is_not_right_is_made_anew(harsh: Node, tmp_path: Path, tiny_onnx: Path, cache: str) -> None:
     """Lost otherwise: the start, by a tired disk; or every answer, by vectors that belong to something else."""
-    kept = next(Path(harsh.data).rglob(vectorfile.FILE))  # harsh has the same model and labels
-    right = vectorfile.load(kept)
+    kept = next(Path(harsh.data).rglob(label_cache.FILE))  # harsh has the same model and labels
+    right = label_cache.load(kept)
     assert right and right.meta
-    data = label_files(tmp_path)
+    data = write_labels(tmp_path)
     path = data / kept.relative_to(harsh.data)
     path.parent.mkdir(parents=True)
     raw = kept.read_bytes()
-    key = vectorfile.CacheKey(**{name: right.meta[name] for name in vectorfile.CacheKey.__dataclass_fields__})
+    key = label_cache.CacheKey(**{name: right.meta[name] for name in label_cache.CacheKey.__dataclass_fields__})
     expected = [row["label"] for row in harsh.result("clip_classify", encoded(picture(RED)), topk="1000")["labels"]]
     if cache == "cut in half":
         path.write_bytes(raw[: len(raw) // 2])
     elif cache == "of another type":
         with zipfile.ZipFile(path, "w") as archive:
-            vectorfile._add(archive, "vecs", right.vecs.astype(np.float64))
-            vectorfile._add(archive, "meta", np.frombuffer(json.dumps(key.meta()).encode(), np.uint8))
+            label_cache._add(archive, "vecs", right.vecs.astype(np.float64))
+            label_cache._add(archive, "meta", np.frombuffer(json.dumps(key.meta()).encode(), np.uint8))
     elif cache == "of another label file":
         path.write_bytes(raw)
         (data / "clip" / "imagenet_class_names.json").write_text(json.dumps(IMAGENET | {"7": "something new"}))
         expected = ["something new" if label == IMAGENET["7"] else label for label in expected]
     else:
         model = "another" if cache == "of another model" else key.model_id
-        vectorfile.save(path.parent, dataclasses.replace(key, model_id=model), [np.roll(right.vecs, 1, axis=1)])
+        label_cache.save(path.parent, dataclasses.replace(key, model_id=model), [np.roll(right.vecs, 1, axis=1)])
     node = Node(data, **one_model(tiny_onnx)).ready()
     with outlived(node):
         found = [row["label"] for row in node.result("clip_classify", encoded(picture(RED)), topk="1000")["labels"]]
@@ -403,7 +403,7 @@ def test_a_cache_that_is_not_right_is_made_anew(harsh: Node, tmp_path: Path, tin
         assert cache == "of another label file" or found == expected
     assert node.log.count(CACHES[cache]) == 1 and node.log.count("computing the text vectors of 1000 labels") == 1
     assert node.stop() == 0 and "Traceback" not in node.log
-    rebuilt = vectorfile.load(path)
+    rebuilt = label_cache.load(path)
     assert rebuilt and rebuilt.meta
     assert cache == "of another label file" or np.allclose(rebuilt.vecs, right.vecs, atol=1e-6)
     assert not list(path.parent.glob(".*"))  # nothing lies about
@@ -419,7 +419,7 @@ def test_told_to_stop_it_stops(tmp_path: Path, tiny_onnx: Path, moment: str) -> 
     (tmp_path / "daemon.py").write_text(script + "sys.exit(lumen_clip.main())\n")
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     node = Node(
-        label_files(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
+        write_labels(tmp_path, tiny_onnx), program=(sys.executable, str(tmp_path / "daemon.py")), **settings
     ).bound()
     if moment != "loading":
         node.wait_for("ready: ")

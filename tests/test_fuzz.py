@@ -16,10 +16,11 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-import assembly
-import inputs
+import chunks
+import errors
+import label_cache
+import preprocess
 import tasks
-import vectorfile
 from gen import ml_service_pb2 as pb
 
 # LUMEN_FUZZ=100 python -m pytest -k fuzz    goes on a hundred times as long
@@ -57,21 +58,21 @@ COUNTS = st.integers(0, 5) | st.integers(0, 2**64 - 1)
 )
 def test_fuzz_chunks(messages: list[pb.InferRequest]) -> None:
     """Lost otherwise: a stream's reader, or memory, to chunks that nobody thought of."""
-    assembler = assembly.Assembler(200)
+    assembler = chunks.Assembler(200)
     sent: dict[str, int] = {}
     for message in messages:
         key = message.correlation_id
         sent[key] = sent.get(key, 0) + len(message.payload)
         try:
             request = assembler.add(message, message.payload)
-        except assembly.ChunkError as error:
+        except errors.BadInput as error:
             assert len(str(error)) < 300 and key not in assembler.unfinished()
             continue
         if request:
             assert request.correlation_id == key and len(request.payload) <= min(200, sent[key])
             assert key not in assembler.unfinished() or message.total <= 1
         # Payloads, the keeping of chunks, and what stands beside them.
-        most = 200 + assembly.CHUNKS_RESERVED * assembly.CHUNK_COST + 100
+        most = 200 + chunks.CHUNKS_RESERVED * chunks.CHUNK_COST + 100
         assert 0 <= assembler.held() <= most * len(assembler.unfinished())
 
 
@@ -86,7 +87,7 @@ def test_fuzz_chunks_of_one_request_in_any_order(payload: bytes, count: int, off
         for i, (a, b) in enumerate(bounds)
     ]
     order.shuffle(messages)
-    assembler = assembly.Assembler(1000)
+    assembler = chunks.Assembler(1000)
     made = [request for m in messages if (request := assembler.add(m, m.payload))]
     assert [request.payload for request in made] == [payload] and assembler.held() == 0
 
@@ -119,7 +120,7 @@ def test_fuzz_meta(task: str, meta: dict[str, str], payload: bytes, mime: str) -
     request = tasks.Request("x", task, mime, meta, payload)
     try:
         tasks.read_meta(tasks.TASKS[task], request)
-    except inputs.BadInput as error:
+    except errors.BadInput as error:
         assert re.match(r"(payload|payload_mime|meta [\w.-]+): ", str(error)) and len(str(error)) < 400
     else:
         assert 0 <= request.topk <= tasks.TOPK_MAX and len(request.labels) <= tasks.OWN_LABELS_MAX
@@ -133,7 +134,7 @@ def test_fuzz_meta(task: str, meta: dict[str, str], payload: bytes, mime: str) -
 )
 def test_fuzz_tensors(meta: dict[str, str], payload: bytes, dtype: str) -> None:
     """Lost otherwise: pixels that are none, on the thread that serves everybody."""
-    recipe = inputs.Preprocess(size=8)
+    recipe = preprocess.Preprocess(size=8)
     honest = {
         "lumen.tensor.layout": "NCHW",
         "lumen.tensor.format": "contiguous",
@@ -144,8 +145,8 @@ def test_fuzz_tensors(meta: dict[str, str], payload: bytes, dtype: str) -> None:
         "lumen.tensor.shape": "[1,3,8,8]",
     }
     for sent in (meta, {**meta, **honest}):
-        with contextlib.suppress(inputs.BadInput):
-            pixels = inputs.pixels_from_tensor(payload, sent, recipe)
+        with contextlib.suppress(errors.BadInput):
+            pixels = preprocess.pixels_from_tensor(payload, sent, recipe)
             assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
 
 
@@ -153,11 +154,11 @@ def test_fuzz_tensors(meta: dict[str, str], payload: bytes, dtype: str) -> None:
 @hypothesis.given(st.data())
 def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
     """Lost otherwise: the start, or a wrong vector, by a disk that garbles what a checksum then blesses."""
-    key = vectorfile.CacheKey("model", "recipe", "sha", 8, 4)
+    key = label_cache.CacheKey("model", "recipe", "sha", 8, 4)
     rows = np.eye(4, dtype=np.float32)[np.arange(8) % 4]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text_vectors.npz"
-        vectorfile.save(path.parent, key, [rows])
+        label_cache.save(path.parent, key, [rows])
         with zipfile.ZipFile(path) as archive:
             members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
         for _ in range(data.draw(st.integers(1, 4))):
@@ -185,6 +186,6 @@ def test_fuzz_the_label_cache_past_its_checksum(data: Any) -> None:
         if data.draw(st.booleans()):
             raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
             path.write_bytes(raw)
-        if (found := vectorfile.load_or_none(path, key.meta())) is not None:
+        if (found := label_cache.load_or_none(path, key.meta())) is not None:
             vectors = found.vecs
             assert vectors.shape == (8, 4) and np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 0.02

@@ -21,11 +21,12 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
-import assembly
+import chunks
 import engine
-import inputs
+import intake
 import logs
 import machine
+import preprocess
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.hostile import INFER, RawPeer, held, impatient, outlived
@@ -36,11 +37,11 @@ from tests.kit import (
     SERVICE,
     Node,
     encoded,
-    label_files,
     one_model,
     picture,
     resident_mb,
     wait_until,
+    write_labels,
 )
 
 HEALTH = f"/{SERVICE}/Health"
@@ -76,8 +77,8 @@ def test_calls_whose_message_never_comes_hold_nothing(harsh: Node, method: str) 
 
 def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: five minutes of everybody's time, again and again, to a guest who opens all streams."""
-    settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=3) | impatient(tmp_path, {"service.WANTED_IDLE_S": 5})
-    node = Node(label_files(tmp_path / "data", tiny_onnx), **settings).ready()
+    settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=3) | impatient(tmp_path, {"streams.WANTED_IDLE_S": 5})
+    node = Node(write_labels(tmp_path / "data", tiny_onnx), **settings).ready()
     release, busy = threading.Event(), pb.InferRequest(task="clip_embed", payload=b"a dog")
     try:
         silent = [node.stub.Infer(held(busy, release), timeout=LIMIT_S) for _ in range(3)]
@@ -171,10 +172,10 @@ def test_what_stands_beside_a_payload_is_bounded_too(harsh: Node) -> None:
         assert len(unfinished) == ids and all("before the last chunk" in r.error.message for r in unfinished)
     wait_until(lambda: resident_mb(harsh) - before < 60)
     # What an empty chunk takes is counted, so that no number of them is free.
-    assembler = assembly.Assembler(1 << 20)
+    assembler = chunks.Assembler(1 << 20)
     for number in range(1000):
         assembler.add(pb.InferRequest(total=60_000, seq=number), b"")
-    assert assembler.held() >= 1000 * assembly.CHUNK_COST
+    assert assembler.held() >= 1000 * chunks.CHUNK_COST
 
 
 def test_a_message_that_was_answered_is_not_kept_for_its_stream(harsh: Node) -> None:
@@ -208,10 +209,10 @@ def test_packed_messages_are_refused_unopened(harsh: Node) -> None:
 def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: as much memory for each core as the largest picture takes."""
     backend, stub = watched
-    backend.daemon.intake.pixels = assembly.Budget(1_000_000)
+    backend.daemon.intake.pixels = intake.Budget(1_000_000)
     backend.daemon.intake.decoders.stop()
     backend.daemon.intake.decoders = engine.DecodePool(2)
-    to_rgb, inside, together = inputs._to_rgb, threading.Semaphore(0), collections.Counter[int]()
+    to_rgb, inside, together = preprocess._to_rgb, threading.Semaphore(0), collections.Counter[int]()
 
     def slowly(image: Image.Image) -> Image.Image:
         inside.release()
@@ -223,7 +224,7 @@ def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pyt
         inside.acquire()
         return to_rgb(image)
 
-    monkeypatch.setattr(inputs, "_to_rgb", slowly)
+    monkeypatch.setattr(preprocess, "_to_rgb", slowly)
     for size in ((600, 1000), (500, 1000)):  # two of the first have no room at once
         photo = encoded(picture(RED, size), "PNG")
         requests = [pb.InferRequest(task="clip_image_embed", payload=photo)] * 4
@@ -233,7 +234,7 @@ def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pyt
 
 def test_a_large_picture_costs_little_more_than_its_pixels(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: a gigabyte, to a file of a few kilobytes."""
-    node = Node(label_files(tmp_path, tiny_onnx), **one_model(tiny_onnx)).ready()
+    node = Node(write_labels(tmp_path, tiny_onnx), **one_model(tiny_onnx)).ready()
     try:
         served(node)
         before, most, over = resident_mb(node), [0.0], threading.Event()
@@ -275,7 +276,7 @@ def test_messages_that_never_end_do_not_eat_the_machine(tmp_path: Path, tiny_onn
     """Lost otherwise: the board, to a guest: gRPC keeps 64 MB of each message before anybody sees a byte of it."""
     (tmp_path / "daemon.py").write_text(SMALL_MACHINE.replace("@ROOT@", str(ROOT)))
     program = (sys.executable, str(tmp_path / "daemon.py"))
-    node = Node(label_files(tmp_path / "data", tiny_onnx), program=program, **one_model(tiny_onnx)).ready()
+    node = Node(write_labels(tmp_path / "data", tiny_onnx), program=program, **one_model(tiny_onnx)).ready()
     try:
         release = threading.Event()  # gRPC's threads, which are made when they are needed, are none of ours
         calls = [node.stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a"), release)) for _ in range(24)]
@@ -378,7 +379,7 @@ def test_no_exception_tells_a_client_what_is_inside(tmp_path: Path, tiny_onnx: P
     """Lost otherwise: a path, a name or a secret, to whoever finds the fault that lets it out."""
     (tmp_path / "daemon.py").write_text(BROKEN.replace("@ROOT@", str(ROOT)))
     program = (sys.executable, str(tmp_path / "daemon.py"))
-    node = Node(label_files(tmp_path / "data", tiny_onnx), program=program, **one_model(tiny_onnx)).ready()
+    node = Node(write_labels(tmp_path / "data", tiny_onnx), program=program, **one_model(tiny_onnx)).ready()
     check = health_pb2_grpc.HealthStub(node.channel).Check
     calls: tuple[Callable[[], Any], ...] = (
         lambda: node.infer(pb.InferRequest(task="clip_embed", payload=b"x")),

@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 import backends
-import inputs
+import errors
+import preprocess
+import tokenizer
+from settings import ModelOptions
 from tests.kit import GREEN, RED, encoded, picture, pixels_of
 
 
@@ -24,7 +27,7 @@ def test_preprocessing_equals_openclips_transform_to_the_last_bit(size: tuple[in
 
     data = encoded(picture(RED, size), kind)
     expected = image_transform_v2(PreprocessCfg(), is_train=False)(Image.open(io.BytesIO(data)))
-    assert np.array_equal(backends.normalize(pixels_of(data)[None], inputs.Preprocess())[0], expected.numpy())
+    assert np.array_equal(preprocess.normalize(pixels_of(data)[None], preprocess.Preprocess())[0], expected.numpy())
 
 
 def test_a_picture_is_seen_as_a_viewer_shows_it() -> None:
@@ -74,7 +77,7 @@ def test_a_picture_is_seen_as_a_viewer_shows_it() -> None:
         Image.new("RGB", (300, 300), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (300, 300), "blue")]
     )
     assert np.abs(pixels_of(phone).astype(int) - (254, 0, 0)).max() < 3
-    if "AVIF" in inputs.IMAGE_FORMATS:
+    if "AVIF" in preprocess.IMAGE_FORMATS:
         assert (
             np.abs(pixels_of(encoded(Image.new("RGB", (300, 300), "red"), "AVIF")).astype(int) - (255, 0, 0)).max() < 8
         )
@@ -86,7 +89,7 @@ def test_damaged_and_foreign_files_are_bad_input_and_nothing_else() -> None:
     refused = 0
     for kind in ("JPEG", "PNG", "WEBP"):
         whole = encoded(picture(RED), kind)
-        with pytest.raises(inputs.BadInput, match=r"damaged or cut off|not an image that can be read"):
+        with pytest.raises(errors.BadInput, match=r"damaged or cut off|not an image that can be read"):
             pixels_of(whole[: len(whole) // 2])
         for _ in range(150):
             mutant = bytearray(whole)
@@ -94,19 +97,19 @@ def test_damaged_and_foreign_files_are_bad_input_and_nothing_else() -> None:
                 mutant[position] = rng.integers(256)
             try:
                 assert pixels_of(bytes(mutant)).shape == (224, 224, 3)
-            except inputs.BadInput as error:
+            except errors.BadInput as error:
                 assert str(error).startswith("payload: ")
                 refused += 1
     assert refused > 50
     for kind in ("TIFF", "GIF", "BMP"):
-        with pytest.raises(inputs.BadInput, match="allowed: whole files of JPEG, PNG, WEBP"):
+        with pytest.raises(errors.BadInput, match="allowed: whole files of JPEG, PNG, WEBP"):
             pixels_of(encoded(picture(RED), kind))
 
 
 def test_a_scaled_jpeg_decode_sees_the_same_picture(tiny_onnx: Path, tmp_path: Path) -> None:
     """Lost otherwise: either six times the decoding time, or the sense of the picture."""
     photo = picture(GREEN, (2400, 1800)).resize((4000, 3000), Image.Resampling.BICUBIC)
-    backend = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(tiny_onnx), tmp_path))
+    backend = backends.create_backend(ModelOptions("CLIP", "onnxrt", str(tiny_onnx), tmp_path))
     full, draft = (backend.encode_images(pixels_of(encoded(photo), draft)[None])[0] for draft in (False, True))
     assert full @ draft > 0.999
     assert not np.array_equal(pixels_of(encoded(photo)), pixels_of(encoded(photo), draft=True))
@@ -125,7 +128,7 @@ def test_the_tokenizer_equals_openclips_on_hostile_texts(tiny_onnx: Path) -> Non
     import open_clip
 
     ours, theirs = (
-        inputs.ClipTokenizer.from_file(tiny_onnx / "textual" / "tokenizer.json", 77),
+        tokenizer.ClipTokenizer.from_file(tiny_onnx / "textual" / "tokenizer.json", 77),
         open_clip.SimpleTokenizer(),
     )
     rng = np.random.default_rng(5)
@@ -137,5 +140,5 @@ def test_the_tokenizer_equals_openclips_on_hostile_texts(tiny_onnx: Path) -> Non
         t for t, a, b in zip(texts, ours(texts), theirs(texts).numpy(), strict=True) if not np.array_equal(a, b)
     ]
     assert not differing
-    with pytest.raises(inputs.BackendError, match=r"no CLIP tokenizer\.json"):
-        inputs.ClipTokenizer.from_file(tiny_onnx / "config.json", 77)
+    with pytest.raises(errors.BackendError, match=r"no CLIP tokenizer\.json"):
+        tokenizer.ClipTokenizer.from_file(tiny_onnx / "config.json", 77)

@@ -17,28 +17,29 @@ from typing import Any
 import grpc
 import pytest
 
-import assembly
-import inputs
+import errors
+import intake
 import lumen_clip
+import preprocess
 import service
+import streams
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from settings import Settings
-from tests.kit import LIMIT_S, RED, chunks, encoded, label_files, picture, wait_until
+from tests.kit import LIMIT_S, RED, encoded, in_chunks, picture, settings_of, wait_until, write_labels
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, tiny_immich: Path) -> Iterator[Any]:
     """A daemon with both models inside this process, so that a test can read its budgets, and a stub."""
-    settings = Settings(
-        lumen_data_dir=label_files(tmp_path_factory.mktemp("intake")),
+    settings = settings_of(
+        lumen_data_dir=write_labels(tmp_path_factory.mktemp("intake")),
         clip_backend="onnxrt",
         clip_model=str(tiny_onnx),
         bioclip_backend="onnxrt",
         bioclip_model=str(tiny_immich),
         clip_templates=1,
-        lumen_tune=False,
+        lumen_tune=0,
     )
     daemon = service.Daemon(settings)
     server, port = service.start_server(daemon, "127.0.0.1", 0)
@@ -57,8 +58,12 @@ def held(daemon: Any) -> dict[str, int]:
     intake, engine = daemon.intake, daemon.engine
     counts = {name: getattr(intake, name).used for name in ("payloads", "prepared", "pixels")}
     counts |= {line.name: len(line.queue) for line in engine._lines} | {"decoders": len(intake.decoders._queue)}
-    counts |= {"in progress": engine._expected, "counted": daemon.traffic._queue, "streams": len(daemon._streams)}
-    counts["open"] = sum(not stream.over for stream in list(daemon._streams))
+    counts |= {
+        "in progress": engine._expected,
+        "counted": daemon.traffic._queue,
+        "streams": len(daemon.streams._streams),
+    }
+    counts["open"] = sum(not stream.over for stream in list(daemon.streams._streams))
     return {name: count for name, count in counts.items() if count}
 
 
@@ -112,24 +117,24 @@ def test_megabytes_of_json_are_refused_unread(key: str, content: str) -> None:
     json.loads(content)
     whole = time.thread_time() - began
     request = tasks.Request("", task.name, "", {key: content}, b"x")
-    recipe = inputs.Preprocess()
+    recipe = preprocess.Preprocess()
     tensor_meta = {"lumen.tensor.layout": "NCHW", "lumen.tensor.format": "contiguous", "lumen.tensor.dtype": "fp32"}
     tensor_meta |= {"lumen.tensor.byte_order": "little", "lumen.preprocess.id": recipe.tensor_id}
     tensor_meta |= {"lumen.preprocess.skip": "true"}
     began = time.thread_time()
-    with pytest.raises(inputs.BadInput, match=key):
+    with pytest.raises(errors.BadInput, match=key):
         tasks.read_meta(task, request)
-        inputs.pixels_from_tensor(b"x", tensor_meta | {key: content}, recipe)
+        preprocess.pixels_from_tensor(b"x", tensor_meta | {key: content}, recipe)
     assert time.thread_time() - began < whole / 2
 
 
-def waits_for(budget: assembly.Budget, count: int) -> bool:
+def waits_for(budget: intake.Budget, count: int) -> bool:
     return len(budget._waiting) == count
 
 
 def test_a_large_part_of_a_budget_is_not_overtaken_for_ever() -> None:
     """A large picture would wait for as long as an import of small ones runs."""
-    budget = assembly.Budget(100)
+    budget = intake.Budget(100)
     budget.take(40, lambda: False)
     order: list[str] = []
 
@@ -153,12 +158,12 @@ def test_a_large_part_of_a_budget_is_not_overtaken_for_ever() -> None:
 
 def test_a_client_that_left_does_not_hold_up_those_behind_it() -> None:
     """Everybody would wait for room that nobody wants any more."""
-    budget, left = assembly.Budget(100), threading.Event()
+    budget, left = intake.Budget(100), threading.Event()
     budget.take(50, lambda: False)
     outcomes: list[str] = []
 
     def leave() -> None:
-        with pytest.raises(assembly.Overload):
+        with pytest.raises(errors.Overload):
             budget.take(80, left.is_set)
         outcomes.append("left")
 
@@ -203,7 +208,7 @@ class Upload:
 
     def __init__(self, stub: Any, payload: bytes, size: int) -> None:
         self._go = threading.Semaphore(0)
-        self._chunks = chunks(payload, -(-len(payload) // size), task="clip_image_embed")
+        self._chunks = in_chunks(payload, -(-len(payload) // size), task="clip_image_embed")
         self.call = stub.Infer(self._messages(), timeout=120)
 
     def _messages(self) -> Iterator[pb.InferRequest]:
@@ -219,7 +224,7 @@ def test_uploads_that_have_begun_do_not_wait_for_each_other(watched: Any) -> Non
     """Seven people who upload large pictures at the same time would each hold a part of the memory and wait for the
     rest, until the first one is refused after half a minute."""
     backend, stub = watched
-    payloads = backend.daemon.intake.payloads = assembly.Budget(4 << 20)
+    payloads = backend.daemon.intake.payloads = intake.Budget(4 << 20)
     photo = encoded(picture(RED)) + bytes(1 << 20)  # of which the decoder reads the beginning
     uploads = [Upload(stub, photo, 64 << 10) for _ in range(7)]
     for upload in uploads:
@@ -235,21 +240,21 @@ def test_an_upload_that_never_ends_gives_way_to_others(watched: Any, monkeypatch
     """One client that sends a byte now and then would keep everybody's pictures out for days."""
     backend, stub = watched
     daemon = backend.daemon
-    payloads = daemon.intake.payloads = assembly.Budget(2 << 20)
-    monkeypatch.setattr(service, "UPLOAD_S", 0.2)
-    monkeypatch.setattr(service, "WANTED_BYTES_S", 0.2)
+    payloads = daemon.intake.payloads = intake.Budget(2 << 20)
+    monkeypatch.setattr(streams, "UPLOAD_S", 0.2)
+    monkeypatch.setattr(streams, "WANTED_BYTES_S", 0.2)
     hostile = Upload(stub, bytes(3 << 19), 16 << 10)
     hostile.send(2)
     wait_until(lambda: payloads.used > 1 << 20)
-    daemon.check_streams()
+    daemon.check()
     time.sleep(0.3)
-    daemon.check_streams()
-    assert len(daemon._streams) == 1  # nobody wants its memory
+    daemon.check()
+    assert len(daemon.streams._streams) == 1  # nobody wants its memory
     request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)) + bytes(1 << 20))
     with futures.ThreadPoolExecutor(1) as person:
         single = person.submit(lambda: list(stub.Infer(iter([request]), timeout=120)))
         wait_until(lambda: payloads.waited() > 0.3)
-        daemon.check_streams()
+        daemon.check()
         assert single.result()[0].result
     with pytest.raises(grpc.RpcError) as error:
         next(hostile.call)
@@ -259,7 +264,7 @@ def test_an_upload_that_never_ends_gives_way_to_others(watched: Any, monkeypatch
 
 def test_one_stream_cannot_reserve_all_memory(daemon: Any) -> None:
     """Four requests that are begun and never finished would be all that the daemon takes."""
-    parts = [chunks(bytes(60 << 20), 2, task="clip_image_embed", correlation_id=str(i))[0] for i in range(4)]
+    parts = [in_chunks(bytes(60 << 20), 2, task="clip_image_embed", correlation_id=str(i))[0] for i in range(4)]
     responses = {r.correlation_id: r.error.message for r in daemon.stub.Infer(iter(parts), timeout=120)}
     assert all("before the last chunk" in responses[key] for key in "01")
     assert all("more than 134217728 bytes of unfinished requests" in responses[key] for key in "23")
@@ -269,7 +274,7 @@ def test_one_stream_cannot_reserve_all_memory(daemon: Any) -> None:
 def test_a_client_with_all_places_does_not_shut_others_out(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An app that opens a stream for each picture would leave no place for anybody else's single picture."""
     backend, stub = watched
-    monkeypatch.setattr(backend.daemon, "settings", Settings(lumen_max_streams=3))
+    monkeypatch.setattr(backend.daemon.streams, "_most", 3)
     request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))
     backend.gate.clear()
     calls = [stub.Infer(iter([request]), timeout=60) for _ in range(3)]
@@ -395,7 +400,7 @@ def test_cancelled_pictures_keep_nothing(watched: Any) -> None:
                 call.cancel()
             wait_until(lambda: held(daemon) == running)
         gc.collect()
-        assert sum(type(thing) is service.Stream for thing in gc.get_objects()) == 1
+        assert sum(type(thing) is streams.Stream for thing in gc.get_objects()) == 1
         text = stub.Infer(iter([pb.InferRequest(task="x")]), timeout=LIMIT_S)  # the connection still takes calls
         assert [response.error.code for response in text] == [pb.ERROR_CODE_INVALID_ARGUMENT]
         backend.gate.set()

@@ -21,12 +21,15 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 import backends
+import errors
+import label_cache
 import labels
 import machine
-import taxa
-import treeoflife
-import vectorfile
+import model_files
+import species
+import tree_of_life
 from gen import ml_service_pb2 as pb
+from settings import ModelOptions
 from tests.hub import FakeHub
 from tests.kit import (
     IMAGENET,
@@ -36,10 +39,10 @@ from tests.kit import (
     Node,
     Texts,
     encoded,
-    label_files,
     load,
     picture,
     wait_until,
+    write_labels,
 )
 
 
@@ -56,7 +59,7 @@ def test_label_vectors_equal_openclips_classifier(reference: Any, tiny: Path, tm
     """Lost otherwise: the accuracy that averaged templates bring."""
     import open_clip
 
-    backend = backends.create_backend(backends.ModelOptions("CLIP", "torch", str(tiny), tmp_path))
+    backend = backends.create_backend(ModelOptions("CLIP", "torch", str(tiny), tmp_path))
     names = ["tench", "great white shark", "toilet tissue, toilet paper"]
     ours = labels.label_vectors(
         names, labels.imagenet_recipe(7), lambda texts: backend.encode_text(backend.tokenize(texts))
@@ -69,7 +72,7 @@ def test_label_vectors_equal_openclips_classifier(reference: Any, tiny: Path, tm
 
 def test_species_prompts_are_bioclips_captions() -> None:
     """Lost otherwise: species accuracy; BioCLIP never saw an article or a Python list in training."""
-    fox, fish, rose = (taxa.species_prompts(taxa.lineage(0, row)) for row in SPECIES[:3])
+    fox, fish, rose = (species.species_prompts(species.lineage(0, row)) for row in SPECIES[:3])
     assert fox == ["a photo of Animalia Chordata Mammalia Carnivora Canidae Vulpes vulpes with common name red fox."]
     assert fish == [
         "a photo of Animalia Chordata Cypriniformes Cyprinidae Carassius auratus with common name Goldfish."
@@ -80,7 +83,7 @@ def test_species_prompts_are_bioclips_captions() -> None:
 def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the right answer, or the app's insert, which wants each label once."""
     rng = np.random.default_rng(0)
-    vectors = backends.unit_rows(rng.normal(size=(5000, 16)))
+    vectors = model_files.unit_rows(rng.normal(size=(5000, 16)))
     names = [f"label {i // 2}" for i in range(5000)]
     labelset = labels.LabelSet(names, vectors.astype(np.float16), 20.0)
     for row in labelset.probabilities(vectors[:20]):
@@ -117,23 +120,23 @@ class TreeOfLife:
                 ranks[2] = ""  # as in thousands of fish
             epithet = f"e{i % 6}" if i % 1000 else "e1"  # twelve species stand twice
             rows.append([[*ranks, f"G{genus}", epithet], f"name {i}" if i % 3 else ""])
-        self.names = sorted(taxa.lineage(i, row) for i, row in enumerate(rows))
+        self.names = sorted(species.lineage(i, row) for i, row in enumerate(rows))
         tops = rng.normal(size=(count // 6, dim)) + 0.7 * rng.normal(size=dim)
-        self.rows = backends.unit_rows(np.repeat(tops, 6, axis=0) + 0.7 * rng.normal(size=(count, dim)))
+        self.rows = model_files.unit_rows(np.repeat(tops, 6, axis=0) + 0.7 * rng.normal(size=(count, dim)))
         self.rows[:, 7] += 2  # as CLIP has: one dimension that is larger than the rest
-        self.rows = backends.unit_rows(self.rows)
-        key = vectorfile.CacheKey("model", "recipe", "sha", count, dim)
+        self.rows = model_files.unit_rows(self.rows)
+        key = label_cache.CacheKey("model", "recipe", "sha", count, dim)
         blocks = [self.rows[start : start + 5000] for start in range(0, count, 5000)]
-        vectorfile.save(folder, key, blocks, self.names, taxa.depths(self.names))
-        self.path = folder / vectorfile.FILE
-        self.stored = vectorfile.load(self.path, key.meta())
+        label_cache.save(folder, key, blocks, self.names, species.depths(self.names))
+        self.path = folder / label_cache.FILE
+        self.stored = label_cache.load(self.path, key.meta())
         assert self.stored and self.stored.names
-        self.species = taxa.Species(self.stored.names, self.stored, self.SCALE)
+        self.species = species.Species(self.stored.names, self.stored, self.SCALE)
 
     def queries(self, count: int) -> Any:
         rng = np.random.default_rng(5)
         near = self.rows[rng.integers(0, len(self.rows), count)]
-        return backends.unit_rows(near + rng.uniform(0.02, 0.25, (count, 1)) * rng.normal(size=near.shape))
+        return model_files.unit_rows(near + rng.uniform(0.02, 0.25, (count, 1)) * rng.normal(size=near.shape))
 
     def brute_force(self, queries: Any) -> tuple[Any, Any]:
         """Cosines and probabilities in float32 of the rows that are stored."""
@@ -144,9 +147,9 @@ class TreeOfLife:
 
 
 @pytest.fixture(params=["scanned", "small"])
-def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TreeOfLife:
+def stored_tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TreeOfLife:
     if request.param == "scanned":  # as of 100,000 species on
-        monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+        monkeypatch.setattr(label_cache, "HALF_PRECISION_BYTES", 1 << 20)
         monkeypatch.setattr(labels, "SPAN_ROWS", 1024)
         monkeypatch.setattr(labels, "cache_of_a_core", lambda: 0)
     tree = TreeOfLife(tmp_path)
@@ -155,24 +158,24 @@ def tree_of_life(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
 
 def test_a_large_set_is_answered_as_by_brute_force_in_float32(
-    tree_of_life: TreeOfLife, monkeypatch: pytest.MonkeyPatch
+    stored_tree: TreeOfLife, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: the right species, for speed. 400 queries; blocks, spans and what is left over make one set."""
-    species = tree_of_life.species
+    known = stored_tree.species
     monkeypatch.setattr(species, "_twins", 0)  # row by row
-    queries, worst = tree_of_life.queries(400), 0.0
+    queries, worst = stored_tree.queries(400), 0.0
     for part in np.array_split(queries, np.cumsum([8, 1, 4, 5, 2] * 20)[:-1]):  # few are multiplied one by one
-        cosines, probabilities = tree_of_life.brute_force(part)
+        cosines, probabilities = stored_tree.brute_force(part)
         for k, found, row, p in zip(
             (1, 5, 100) * 3,
-            species.answers(part, [taxa.Ask(k) for k in (1, 5, 100, 1, 5, 100, 1, 5)]),
+            known.answers(part, [species.Ask(k) for k in (1, 5, 100, 1, 5, 100, 1, 5)]),
             cosines,
             probabilities,
             strict=False,
         ):
             expected: dict[str, int] = {}
             for i in np.argsort(-row, kind="stable")[: k + 10]:
-                expected.setdefault(tree_of_life.names[i], i)
+                expected.setdefault(stored_tree.names[i], i)
             assert len(found.labels) == k
             for (label, score), (name, at) in zip(found.labels, expected.items(), strict=False):
                 # float32 adds up in no fixed order: what it cannot tell apart may stand either way round.
@@ -212,44 +215,44 @@ def test_rows_are_scanned_in_blocks_that_a_core_can_keep(tmp_path: Path, monkeyp
         assert scanned(queries) == pytest.approx(queries @ rows.T.astype(np.float32), abs=1e-4)
 
 
-def test_ranks_are_summed_as_pybioclip_does(tree_of_life: TreeOfLife) -> None:
+def test_ranks_are_summed_as_pybioclip_does(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: "some finch" where no single finch is certain, and agreement with BioCLIP's own library."""
     from bioclip.predict import Rank, TreeOfLifeClassifier
     from torch import from_numpy
 
     pybioclip = TreeOfLifeClassifier.__new__(TreeOfLifeClassifier)
-    rows = [name.replace("*", "").split("/") for name in tree_of_life.names]
+    rows = [name.replace("*", "").split("/") for name in stored_tree.names]
     vars(pybioclip).update(txt_names=[[slots[:7], slots[7]] for slots in rows], _subset_txt_names=None)
-    queries = tree_of_life.queries(4)
-    _, probabilities = tree_of_life.brute_force(queries)
-    for rank in taxa.RANKS[:-1]:
-        asks = [taxa.Ask(5, rank=rank)] * len(queries)
-        for found, p in zip(tree_of_life.species.answers(queries, asks), probabilities, strict=True):
+    queries = stored_tree.queries(4)
+    _, probabilities = stored_tree.brute_force(queries)
+    for rank in species.RANKS[:-1]:
+        asks = [species.Ask(5, rank=rank)] * len(queries)
+        for found, p in zip(stored_tree.species.answers(queries, asks), probabilities, strict=True):
             theirs = pybioclip.format_grouped_probs("picture", from_numpy(p), Rank[rank.upper()], k=5)
             assert [score for _, score in found.labels] == pytest.approx([row["score"] for row in theirs], abs=1e-3)
             known = {}
             for row in theirs:
-                slots = [row[name] or "*" for name in taxa.RANKS[: taxa.RANKS.index(rank) + 1]]
+                slots = [row[name] or "*" for name in species.RANKS[: species.RANKS.index(rank) + 1]]
                 known["/".join(slots + ["*"] * (8 - len(slots)))] = row["score"]
             for label, score in found.labels:  # the fifth and the sixth may be as likely as each other
                 assert score == pytest.approx(known.get(label, min(known.values())), abs=1e-3)
-    for found, p in zip(tree_of_life.species.answers(queries, [taxa.Ask(3)] * 4), probabilities, strict=True):
+    for found, p in zip(stored_tree.species.answers(queries, [species.Ask(3)] * 4), probabilities, strict=True):
         theirs = pybioclip.format_species_probs("picture", from_numpy(p), k=3)
         assert found.labels[0][1] >= theirs[0]["score"] - 1e-3  # ours adds up rows of one species
 
 
-def test_the_deepest_rank_that_is_certain_enough_is_answered(tree_of_life: TreeOfLife) -> None:
+def test_the_deepest_rank_that_is_certain_enough_is_answered(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: a wrong species where the right genus was known."""
-    queries = tree_of_life.queries(60)
-    certain = [taxa.Ask(3, rank="auto", min_score=0.35)] * len(queries)
-    found = tree_of_life.species.answers(queries, certain)
+    queries = stored_tree.queries(60)
+    certain = [species.Ask(3, rank="auto", min_score=0.35)] * len(queries)
+    found = stored_tree.species.answers(queries, certain)
     assert len({answer.rank for answer in found}) > 2
     for query, answer in zip(queries, found, strict=True):
         assert answer.labels[0][1] >= 0.35 and len(answer.labels) > 1  # with runners-up
-        for deeper in taxa.RANKS[taxa.RANKS.index(answer.rank) + 1 :]:
-            [best] = tree_of_life.species.answers(query[None], [taxa.Ask(1, rank=deeper)])
-            assert best.labels[0][1] < 0.351 or best.labels[0][0].split("/")[taxa.RANKS.index(deeper)] == "*"
-    assert tree_of_life.species.answers(queries[:1], [taxa.Ask(3, rank="auto", min_score=1.0)])[0].rank != "species"
+        for deeper in species.RANKS[species.RANKS.index(answer.rank) + 1 :]:
+            [best] = stored_tree.species.answers(query[None], [species.Ask(1, rank=deeper)])
+            assert best.labels[0][1] < 0.351 or best.labels[0][0].split("/")[species.RANKS.index(deeper)] == "*"
+    assert stored_tree.species.answers(queries[:1], [species.Ask(3, rank="auto", min_score=1.0)])[0].rank != "species"
 
 
 @pytest.mark.parametrize(
@@ -264,16 +267,16 @@ def test_the_deepest_rank_that_is_certain_enough_is_answered(tree_of_life: TreeO
     ],
 )
 def test_a_taxon_or_a_list_of_names_is_all_that_is_chosen_from(
-    tree_of_life: TreeOfLife, names: tuple[str, ...], rows: Callable[[list[str]], bool]
+    stored_tree: TreeOfLife, names: tuple[str, ...], rows: Callable[[list[str]], bool]
 ) -> None:
     """Lost otherwise: a garden in Europe is offered kangaroos. As if the other species were not in the set at all."""
-    inside, unknown = tree_of_life.species.tree.within(names)
+    inside, unknown = stored_tree.species.tree.within(names)
     assert unknown == [name for name in names if name == "G701 e9"]
-    assert inside.tolist() == [i for i, name in enumerate(tree_of_life.names) if rows(name.split("/"))]
-    queries = tree_of_life.queries(16)
-    cosines, _ = tree_of_life.brute_force(queries)
+    assert inside.tolist() == [i for i, name in enumerate(stored_tree.names) if rows(name.split("/"))]
+    queries = stored_tree.queries(16)
+    cosines, _ = stored_tree.brute_force(queries)
     for rank in ("species", "family", "auto"):
-        found = tree_of_life.species.answers(queries, [taxa.Ask(3, rank=rank, within=inside)] * 16)
+        found = stored_tree.species.answers(queries, [species.Ask(3, rank=rank, within=inside)] * 16)
         for answer, row in zip(found, cosines[:, inside], strict=True):
             assert all(rows(label.split("/")) or rank != "species" for label, _ in answer.labels)
             if rank == "species" and len(answer.labels) == 3:
@@ -283,11 +286,11 @@ def test_a_taxon_or_a_list_of_names_is_all_that_is_chosen_from(
                 ][1] > (weights.max() / weights.sum())
 
 
-def test_a_long_list_of_names_is_resolved_once(tree_of_life: TreeOfLife) -> None:
+def test_a_long_list_of_names_is_resolved_once(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: seconds of the interpreter for each picture of an import with a list of 10,000 names."""
-    tree = taxa.Tree(tree_of_life.stored.names, tree_of_life.stored.depth)  # type: ignore[union-attr, arg-type]
+    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr, arg-type]
     tree.within(["Animalia"])  # makes the index of names, which is made once
-    names = [" ".join(name.split("/")[5:7]) for name in tree_of_life.names[:9000]] + [f"none {i}" for i in range(1000)]
+    names = [" ".join(name.split("/")[5:7]) for name in stored_tree.names[:9000]] + [f"none {i}" for i in range(1000)]
 
     def resolved(names: list[str]) -> tuple[Any, list[str], float]:
         began = time.thread_time()
@@ -305,12 +308,12 @@ def test_a_long_list_of_names_is_resolved_once(tree_of_life: TreeOfLife) -> None
 
 
 def test_lists_of_names_are_not_confused_and_do_not_pile_up(
-    tree_of_life: TreeOfLife, monkeypatch: pytest.MonkeyPatch
+    stored_tree: TreeOfLife, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: the species of another client's garden, or the memory of a board, list by list."""
-    tree = taxa.Tree(tree_of_life.stored.names, tree_of_life.stored.depth)  # type: ignore[union-attr, arg-type]
+    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr, arg-type]
     lists = [[f"G{i}", f"F{i % 7}"] for i in range(200)] + [["G1 e1"], ["G1", "e1"], ["G1", " e1"]]
-    fresh = [taxa.Tree(tree._names, tree._depth).within(names) for names in lists[-3:]]
+    fresh = [species.Tree(tree._names, tree._depth).within(names) for names in lists[-3:]]
     for _ in range(2):
         for names in lists[:-3]:
             rows, _ = tree.within(names)
@@ -320,19 +323,19 @@ def test_lists_of_names_are_not_confused_and_do_not_pile_up(
             again = tree.within(names)
             assert np.array_equal(again[0], rows) and again[1] == unknown
     assert len(tree._resolved) <= tree._resolved.LISTS_MAX
-    monkeypatch.setattr(taxa._Memo, "BYTES_MAX", 200_000)
+    monkeypatch.setattr(species._Memo, "BYTES_MAX", 200_000)
     for kingdom in ("Animalia", "Plantae", "animalia", "plantae", "PLANTAE"):  # 72 or 24 kB of rows each
         tree.within([kingdom])
         assert tree._resolved.bytes <= 200_000
     kept = [rows.nbytes for (rows, _), _ in tree._resolved._kept.values()]
     assert kept and sum(kept) < tree._resolved.bytes
-    other = taxa.Tree(sorted(["A/B/C/D/E/G1/x/*", "A/B/C/D/E/G2/x/*"]), np.array([0, 5], np.uint8))
+    other = species.Tree(sorted(["A/B/C/D/E/G1/x/*", "A/B/C/D/E/G2/x/*"]), np.array([0, 5], np.uint8))
     assert other.within(["G2"])[0].tolist() == [1]  # another set has a memo of its own
 
 
-def test_threads_that_bring_one_list_get_one_result(tree_of_life: TreeOfLife) -> None:
+def test_threads_that_bring_one_list_get_one_result(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: the same second of work in each decode thread at once, or a wrong row among them."""
-    tree = taxa.Tree(tree_of_life.stored.names, tree_of_life.stored.depth)  # type: ignore[union-attr, arg-type]
+    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr, arg-type]
     names = [f"G{i}" for i in range(500)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: tree.within(names if i % 2 else names[:250])[0], range(64)))
@@ -342,7 +345,7 @@ def test_threads_that_bring_one_list_get_one_result(tree_of_life: TreeOfLife) ->
 
 def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: gigabytes of a small board's memory, and the seconds of reading them at every start."""
-    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    monkeypatch.setattr(label_cache, "HALF_PRECISION_BYTES", 1 << 20)
     tree = TreeOfLife(tmp_path)
     assert tree.stored
     rows = tree.stored.vecs
@@ -356,8 +359,8 @@ def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.Monke
         garbled = bytearray(whole)
         garbled[at] ^= 1
         tree.path.write_bytes(garbled)
-        with pytest.raises(vectorfile.Damaged):
-            vectorfile.load(tree.path)
+        with pytest.raises(errors.DamagedCache):
+            label_cache.load(tree.path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
@@ -365,16 +368,16 @@ def test_a_damaged_note_does_not_make_a_good_file_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
     """Lost otherwise: days of computed vectors, after a power cut that emptied the small note beside them."""
-    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    monkeypatch.setattr(label_cache, "HALF_PRECISION_BYTES", 1 << 20)
     tree = TreeOfLife(tmp_path)
-    note = tmp_path / vectorfile.NOTE
+    note = tmp_path / label_cache.NOTE
     good = note.read_bytes()
     note.unlink()
     if content is None:
         note.mkdir()  # cannot be read or replaced
     else:
         note.write_bytes(content)
-    found = vectorfile.load(tree.path)
+    found = label_cache.load(tree.path)
     assert found and np.array_equal(found.vecs, tree.stored.vecs)  # type: ignore[union-attr]
     assert content is None or note.read_bytes() == good  # the checksums have been compared again
     whole = bytearray(tree.path.read_bytes())
@@ -382,15 +385,15 @@ def test_a_damaged_note_does_not_make_a_good_file_damaged(
     tree.path.write_bytes(whole)
     if content is not None:
         note.write_bytes(content)
-    with pytest.raises(vectorfile.Damaged):  # such a note does not hide a damaged file either
-        vectorfile.load(tree.path)
+    with pytest.raises(errors.DamagedCache):  # such a note does not hide a damaged file either
+        label_cache.load(tree.path)
 
 
 def test_the_note_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: a note that a power cut or a full disk leaves empty."""
-    monkeypatch.setattr(vectorfile, "HALF_PRECISION_BYTES", 1 << 20)
+    monkeypatch.setattr(label_cache, "HALF_PRECISION_BYTES", 1 << 20)
     tree = TreeOfLife(tmp_path)
-    note = tmp_path / vectorfile.NOTE
+    note = tmp_path / label_cache.NOTE
     before = note.read_bytes()
     os.utime(tree.path)  # so that the note is out of date
 
@@ -399,9 +402,9 @@ def test_the_note_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert vectorfile.load(tree.path)
+        assert label_cache.load(tree.path)
     assert note.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
-    assert vectorfile.load(tree.path) and note.read_bytes() != before
+    assert label_cache.load(tree.path) and note.read_bytes() != before
 
 
 MANY = [  # more than are computed before the daemon is ready
@@ -411,7 +414,7 @@ MANY = [  # more than are computed before the daemon is ready
 
 
 def species_of(tiny_onnx: Path, data: Path, source: Any = "", **more: Any) -> Node:
-    label_files(data)
+    write_labels(data)
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}
     return Node(data, **model, BIOCLIP_LABELS=source, **more)
 
@@ -496,7 +499,7 @@ def published_tree(folder: Path, tiny_onnx: Path, count: int = 2100) -> tuple[di
     rng = np.random.default_rng(0)
     rows = [MANY[i] for i in rng.permutation(count)]
     backend = load(tiny_onnx)
-    texts = [taxa.species_prompts(taxa.lineage(0, row))[0] for row in rows]
+    texts = [species.species_prompts(species.lineage(0, row))[0] for row in rows]
     vectors = np.concatenate([backend.encode_text(backend.tokenize(texts[i : i + 50])) for i in range(0, count, 50)])
     vectors[::50] = 0
     file = io.BytesIO()
@@ -515,14 +518,14 @@ def test_published_vectors_are_put_into_rows_while_they_stream_in(
     try:
         wait_until(lambda: bioclip_labels(node) == "2,058 species")
         names = {
-            taxa.lineage(0, row): vector
+            species.lineage(0, row): vector
             for row, vector in zip(
                 json.loads(hub.repos["datasets/imageomics/TreeOfLife-200M"]["embeddings/txt_emb_bioclip-2.json"]),
                 vectors,
                 strict=True,
             )
         }
-        stored = vectorfile.load(next((tmp_path / "data" / "bioclip").rglob("text_vectors.npz")))
+        stored = label_cache.load(next((tmp_path / "data" / "bioclip").rglob("text_vectors.npz")))
         assert stored and stored.names and stored.meta and stored.meta["zero_rows_dropped"] == 42
         assert list(stored.names) == sorted(name for name, vector in names.items() if vector.any())
         for name, row in zip(stored.names, stored.vecs, strict=True):
@@ -543,7 +546,7 @@ def test_a_conversion_that_is_killed_fetches_the_rest_alone(tmp_path: Path, hub:
     script = """
 import os, signal, sys
 from pathlib import Path
-import treeoflife
+import tree_of_life
 
 left = int(sys.argv[2])
 def progress(done, total):
@@ -552,7 +555,7 @@ def progress(done, total):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-print(len(treeoflife.published(Path(sys.argv[1]), "model", progress).vecs))
+print(len(tree_of_life.published(Path(sys.argv[1]), "model", progress).vecs))
 """
     for panels in (1, 2, 3, 9):
         hub.requests.clear()
@@ -590,7 +593,7 @@ def test_species_are_asked_by_rank_and_place(node: Node) -> None:
         rows = json.loads(answer.result)["labels"]
         assert {row["label"].split("/")[0] for row in rows} == {kingdom} and answer.meta["within_unknown"] == "1"
         assert sum(row["score"] for row in rows) == pytest.approx(1, abs=1e-3)
-    assert node.ask("bioclip_classify", fox, rank="auto").meta["rank"] in (*taxa.RANKS, "none")
+    assert node.ask("bioclip_classify", fox, rank="auto").meta["rank"] in (*species.RANKS, "none")
     assert node.result("bioclip_classify", fox, min_score="1")["labels"] == []
     for meta, said in (
         ({"rank": "tribe"}, "meta rank: 'tribe'; allowed: kingdom, "),
@@ -616,15 +619,15 @@ def cached(
     folder: Path, texts: Texts, names: list[str] = NAMES, templates: int = 1, older: tuple[Path, ...] = ()
 ) -> Any:
     recipe = labels.imagenet_recipe(templates)
-    key = vectorfile.CacheKey.of(names, recipe, "model", 16)
-    return vectorfile.cached_vectors(folder, names, recipe, texts, key, older).vecs
+    key = label_cache.CacheKey.of(names, recipe, "model", 16)
+    return label_cache.cached_vectors(folder, names, recipe, texts, key, older).vecs
 
 
 def test_a_cache_is_used_while_it_fits_and_rebuilt_when_anything_changed(tmp_path: Path) -> None:
     """Lost otherwise: minutes at each start, or answers from another model's vectors."""
     first = cached(tmp_path, Texts())
     again = Texts()
-    assert np.array_equal(cached(tmp_path, again), first) and again.calls == vectorfile.PROBE_LABELS
+    assert np.array_equal(cached(tmp_path, again), first) and again.calls == label_cache.PROBE_LABELS
     meta = json.loads((tmp_path / "text_vectors.meta.json").read_text())
     assert (meta["model_id"], meta["count"], meta["dim"], meta["recipe"]) == ("model", 100, 16, "imagenet-1")
     other = [*NAMES[:-1], "other"]
@@ -666,7 +669,7 @@ def test_caches_of_older_layouts_are_taken_over_when_they_fit(tmp_path: Path) ->
     )
     texts = Texts()
     assert np.array_equal(cached(tmp_path / "x", texts, older=(tmp_path / "missing.npz", wrong, fitting)), good)
-    assert texts.calls == 2 * vectorfile.PROBE_LABELS
+    assert texts.calls == 2 * label_cache.PROBE_LABELS
     texts = Texts()
     assert np.array_equal(cached(tmp_path / "y", texts, older=(wrong,)), good)
     assert texts.calls > 100
@@ -679,14 +682,16 @@ import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 import tqdm  # here, so that no child spends its short life on it
+import errors
 import labels
-import vectorfile
+import errors
+import label_cache
 
-vectorfile.SHARD_LABELS = 40
+label_cache.SHARD_LABELS = 40
 folder, random_, made = Path(sys.argv[1]), random.Random(3), [0]
 names = [f"label {i}" for i in range(6000)]
 recipe = labels.names_recipe(1)
-key = vectorfile.CacheKey.of(names, recipe, "model", 8)
+key = label_cache.CacheKey.of(names, recipe, "model", 8)
 
 def encode(texts):
     made[0] += len(texts)
@@ -701,7 +706,7 @@ seen = set()
 for number in range(30):
     if (child := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        vectorfile.cached_vectors(folder, names, recipe, encode, key)
+        label_cache.cached_vectors(folder, names, recipe, encode, key)
         os._exit(0)
     for _ in range(60_000):  # until it has come a little further
         time.sleep(0.001)
@@ -717,7 +722,7 @@ for number in range(30):
         path.write_bytes(path.read_bytes()[:-100] + bytes(100))
 whole = (folder / "text_vectors.npz").exists()
 made[0] = 0
-vectors = vectorfile.cached_vectors(folder, names, recipe, encode, key).vecs
+vectors = label_cache.cached_vectors(folder, names, recipe, encode, key).vecs
 found = made[0]
 assert np.allclose(vectors, labels.label_vectors(names, recipe, encode), atol=1e-6)
 print(len(seen), found, int(whole), len(shards()))
@@ -736,32 +741,34 @@ def test_a_kill_while_a_cache_is_written_leaves_the_old_one_or_the_new_one(tmp_p
 import itertools, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
+import errors
 import labels
-import vectorfile
+import errors
+import label_cache
 
 folder, random_ = Path(sys.argv[1]), random.Random(7)
-key = vectorfile.CacheKey("model", "recipe", "sha", 20000, 16)
+key = label_cache.CacheKey("model", "recipe", "sha", 20000, 16)
 rows = np.zeros((16, 20000, 16), np.float32)
 for i in range(16):
     rows[i, :, i] = 1
-vectorfile.save(folder, key, [rows[0]])
+label_cache.save(folder, key, [rows[0]])
 seen = set()
 for number in range(5000):
     if number >= 100 and len(seen) > 1 and list(folder.glob(".*.tmp")):
         break
     if (child := os.fork()) == 0:
         for i in itertools.count():
-            vectorfile.save(folder, key, [rows[i % 16]])
+            label_cache.save(folder, key, [rows[i % 16]])
     time.sleep(random_.uniform(0, 0.03 + number / 1000))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    vectors = vectorfile.load(folder / "text_vectors.npz", key.meta()).vecs
+    vectors = label_cache.load(folder / "text_vectors.npz", key.meta()).vecs
     assert vectors is not None and (vectors.sum(axis=0) == 20000).sum() == 1, "a torn cache"
     seen.add(int(vectors[0].argmax()))
 left = len(list(folder.glob(".*.tmp")))
 for path in folder.glob(".*.tmp"):
     os.utime(path, (0, 0))
-vectorfile.save(folder, key, [rows[0]])
+label_cache.save(folder, key, [rows[0]])
 print(len(seen), left, len(list(folder.glob(".*.tmp"))))
 """
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -783,7 +790,7 @@ print(len(seen), left, len(list(folder.glob(".*.tmp"))))
 )
 def test_a_label_file_of_another_form_is_refused_by_name(tmp_path: Path, name: str, content: Any) -> None:
     """Lost otherwise: labels that stand one row beside their vectors."""
-    path = label_files(tmp_path) / name
+    path = write_labels(tmp_path) / name
     path.write_text(json.dumps(content))
-    with pytest.raises(labels.LabelError, match=path.name):
-        labels.class_names(tmp_path) if "imagenet" in name else treeoflife.lineages_of(path)
+    with pytest.raises(errors.LabelError, match=path.name):
+        labels.class_names(tmp_path, "", model_files.quiet) if "imagenet" in name else tree_of_life.lineages_of(path)

@@ -13,7 +13,7 @@ import pytest
 import logs
 from gen import ml_service_pb2 as pb
 from tests.hostile import impatient
-from tests.kit import RED, Node, encoded, label_files, picture, wait_until
+from tests.kit import RED, Node, encoded, picture, wait_until, write_labels
 
 
 def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path: Path, tiny_onnx: Path) -> None:
@@ -21,7 +21,7 @@ def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path:
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     settings |= impatient(tmp_path, {"lumen_clip.TRAFFIC_LOG_S": 4})
     node = Node(
-        label_files(tmp_path / "data", tiny_onnx), ("--log-level", "debug", "--log-format", "json"), **settings
+        write_labels(tmp_path / "data", tiny_onnx), ("--log-level", "debug", "--log-format", "json"), **settings
     ).ready()
     forged = 'x\n{"level": "CRITICAL", "message": "pwned"}\r\u2028'
     requests = [pb.InferRequest(task="clip_embed", payload=b"a dog", correlation_id="a") for _ in range(8)]

@@ -16,7 +16,7 @@ from gen import ml_service_pb2 as pb
 from logs import Traffic
 from metrics import MetricsServer
 from tests.hostile import held, impatient, threads_and_files
-from tests.kit import Node, label_files, wait_until
+from tests.kit import Node, wait_until, write_labels
 
 
 def free_port() -> int:
@@ -35,7 +35,7 @@ def test_prometheus_reads_what_was_served(tmp_path: Path, tiny_onnx: Path) -> No
         "BIOCLIP_BACKEND": "none",
         "LUMEN_METRICS_PORT": port,
     }
-    node = Node(label_files(tmp_path), **settings).ready()
+    node = Node(write_labels(tmp_path), **settings).ready()
     node.infer(
         *[pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5, pb.InferRequest(task="nonsense", payload=b"x")
     )
@@ -90,7 +90,7 @@ def test_slow_clients_occupy_few_threads_and_not_for_long(tmp_path: Path, tiny_o
     port = free_port()
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     settings |= impatient(tmp_path, {"metrics.MetricsServer.CONNECTION_S": 2})
-    node = Node(label_files(tmp_path / "data"), LUMEN_METRICS_PORT=port, **settings).ready()
+    node = Node(write_labels(tmp_path / "data"), LUMEN_METRICS_PORT=port, **settings).ready()
     try:
         assert node.ask("clip_embed", b"a dog").result
         before = threads_and_files(node)[0]

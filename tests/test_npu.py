@@ -20,8 +20,10 @@ from google.protobuf.empty_pb2 import Empty
 import backends
 import doctor
 import export
-import inputs
-import npu
+import machine
+import preprocess
+import rknn_backend
+from settings import ModelOptions
 from tests.kit import (
     COLOURS,
     DEMO,
@@ -29,19 +31,17 @@ from tests.kit import (
     ROOT,
     Node,
     encoded,
-    label_files,
     load,
     picture,
     pixels_of,
     run_client,
+    write_labels,
 )
 from tests.npu_double import golden_of, with_program
 
 
 def npu_of(folder: Path, tmp_path: Path, target: str = "rk3588", **options: Any) -> Any:
-    return backends.create_backend(
-        backends.ModelOptions("CLIP", "rknn", str(folder), tmp_path, rknn_target=target, **options)
-    )
+    return backends.create_backend(ModelOptions("CLIP", "rknn", str(folder), tmp_path, rknn_target=target, **options))
 
 
 @pytest.mark.parametrize("form", ["ours", "immich's"])
@@ -51,14 +51,14 @@ def test_the_npu_gets_one_picture_at_a_time_in_the_form_its_file_wants(
     """Lost otherwise: right-looking vectors of wrong pixels; the .rknn file does not say which form it takes."""
     source = tiny_onnx if form == "ours" else tiny_immich
     contract = {"golden": golden_of(tiny_onnx)} if form == "ours" else {}
-    npu = npu_of(with_program(source, tmp_path / source.name, **contract), tmp_path)
+    backend = npu_of(with_program(source, tmp_path / source.name, **contract), tmp_path)
     cpu = load(source)
     pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()][:7]])
-    vectors = npu.encode_images(pixels)
+    vectors = backend.encode_images(pixels)
     assert np.sum(vectors * cpu.encode_images(pixels), axis=1).min() > 0.9999
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6  # though float16 came from the NPU
-    assert (npu.runtime, npu.precision, npu.model_id) == ("rknn", "fp16", cpu.model_id)
-    assert npu.space == cpu.space and npu.refusal == ""
+    assert (backend.runtime, backend.precision, backend.model_id) == ("rknn", "fp16", cpu.model_id)
+    assert backend.space == cpu.space and backend.refusal == ""
 
     # A context for each core, each on a thread of its own; all of them at work; the file's bytes given back.
     from rknnlite.api import made
@@ -90,8 +90,8 @@ def test_the_board_says_which_program_and_how_many_cores_it_has(
 ) -> None:
     """Lost otherwise: boards of the same chip under another name, and those that bear no core number."""
     (tmp_path / "compatible").write_bytes(names.encode())
-    monkeypatch.setattr(npu, "DEVICE_TREE", tmp_path / "compatible")
-    assert npu.board_target() == target
+    monkeypatch.setattr(machine, "DEVICE_TREE", tmp_path / "compatible")
+    assert machine.board_target() == target
     monkeypatch.setenv("FAKE_SOC", target)
     folder = with_program(tiny_onnx, tmp_path / "model", target or "rk3588", golden=golden_of(tiny_onnx))
     backend = npu_of(folder, tmp_path, target="")
@@ -112,10 +112,10 @@ def test_cores_are_as_many_as_asked_for_as_memory_bears_and_as_work(
     folder = with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx))
     size = (folder / "visual" / "rknpu" / "rk3588" / "model.rknn").stat().st_size
     assert npu_of(folder, tmp_path, rknn_cores=2).npu.startswith("rk3588, 2 of 3 cores, self-test ")
-    monkeypatch.setattr(npu, "available_memory", lambda: 7 * size)
+    monkeypatch.setattr(rknn_backend, "available_memory", lambda: 7 * size)
     assert npu_of(folder, tmp_path).npu.startswith("rk3588, 2 of 3 cores")
     assert "memory for 2 of 3 NPU cores alone" in caplog.text
-    monkeypatch.setattr(npu, "available_memory", lambda: 0)  # a system that does not say
+    monkeypatch.setattr(rknn_backend, "available_memory", lambda: 0)  # a system that does not say
     monkeypatch.delitem(sys.modules, "rknnlite.api")
     monkeypatch.setenv("FAKE_BROKEN_CORES", "2")
     assert npu_of(folder, tmp_path).npu.startswith("rk3588, 2 of 3 cores")
@@ -155,7 +155,7 @@ def test_an_npu_that_cannot_be_trusted_is_refused_aloud_and_the_cpu_takes_over(
     if fault == "none":
         program.unlink()
     settings = {"CLIP_BACKEND": "rknn", "CLIP_RKNN_TARGET": "rk3588", "CLIP_MODEL": folder, "BIOCLIP_BACKEND": "none"}
-    data = label_files(tmp_path / "data")
+    data = write_labels(tmp_path / "data")
     node = Node(data, PYTHONPATH=npu_library, **settings, **environment).ready()
     try:
         [line] = [line for line in node.log.splitlines() if "ERROR" in line and "the NPU is not used" in line]
@@ -200,10 +200,13 @@ def test_an_npu_that_fails_later_fails_that_request_alone(
     tiny_onnx: Path, tmp_path: Path, npu_library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: None taken for a vector, and a daemon down with it."""
-    npu = npu_of(with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx)), tmp_path)
+    backend = npu_of(with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx)), tmp_path)
     with pytest.raises(RuntimeError, match="the NPU failed on an image"):
-        npu.encode_images(np.zeros((2, 17, 17, 3), np.uint8))
-    assert npu.encode_images(np.zeros((4, npu.preprocess.size, npu.preprocess.size, 3), np.uint8)).shape[0] == 4
+        backend.encode_images(np.zeros((2, 17, 17, 3), np.uint8))
+    assert (
+        backend.encode_images(np.zeros((4, backend.preprocess.size, backend.preprocess.size, 3), np.uint8)).shape[0]
+        == 4
+    )
 
 
 def test_the_graph_for_the_npu_computes_what_the_export_does(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_the_graph_for_the_npu_computes_what_the_export_does(tiny_onnx: Path, tm
     cpu = load(tiny_onnx)
     pixels = np.stack([pixels_of(encoded(picture(c, seed=i))) for i, c in enumerate(COLOURS.values())])
     session = onnxruntime.InferenceSession(tmp_path / "npu.onnx")
-    given = backends.normalize(pixels, cpu.preprocess)  # what the compiler puts in front
+    given = preprocess.normalize(pixels, cpu.preprocess)  # what the compiler puts in front
     found = np.concatenate([session.run(None, {"image": row[None]})[0] for row in given])
     assert np.sum(found * cpu.encode_images(pixels), axis=1).min() > 0.999999
 
@@ -301,14 +304,14 @@ def converted(toolkit: tuple[str, Path], folder: Path, *arguments: str) -> tuple
 def test_the_demo_becomes_a_program_for_every_npu(toolkit: tuple[str, Path], tmp_path: Path) -> None:
     """Lost otherwise: boards whose program does not compile, or computes something else in float16."""
     shutil.copytree(DEMO, tmp_path / "demo")
-    said, made = converted(toolkit, tmp_path / "demo", "--rknn", ",".join(npu.NPU_CORES))
-    assert set(made) == set(npu.NPU_CORES)
+    said, made = converted(toolkit, tmp_path / "demo", "--rknn", ",".join(machine.NPU_CORES))
+    assert set(made) == set(machine.NPU_CORES)
     for soc, contract in made.items():
         home = tmp_path / "demo" / "visual" / "rknpu" / soc
         assert contract["simulator_cosine"] >= 0.9999 and contract["soc"] == soc
         assert contract["fused_attention"] == (soc != "rk3576")
         assert contract["input"] == {"dtype": "uint8", "layout": "NHWC", "shape": [1, 64, 64, 3]}
-        assert contract["rknn_sha256"] == backends.sha256_of(home / "model.rknn")
+        assert contract["rknn_sha256"] == machine.sha256_of(home / "model.rknn")
         assert contract["batch_sizes"] == [1] and contract["toolkit"] == export.TOOLKIT
         program = home / "model.rknn"  # which says by itself what doctor.py reads there
         assert doctor._search(program, rb'"target_platform":\["(\w+)"') == soc
@@ -316,7 +319,7 @@ def test_the_demo_becomes_a_program_for_every_npu(toolkit: tuple[str, Path], tmp
     assert re.search(r"rk3588: .* on the CPU: nothing", said)
     # The golden vector is what ONNX Runtime makes of the golden picture, so a board can be told right from wrong.
     golden, cpu = made["rk3588"]["golden"], load(DEMO)
-    picture = inputs.decode_image(base64.b64decode(golden["picture"]), [cpu.preprocess], 1 << 20, draft=False)
+    picture = preprocess.decode_image(base64.b64decode(golden["picture"]), [cpu.preprocess], 1 << 20, draft=False)
     assert cpu.encode_images(picture[cpu.preprocess][None])[0] @ np.array(golden["picture_vector"]) > 0.99999
     # What is there stays when a conversion fails, and a daemon on a PC reads the folder as before.
     assert load(tmp_path / "demo").self_test_cosine > 0.9999

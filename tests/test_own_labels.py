@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
+import errors
+import label_cache
+import label_files
 import labels
-import labelsets
-import scenes
 from gen import ml_service_pb2 as pb
 from tests.kit import (
     BLUE,
@@ -23,17 +24,18 @@ from tests.kit import (
     LIMIT_S,
     RED,
     ROOT,
+    UPSTREAM_SCENES,
     Node,
     Texts,
     Turnstile,
     encoded,
     in_time,
-    label_files,
     one,
     picture,
     queued,
     save,
     wait_until,
+    write_labels,
 )
 
 # --- label sets of one's own ---------------------------------------------------------------------------------------
@@ -66,8 +68,8 @@ from tests.kit import (
 def test_a_label_set_that_is_wrong_is_told_what_is(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     """Lost otherwise: a typing error that silently changes what a set does."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(labels.LabelError, match=re.escape(said)) as error:
-        labelsets.read_set(tmp_path / name, ["{}"])
+    with pytest.raises(errors.LabelError, match=re.escape(said)) as error:
+        label_files.read_set(tmp_path / name, ["{}"])
     assert str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
 
 
@@ -79,9 +81,9 @@ def test_wordings_of_a_label_are_averaged_and_things_under_it_added(tmp_path: Pa
         "templates": ["{}", "my {}"],
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
-    file = labelsets.read_set(tmp_path / "a.json", ["unused {}"])
+    file = label_files.read_set(tmp_path / "a.json", ["unused {}"])
     texts = file.choices.texts()
-    own = labelsets.OwnSet("a", file, labels.label_vectors(texts, labelsets.PROMPTS, Texts()), 5.0)
+    own = label_files.OwnSet("a", file, labels.label_vectors(texts, label_files.PROMPTS, Texts()), 5.0)
     dog, cat, car, my_car, tree, sea = Texts()(["a dog", "a cat", "car", "my car", "a tree", "a sea"])
     rows = np.array([dog, cat, (car + my_car) / np.linalg.norm(car + my_car), tree, sea])
     for query in Texts()([f"picture {i}" for i in range(20)]):
@@ -101,7 +103,7 @@ class Folder:
     def __init__(self, folder: Path, texts: Texts | None = None) -> None:
         self.files, self.texts = folder / "labels", texts or Texts()
         self.files.mkdir(exist_ok=True)
-        self.sets = labelsets.OwnSets(self.files, labelsets.Maker(folder / "cache", "model", 16, 5.0), ["a {}."])
+        self.sets = label_files.OwnSets(self.files, label_files.Maker(folder / "cache", "model", 16, 5.0), ["a {}."])
 
     def write(self, name: str, content: str) -> None:
         save(self.files / name, content)
@@ -119,7 +121,7 @@ def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureF
     """Lost otherwise: a restart for every word; or, at a typing error, the set that worked."""
     folder = Folder(tmp_path).look()
     assert folder.sets.facts() == {"clip_label_sets": ""}
-    with pytest.raises(labels.LabelError, match=r"'pets' is unknown; allowed: none so far; a file labels/NAME.txt"):
+    with pytest.raises(errors.LabelError, match=r"'pets' is unknown; allowed: none so far; a file labels/NAME.txt"):
         folder.labels("pets")
     folder.write("pets.txt", "\ufeff# mine\ndog\n\n cat \ndog\n")
     folder.write("no set.txt", "dog")
@@ -143,9 +145,9 @@ def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureF
     facts = folder.sets.facts()
     assert facts["clip_label_sets"] == "pets" and facts["clip_label_set.birds"].startswith("it is not JSON")
     assert facts["clip_label_set.pets"].startswith("3 labels; not as its file says: labels: 'xxx")
-    with pytest.raises(labels.LabelError, match="'birds' is not ready: it is not JSON"):
+    with pytest.raises(errors.LabelError, match="'birds' is not ready: it is not JSON"):
         folder.labels("birds")
-    with pytest.raises(labels.LabelError, match="'none' is unknown; allowed: pets"):
+    with pytest.raises(errors.LabelError, match="'none' is unknown; allowed: pets"):
         folder.labels("none")
 
     (folder.files / "birds.json").unlink()
@@ -162,14 +164,14 @@ def test_a_restart_computes_no_label_set_again_and_waits_for_none(tmp_path: Path
     restarted = Folder(tmp_path)
     restarted.write("new.txt", "bus\ntrain")
     restarted.sets.look(restarted.texts, compute=False)
-    assert restarted.labels("pets") == ["dog", "cat", labelsets.NONE]
-    assert restarted.texts.calls <= labelsets.vectorfile.PROBE_LABELS
-    with pytest.raises(labels.LabelError, match="'new' is not ready: its text vectors are being computed"):
+    assert restarted.labels("pets") == ["dog", "cat", label_files.NONE]
+    assert restarted.texts.calls <= label_cache.PROBE_LABELS
+    with pytest.raises(errors.LabelError, match="'new' is not ready: its text vectors are being computed"):
         restarted.labels("new")
     assert restarted.look(1).labels("new") == ["bus", "train"]
     other = Folder(tmp_path, Texts(seed=1))  # another model: its vectors must not be those of the first
     other.sets.look(other.texts, compute=False)
-    with pytest.raises(labels.LabelError, match="being computed"):
+    with pytest.raises(errors.LabelError, match="being computed"):
         other.labels("pets")
 
 
@@ -191,8 +193,8 @@ def test_a_file_that_changes_while_it_is_computed_is_begun_anew(tmp_path: Path) 
 
 def test_what_a_folder_may_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: memory, to a folder that somebody fills."""
-    monkeypatch.setattr(labelsets, "SETS_MAX", 2)
-    monkeypatch.setattr(labelsets, "PROMPTS_MAX", 5)
+    monkeypatch.setattr(label_files, "SETS_MAX", 2)
+    monkeypatch.setattr(label_files, "PROMPTS_MAX", 5)
     folder = Folder(tmp_path)
     for name in ("b.txt", "c.txt"):
         folder.write(name, "dog\ncat")
@@ -261,7 +263,7 @@ def test_a_long_label_set_is_computed_without_anybody_waiting(watched: Any, tmp_
     backend, stub = watched
     clip = backend.daemon._models.clip
     folder = Folder(tmp_path)
-    folder.sets = labelsets.OwnSets(folder.files, labelsets.Maker(tmp_path / "c", "tiny", 64, 100.0), ["a {}."])
+    folder.sets = label_files.OwnSets(folder.files, label_files.Maker(tmp_path / "c", "tiny", 64, 100.0), ["a {}."])
     folder.write("many.txt", "\n".join(f"thing {i}" for i in range(320)))
     with concurrent.futures.ThreadPoolExecutor(3) as clients:
         backend.gate = backend.text_gate = turnstile = Turnstile()
@@ -283,27 +285,29 @@ def test_a_long_label_set_is_computed_without_anybody_waiting(watched: Any, tmp_
 
 def test_scenes_that_go_to_the_species_are_weighed_together() -> None:
     """Lost otherwise: a photograph that is a bit of a bird and a bit of an animal, and so called an object."""
-    table = scenes.parse(
+    table = label_files.parse_scenes(
         {"cat": {"species": True}, "dog": {"species": True}, "car": {}, "bus": {"prompts": ["a", "b"]}}
     )
-    found = scenes.SceneSet(table, np.eye(5, 16, dtype=np.float32), 1.0)
+    found = label_files.SceneSet(table, np.eye(5, 16, dtype=np.float32), 1.0)
     assert found.settle([("car", 0.4), ("cat", 0.35), ("dog", 0.25), ("bus", 0.0)]) is None
     assert found.settle([("cat", 0.45), ("car", 0.3), ("bus", 0.25), ("dog", 0.0)]) == ("car", 0.3)
-    assert set(labels.SCENES) <= set(scenes.TABLE) and scenes.read_scenes("").choices.names == tuple(scenes.TABLE)
-    assert {name for name in labels.SCENES if scenes.TABLE[name].get("species")} == set(labels.SCENES[:3])
+    assert set(UPSTREAM_SCENES) <= set(label_files.SCENES) and label_files.read_scenes("").choices.names == tuple(
+        label_files.SCENES
+    )
+    assert {name for name in UPSTREAM_SCENES if label_files.SCENES[name].get("species")} == set(UPSTREAM_SCENES[:3])
 
 
 def test_an_operators_own_scenes_decide_what_goes_to_the_species(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: routing that fits one's own library. The table is the README's."""
     block = re.search(r"stays:\n\n```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block and scenes.parse(json.loads(block[1])).species == {"wildlife", "a photo of a plant"}
+    assert block and label_files.parse_scenes(json.loads(block[1])).species == {"wildlife", "a photo of a plant"}
     own = {
         "paint": {"prompts": ["an abstract painting"], "species": True},
         "a beast": {"prompts": ["a photo of an animal"]},
     }
     (tmp_path / "scenes.json").write_text(json.dumps(own))
     node = Node(
-        label_files(tmp_path / "data"),
+        write_labels(tmp_path / "data"),
         CLIP_BACKEND="onnxrt",
         CLIP_MODEL=tiny_onnx,
         BIOCLIP_MODEL=tiny_onnx,
@@ -335,8 +339,8 @@ def test_a_bad_scenes_file_is_one_line_that_names_it(tmp_path: Path, content: st
     path = tmp_path / "scenes.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(labels.LabelError) as error:
-        scenes.read_scenes(str(path))
+    with pytest.raises(errors.LabelError) as error:
+        label_files.read_scenes(str(path))
     assert str(error.value) == f"LUMEN_SCENES={path}: {said}" or str(error.value).startswith(
         f"LUMEN_SCENES={path}: {said} ("
     )

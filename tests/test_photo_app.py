@@ -17,7 +17,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from gen import ml_service_pb2 as pb
 from tests.hostile import impatient
-from tests.kit import COLOURS, RED, SPECIES, Node, chunks, encoded, label_files, one_model, picture, wait_until
+from tests.kit import COLOURS, RED, SPECIES, Node, encoded, in_chunks, one_model, picture, wait_until, write_labels
 from tests.photo_app import PhotoApp
 
 LATE = [[["Animalia", "Chordata", "Aves", "", "", f"Avis{i}", "domestica"], f"bird {i}"] for i in range(300)]
@@ -25,10 +25,10 @@ LATE = [[["Animalia", "Chordata", "Aves", "", "", f"Avis{i}", "domestica"], f"bi
 
 def species_come_late(tmp_path: Path, tiny_onnx: Path, **constants: Any) -> Node:
     """A daemon whose species are computed while it serves."""
-    data = label_files(tmp_path / "data")
+    data = write_labels(tmp_path / "data")
     (data / "bioclip" / "txt_emb_species.json").write_text(json.dumps(SPECIES + LATE))
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}
-    constants["vectorfile.SHARD_LABELS"] = 64  # more labels than that are computed while the daemon serves
+    constants["label_cache.SHARD_LABELS"] = 64  # more labels than that are computed while the daemon serves
     return Node(data, **settings, **impatient(tmp_path, constants)).ready()
 
 
@@ -47,7 +47,7 @@ def app_learns_of_species(node: Node, rotations: int, step: float) -> None:
             """One stream for the whole time; each request comes in chunks that are spread over several connections."""
             number = 0
             while not finished.is_set():
-                for chunk in chunks(photo, 4, task="clip_image_embed", correlation_id=str(number)):
+                for chunk in in_chunks(photo, 4, task="clip_image_embed", correlation_id=str(number)):
                     yield chunk
                     finished.wait(step)
                 number += 1
@@ -115,7 +115,7 @@ def test_a_client_that_keeps_to_max_concurrency_is_never_refused(tmp_path: Path,
     """Some of the app's calls would fail for good: it does as many at once as the capability says, and does not
     retry."""
     settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=limit)
-    node = Node(label_files(tmp_path), **settings).ready()
+    node = Node(write_labels(tmp_path), **settings).ready()
     try:
         [capability] = node.stub.StreamCapabilities(Empty(), timeout=20)
         assert capability.max_concurrency == limit
@@ -151,7 +151,7 @@ def test_more_than_max_concurrency_is_refused_at_once(watched: Any, monkeypatch:
 def test_the_app_searches_with_our_clip_model(tmp_path: Path, tiny_onnx: Path) -> None:
     """The app's search would need a second node: it asks for `semantic_` tasks, and for one model id for both."""
     settings = one_model(tiny_onnx, LUMEN_SEMANTIC="clip")
-    node = Node(label_files(tmp_path), **settings).ready()
+    node = Node(write_labels(tmp_path), **settings).ready()
     app = PhotoApp(node.address)
     try:
         assert "semantic tasks: clip" in node.log and "no other node" in node.log

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import LIMIT_S, SERVICE, Node, label_files, run_client
+from tests.kit import LIMIT_S, SERVICE, Node, run_client, write_labels
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tls_node(certificates: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:
     tls = {"LUMEN_TLS_CERT": certificates / "server.pem", "LUMEN_TLS_KEY": certificates / "server.key"}
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    return Node(label_files(data, tiny_onnx), **model, **tls, **environment).ready()
+    return Node(write_labels(data, tiny_onnx), **model, **tls, **environment).ready()
 
 
 def test_a_daemon_with_tls_serves_only_tls_clients(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_unusable_security_settings_stop_the_start(
 def test_on_loopback_a_token_needs_no_tls(certificates: Path, tiny_onnx: Path, tmp_path: Path) -> None:
     """If this fails, users of one machine need certificates to keep others out."""
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path, tiny_onnx), **model, LUMEN_TOKEN_FILE=certificates / "token").ready()
+    node = Node(write_labels(tmp_path, tiny_onnx), **model, LUMEN_TOKEN_FILE=certificates / "token").ready()
     try:
         assert run_client("clip_embed", "x", address=node.address).returncode == 1
         own = ("--token-file", str(certificates / "token"))

@@ -19,7 +19,7 @@ import pytest
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.hostile import INFER, PATIENCE, RawPeer, held, impatient, mutants, poisons, threads_and_files
-from tests.kit import COLOURS, Node, encoded, label_files, picture, resident_mb
+from tests.kit import COLOURS, Node, encoded, picture, resident_mb, write_labels
 
 
 class Load:
@@ -138,7 +138,7 @@ def test_hostile_and_honest_load_for_half_an_hour(
         pytest.skip("takes half an hour; run it with: python -m pytest -s -m soak")
     minutes, seed = float(os.environ.get("LUMEN_SOAK_MINUTES", "30")), int(os.environ.get("LUMEN_SEED", "5"))
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
-    node = Node(label_files(tmp_path / "data"), **impatient(tmp_path, PATIENCE), **settings).ready()
+    node = Node(write_labels(tmp_path / "data"), **impatient(tmp_path, PATIENCE), **settings).ready()
     try:
         load = Load(node, seed)
         load.for_seconds(minutes * 60 * 0.25)

@@ -13,27 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+import errors
+import label_cache
 import labels
-import loading
-import taxa
-import treeoflife
-import vectorfile
+import species
+import species_loader
+import tree_of_life
 from tests.hostile import impatient
 from tests.hub import FakeHub
-from tests.kit import NOWHERE, RED, Node, Texts, encoded, label_files, picture, wait_until
+from tests.kit import NOWHERE, RED, Node, Texts, encoded, picture, wait_until, write_labels
 from tests.test_labels import MANY, bioclip_labels, published_tree
 
 CHOICE = r"BIOCLIP_LABELS is not set; chosen: (.*); reason: (.*)\. To choose otherwise, set BIOCLIP_LABELS to (.*)"
-TEN_M, TWO_HUNDRED_M = treeoflife.SOURCES
+TEN_M, TWO_HUNDRED_M = tree_of_life.SOURCES
 # The tiny model stands for BioCLIP-2. It decides after its first labels, and anything it computes takes too long.
-SLOW = {"loading.MEASURE_S": 0, "loading.QUICK_S": 0, "treeoflife.MODELS_200M": ["tiny"]}
-SLOW |= {"treeoflife.DISK_200M": 1000, "treeoflife.MEMORY_200M": 1000}
+SLOW = {"species_loader.MEASURE_S": 0, "species_loader.QUICK_S": 0, "tree_of_life.MODELS_200M": ["tiny"]}
+SLOW |= {"tree_of_life.DISK_200M": 1000, "tree_of_life.MEMORY_200M": 1000}
 
 
 def start(tiny_onnx: Path, folder: Path, hub: str, constants: dict[str, Any], source: str = "") -> Node:
     data = folder / "data"
     if not data.exists():
-        (label_files(data) / "bioclip" / "txt_emb_species.json").unlink()  # the hub has one
+        (write_labels(data) / "bioclip" / "txt_emb_species.json").unlink()  # the hub has one
     model = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_MODEL": tiny_onnx}
     return Node(data, **model, BIOCLIP_LABELS=source, HF_ENDPOINT=hub, **impatient(folder, constants)).ready()
 
@@ -92,7 +93,7 @@ def test_a_fast_machine_computes_its_species_and_the_next_start_uses_them(
     tmp_path: Path, trees: FakeHub, tiny_onnx: Path
 ) -> None:
     """Lost otherwise: vectors of the model's own, where they take minutes, and at the next start, if it is slow."""
-    node = start(tiny_onnx, tmp_path, trees.url, SLOW | {"loading.QUICK_S": 3600})
+    node = start(tiny_onnx, tmp_path, trees.url, SLOW | {"species_loader.QUICK_S": 3600})
     species_are(node, "2,100 species")
     [(chosen, reason, other)] = choices(node)
     assert re.fullmatch(rf"{TEN_M}, computed in about \d+ (s|min)", chosen) and reason == "that is less than 60 min"
@@ -106,9 +107,9 @@ def test_a_fast_machine_computes_its_species_and_the_next_start_uses_them(
 @pytest.mark.parametrize(
     ("constants", "said"),
     [
-        ({"treeoflife.DISK_200M": 10**15}, r"it needs 1000000\.0 GB of disk space, and /.* has \d+\.\d GB free"),
-        ({"treeoflife.MEMORY_200M": 10**15}, r"it needs 1000000\.0 GB of memory, and \d+\.\d GB are available"),
-        ({"treeoflife.MODELS_200M": ["bioclip-2"]}, "its vectors are BioCLIP-2's, and not those of tiny"),
+        ({"tree_of_life.DISK_200M": 10**15}, r"it needs 1000000\.0 GB of disk space, and /.* has \d+\.\d GB free"),
+        ({"tree_of_life.MEMORY_200M": 10**15}, r"it needs 1000000\.0 GB of memory, and \d+\.\d GB are available"),
+        ({"tree_of_life.MODELS_200M": ["bioclip-2"]}, "its vectors are BioCLIP-2's, and not those of tiny"),
     ],
 )
 def test_a_slow_board_that_cannot_use_published_vectors_says_why_and_computes(
@@ -131,7 +132,7 @@ def test_computing_goes_on_while_the_hub_does_not_have_the_vectors(
     many = [[[*ranks[:-1], f"{ranks[-1]}x{i}"], common] for i in range(40) for ranks, common in MANY]
     trees.repos["datasets/imageomics/TreeOfLife-10M"]["embeddings/txt_emb_species.json"] = json.dumps(many).encode()
     published = trees.repos.pop("datasets/imageomics/TreeOfLife-200M")
-    node = start(tiny_onnx, tmp_path, trees.url, SLOW | {"loading.RETRY_S": 1})
+    node = start(tiny_onnx, tmp_path, trees.url, SLOW | {"species_loader.RETRY_S": 1})
     try:
         node.wait_for(f"{TWO_HUNDRED_M}: .* cannot be fetched .*; computing {TEN_M} goes on, the next attempt is in ")
         wait_until(lambda: bioclip_labels(node).startswith(f"{TEN_M}: "), 60)
@@ -144,8 +145,8 @@ def test_computing_goes_on_while_the_hub_does_not_have_the_vectors(
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the reason, in a traceback of the HTTP library at each attempt without a network."""
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    with pytest.raises(labels.LabelError, match=r"^TreeOfLife-200M cannot be fetched and kept in \S+ \(.*refused"):
-        treeoflife.published(tmp_path, "model", lambda done, total: None)
+    with pytest.raises(errors.LabelError, match=r"^TreeOfLife-200M cannot be fetched and kept in \S+ \(.*refused"):
+        tree_of_life.published(tmp_path, "model", lambda done, total: None)
 
 
 def test_published_vectors_of_another_model_are_downloaded_once(
@@ -156,7 +157,7 @@ def test_published_vectors_of_another_model_are_downloaded_once(
     file = io.BytesIO()
     np.save(file, rng.normal(size=(64, 2100)).astype(np.float32))
     trees.repos["datasets/imageomics/TreeOfLife-200M"]["embeddings/txt_emb_bioclip-2.npy"] = file.getvalue()
-    node = start(tiny_onnx, tmp_path, trees.url, SLOW | {"loading.RETRY_S": 0})
+    node = start(tiny_onnx, tmp_path, trees.url, SLOW | {"species_loader.RETRY_S": 0})
     species_are(node, "2,100 species")
     first, second = choices(node)
     assert first[0].startswith(TWO_HUNDRED_M) and second[0].startswith(TEN_M)
@@ -170,22 +171,22 @@ def test_published_vectors_that_are_kept_are_used_without_a_network(
 ) -> None:
     """Lost otherwise: gigabytes that were downloaded once, after an update or when the variable is no longer set."""
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    names = sorted(taxa.lineage(i, row) for i, row in enumerate(MANY))
-    key = vectorfile.CacheKey("tiny", treeoflife.PUBLISHED, treeoflife.REVISION_200M, len(names), 16)
-    rows = labels.label_vectors(names, taxa.RECIPE, Texts())
-    vectorfile.save(tmp_path / "model" / place, key, [rows], names, taxa.depths(names))
+    names = sorted(species.lineage(i, row) for i, row in enumerate(MANY))
+    key = label_cache.CacheKey("tiny", tree_of_life.PUBLISHED, tree_of_life.REVISION_200M, len(names), 16)
+    rows = labels.label_vectors(names, species.RECIPE, Texts())
+    label_cache.save(tmp_path / "model" / place, key, [rows], names, species.depths(names))
 
-    def at_once(source: str) -> taxa.Species | None:
+    def at_once(source: str) -> species.Species | None:
         backend = SimpleNamespace(model_id="tiny", dim=16, logit_scale=1.0, tokenize=list, encode_text=Texts())
         model: Any = SimpleNamespace(backend=backend, encoder=lambda engine: None)
         engine: Any = SimpleNamespace(add=lambda line: line)
-        loader = loading.SpeciesLoader(source, model, tmp_path / "model", tmp_path / "data", engine)
+        loader = species_loader.SpeciesLoader(source, model, tmp_path / "model", tmp_path / "data", engine)
         return loader.at_once(lambda text: None)
 
     for source in ("", TWO_HUNDRED_M):
-        species = at_once(source)
-        assert species and len(species) == 2100
-    names_10m = label_files(tmp_path / "data") / "bioclip" / "txt_emb_species.json"
+        found = at_once(source)
+        assert found and len(found) == 2100
+    names_10m = write_labels(tmp_path / "data") / "bioclip" / "txt_emb_species.json"
     names_10m.write_text(json.dumps(MANY))
     assert at_once(TEN_M) is None  # an explicit value still means what it says: these are to be computed
 
@@ -205,7 +206,7 @@ def test_the_estimate_counts_neither_requests_nor_labels_that_are_kept(
     line = SimpleNamespace(ran_items=500, ran_s=50.0, alone_items=100, alone_s=7.0)
     model: Any = SimpleNamespace(background=line, encoder=lambda engine: None)
     engine: Any = SimpleNamespace(add=lambda line: line)
-    loader = loading.SpeciesLoader("", model, tmp_path, tmp_path, engine)
+    loader = species_loader.SpeciesLoader("", model, tmp_path, tmp_path, engine)
     estimates: list[float] = []
     monkeypatch.setattr(loader, "_is_slow", estimates.append)  # which returns None: computing goes on
     now = [1000.0]
@@ -237,12 +238,12 @@ def test_a_build_that_is_interrupted_keeps_what_it_computed(tmp_path: Path) -> N
     """Lost otherwise: ten minutes of a board's work, each time that it looks whether it can have published vectors."""
     names = [f"label {i}" for i in range(3000)]
     recipe = labels.names_recipe(1)
-    key = vectorfile.CacheKey.of(names, recipe, "model", 16)
+    key = label_cache.CacheKey.of(names, recipe, "model", 16)
 
     class Interrupted(Exception):
         pass
 
-    def until(most: int) -> vectorfile.Progress:
+    def until(most: int) -> label_cache.Progress:
         def progress(done: int, total: int) -> None:
             if done >= most:
                 raise Interrupted
@@ -252,20 +253,20 @@ def test_a_build_that_is_interrupted_keeps_what_it_computed(tmp_path: Path) -> N
     counted = Texts()
     for most in (128, 1024, 2048 + 320):
         with pytest.raises(Interrupted):
-            vectorfile.cached_vectors(tmp_path, names, recipe, counted, key, progress=until(most))
-    found = vectorfile.cached_vectors(tmp_path, names, recipe, counted, key).vecs
+            label_cache.cached_vectors(tmp_path, names, recipe, counted, key, progress=until(most))
+    found = label_cache.cached_vectors(tmp_path, names, recipe, counted, key).vecs
     assert np.array_equal(found, labels.label_vectors(names, recipe, Texts()))
-    assert counted.calls == 3000 + vectorfile.PROBE_LABELS * 4  # the shards that were found: one, one, and two
+    assert counted.calls == 3000 + label_cache.PROBE_LABELS * 4  # the shards that were found: one, one, and two
 
 
 def test_what_stands_in_a_folder_is_read_without_its_vectors(tmp_path: Path) -> None:
     """Lost otherwise: a start that trips over a damaged file instead of making a new one."""
-    path = tmp_path / vectorfile.FILE
-    assert vectorfile.meta_of(path) == {}
-    key = vectorfile.CacheKey("model", taxa.RECIPE.name, "sha", 1, 16)
-    vectorfile.save(tmp_path, key, [np.eye(16, dtype=np.float32)[:1]])
-    assert vectorfile.meta_of(path)["recipe"] == taxa.RECIPE.name
+    path = tmp_path / label_cache.FILE
+    assert label_cache.meta_of(path) == {}
+    key = label_cache.CacheKey("model", species.RECIPE.name, "sha", 1, 16)
+    label_cache.save(tmp_path, key, [np.eye(16, dtype=np.float32)[:1]])
+    assert label_cache.meta_of(path)["recipe"] == species.RECIPE.name
     whole = path.read_bytes()
     for damaged in (b"", whole[:50], whole[:-1], whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        assert vectorfile.meta_of(path) == {}
+        assert label_cache.meta_of(path) == {}

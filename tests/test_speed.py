@@ -24,8 +24,10 @@ import backends
 import bench
 import engine
 import machine
+import torch_backend
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
+from settings import ModelOptions
 from tests.kit import (
     COLOURS,
     LIMIT_S,
@@ -33,7 +35,6 @@ from tests.kit import (
     ROOT,
     Node,
     encoded,
-    label_files,
     load,
     one,
     picture,
@@ -42,6 +43,7 @@ from tests.kit import (
     resident_mb,
     submitted,
     wait_until,
+    write_labels,
 )
 
 # --- speed ---------------------------------------------------------------------------------------------------------
@@ -51,8 +53,8 @@ def test_the_last_block_computes_the_one_token_that_is_read(tiny: Path, tiny_onn
     """Lost otherwise: the time of most of a block, of twelve, for tokens that nobody looks at."""
     import onnx
 
-    options = backends.ModelOptions("CLIP", "torch", str(tiny), tmp_path)
-    backend = backends.TorchBackend(options)
+    options = ModelOptions("CLIP", "torch", str(tiny), tmp_path)
+    backend = torch_backend.TorchBackend(options)
     shapes: list[Any] = []
     for block in backend.model.visual.transformer.resblocks:
         block.mlp.register_forward_hook(lambda _module, _given, made: shapes.append(tuple(made.shape[:2])))
@@ -67,7 +69,7 @@ def test_the_last_block_computes_the_one_token_that_is_read(tiny: Path, tiny_onn
 def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path, tiny_immich: Path) -> None:
     """Lost otherwise: vectors that depend on how many pictures came along, or on how a machine was tuned."""
     pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()]][:7])
-    torch = backends.TorchBackend(backends.ModelOptions("CLIP", "torch", str(tiny), tiny))
+    torch = torch_backend.TorchBackend(ModelOptions("CLIP", "torch", str(tiny), tiny))
     for backend in (load(tiny_onnx), load(tiny_immich), torch):
         found = []
         for arrangement in backend.arrangements():
@@ -323,7 +325,7 @@ def test_a_slow_board_is_not_kept_at_its_tuning(tiny_onnx: Path, monkeypatch: py
 
 def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path: Path) -> None:
     """Lost otherwise: an app that cannot tell its user how long an import will take."""
-    data = label_files(tmp_path)
+    data = write_labels(tmp_path)
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_TUNE": "1"}
     node = Node(data, **settings).ready()
     try:
@@ -429,7 +431,7 @@ def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> No
     expected = reference_vectors(reference, pictures=pictures), reference_vectors(reference, texts=texts)
     pixels = np.stack([pixels_of(encoded(p.convert("RGB"), "PNG")) for p in pictures])
     for options in (("torch", f"ViT-B-32:{weights}"), ("onnxrt", str(big / "onnx"))):
-        backend = backends.create_backend(backends.ModelOptions("CLIP", *options, tmp_path))
+        backend = backends.create_backend(ModelOptions("CLIP", *options, tmp_path))
         assert backend.dim == 512
         assert (np.sum(backend.encode_images(pixels) * expected[0], axis=1) > 0.9999).all()
         assert (np.sum(backend.encode_text(backend.tokenize(texts)) * expected[1], axis=1) > 0.9999).all()
@@ -438,7 +440,7 @@ def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> No
 @pytest.mark.big
 def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
     """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -m big -k small_board"""
-    data, photo = label_files(tmp_path), encoded(picture(RED, (1600, 1200)))
+    data, photo = write_labels(tmp_path), encoded(picture(RED, (1600, 1200)))
     resident = {}
     for kind, backend, model in (
         ("torch", "torch", f"ViT-B-32:{big / 'seeded.pt'}"),
@@ -469,7 +471,7 @@ def test_scaled_decode_on_real_photographs(big: Path, tmp_path: Path) -> None:
     paths = [path for path in photographs() if min(Image.open(path).size) >= 1000]
     if not paths:
         pytest.skip("no real photographs here; Debian's gnome-backgrounds and plasma-workspace-wallpapers have some")
-    backend = backends.create_backend(backends.ModelOptions("CLIP", "onnxrt", str(big / "onnx"), tmp_path))
+    backend = backends.create_backend(ModelOptions("CLIP", "onnxrt", str(big / "onnx"), tmp_path))
     cosines = []
     for path in paths[:40]:
         full, draft = (backend.encode_images(pixels_of(path.read_bytes(), draft)[None])[0] for draft in (False, True))

@@ -20,9 +20,9 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import backends
-import npu
+import machine
 from gen import ml_service_pb2 as pb
+from settings import ModelOptions
 from tests.hub import IMMICH_REPO, FakeHub, folder_content
 from tests.kit import (
     IMAGENET,
@@ -32,11 +32,11 @@ from tests.kit import (
     ROOT,
     SERVICE,
     Node,
-    chunks,
     encoded,
-    label_files,
+    in_chunks,
     picture,
     wait_until,
+    write_labels,
 )
 from tests.npu_double import golden_of, with_program
 
@@ -68,7 +68,7 @@ def test_a_board_downloads_its_own_program(tmp_path: Path, hub: FakeHub, tiny_on
     folder = with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx))
     shutil.copytree(folder / "visual" / "rknpu" / "rk3588", folder / "visual" / "rknpu" / "rk3566")
     hub.repos[IMMICH_REPO] = folder_content(folder)
-    data = label_files(tmp_path / "data")
+    data = write_labels(tmp_path / "data")
     settings = {"BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url, "PYTHONPATH": npu_library}
     # First a container that hides the board, which is then named.
     for target, runtime, fetched in (("", "onnxrt", set()), ("rk3588", "rknn", {"rk3588"}), ("rk3588", "rknn", set())):
@@ -76,7 +76,7 @@ def test_a_board_downloads_its_own_program(tmp_path: Path, hub: FakeHub, tiny_on
         node = Node(data, CLIP_BACKEND="rknn", CLIP_RKNN_TARGET=target, **settings).ready()
         assert node.stub.GetCapabilities(Empty()).runtime == runtime
         assert node.stop() == 0
-        assert {part for r in hub.requests for part in npu.NPU_CORES if f"/{part}/" in r} == fetched
+        assert {part for r in hub.requests for part in machine.NPU_CORES if f"/{part}/" in r} == fetched
 
 
 def test_a_damaged_download_is_fetched_once_more_and_then_refused(
@@ -84,7 +84,7 @@ def test_a_damaged_download_is_fetched_once_more_and_then_refused(
 ) -> None:
     """Lost otherwise: a board with a tired disk, or vectors of weights that are not the model's."""
     hub.repos[IMMICH_REPO] = folder_content(tiny_onnx)
-    data = label_files(tmp_path)
+    data = write_labels(tmp_path)
     settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url}
     assert Node(data, **settings).ready().stop() == 0
     tower = data / "models" / IMMICH_REPO.replace("/", "--") / "visual" / "model.onnx"
@@ -120,7 +120,7 @@ def test_a_kill_in_the_middle_of_a_download_costs_no_more_than_the_rest(
         "CLIP_MODEL": "hf-hub:org/model",
         "HF_ENDPOINT": hub.url,
     }
-    node = Node(label_files(tmp_path), **settings).bound()
+    node = Node(write_labels(tmp_path), **settings).bound()
     assert hub.stalled.wait(LIMIT_S)
     node.process.kill()
     node.stop()
@@ -148,10 +148,10 @@ def test_a_wrong_label_file_from_the_hub_is_refused_and_named(tmp_path: Path, hu
 def test_torch_weights_come_from_the_hub_once(tmp_path: Path, hub: FakeHub, tiny: Path) -> None:
     """Lost otherwise: the default backend; with `hf-hub:` and with OpenCLIP's tags alike."""
     hub.repos["org/tiny"] = folder_content(tiny)
-    options = backends.ModelOptions("CLIP", "torch", "hf-hub:org/tiny", tmp_path)
+    options = ModelOptions("CLIP", "torch", "hf-hub:org/tiny", tmp_path)
     script = (
         "import backends, sys; from pathlib import Path\n"
-        f"options = backends.ModelOptions('CLIP', 'torch', {options.model!r}, Path(sys.argv[1]))\n"
+        f"options = ModelOptions('CLIP', 'torch', {options.model!r}, Path(sys.argv[1]))\n"
         "print(backends.create_backend(options).model_id)"
     )
     for endpoint in (hub.url, NOWHERE):
@@ -266,13 +266,13 @@ def test_told_to_stop_it_answers_what_it_has_and_exits_0(
 ) -> None:
     """Lost otherwise: photographs in flight, at each upgrade."""
     settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": tiny_onnx}
-    node = Node(label_files(tmp_path, tiny_onnx), ("--log-level", "debug"), **settings).ready()
+    node = Node(write_labels(tmp_path, tiny_onnx), ("--log-level", "debug"), **settings).ready()
     photo = encoded(picture(RED, (4000, 3000)), "PNG")  # takes a while to decode
     release = threading.Event()
 
     def requests() -> Iterator[pb.InferRequest]:
         yield pb.InferRequest(task="clip_embed", payload=b"a dog")
-        yield from chunks(photo, 20, task="clip_image_embed")
+        yield from in_chunks(photo, 20, task="clip_image_embed")
         node.wait_for("stopping: ")
         check = health_pb2_grpc.HealthStub(node.channel).Check
         wait_until(lambda: check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING)

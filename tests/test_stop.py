@@ -17,24 +17,24 @@ import pytest
 
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import LIMIT_S, ROOT, Node, encoded, label_files, one_model, picture, wait_until
+from tests.kit import LIMIT_S, ROOT, Node, encoded, one_model, picture, wait_until, write_labels
 
 # A daemon whose model never finishes a white picture.
 STUCK = """
 import sys, time
 sys.path.insert(0, "@ROOT@")
-import discovery, lumen_clip, onnxrt
+import discovery, lumen_clip, onnx_backend
 
 lumen_clip.DRAIN_S = int("@DRAIN@")
 
-encode = onnxrt.ONNXRTBackend.encode_images
+encode = onnx_backend.FolderBackend.encode_images
 
 def encode_or_hang(backend, pixels):
     if backend.self_test_cosine is not None and pixels.mean() > 235:  # it has started
         time.sleep(3600)
     return encode(backend, pixels)
 
-onnxrt.ONNXRTBackend.encode_images = encode_or_hang
+onnx_backend.FolderBackend.encode_images = encode_or_hang
 if "@LOADING@":
     lumen_clip.load_models = lambda *arguments: time.sleep(3600)
     discovery.Advertiser.close = lambda advertiser: time.sleep(3600)  # a network that accepts no goodbye
@@ -53,7 +53,7 @@ WHITE = encoded(picture((255, 255, 255)), "PNG")
 
 @pytest.fixture
 def stuck(tmp_path: Path, tiny_onnx: Path) -> Callable[..., Node]:
-    data = label_files(tmp_path / "data", tiny_onnx)
+    data = write_labels(tmp_path / "data", tiny_onnx)
 
     def start(loading: str = "", drain: int = 20) -> Node:
         script = STUCK.replace("@ROOT@", str(ROOT)).replace("@LOADING@", loading).replace("@DRAIN@", str(drain))

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import backends
-import inputs
+import preprocess
 from gen import ml_service_pb2 as pb
 from tests.kit import BLUE, COLOURS, GREEN, IMAGENET, RED, SPECIES, Node, encoded, picture, reference_vectors
 
@@ -164,7 +163,7 @@ TENSOR_META = {
 def test_a_ready_made_tensor_gives_the_answer_of_its_picture(node: Node) -> None:
     """Lost otherwise: the photo app's fast path, which has no way back once a tensor is sent."""
     pixels = np.asarray(picture(RED, (224, 224)))
-    values = backends.normalize(pixels[None], inputs.Preprocess())
+    values = preprocess.normalize(pixels[None], preprocess.Preprocess())
     expected = node.result("bioclip_image_embed", encoded(Image.fromarray(pixels), "PNG"))["vector"]
     for dtype, name in (("<f4", "fp32"), ("<f2", "fp16")):
         payload, meta = values.astype(dtype).tobytes(), TENSOR_META | {"lumen.tensor.dtype": name}
@@ -173,7 +172,7 @@ def test_a_ready_made_tensor_gives_the_answer_of_its_picture(node: Node) -> None
         )
         [response] = node.infer(request)
         assert json.loads(response.result)["vector"] == pytest.approx(expected, abs=1e-6)
-        assert np.array_equal(inputs.pixels_from_tensor(payload, meta, inputs.Preprocess()), pixels)
+        assert np.array_equal(preprocess.pixels_from_tensor(payload, meta, preprocess.Preprocess()), pixels)
         request.task = "bioclip_classify"
         assert len(json.loads(node.infer(request)[0].result)["labels"]) == 3
 

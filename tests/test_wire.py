@@ -20,11 +20,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
-import assembly
+import chunks
+import errors
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.kit import LIMIT_S, RED, ROOT, SERVICE, Node, chunks, encoded, label_files, picture, wait_until
+from tests.kit import LIMIT_S, RED, ROOT, SERVICE, Node, encoded, in_chunks, picture, wait_until, write_labels
 
 # --- the wire ------------------------------------------------------------------------------------------------------
 
@@ -33,18 +34,18 @@ def test_chunks_make_a_request_whatever_their_order_and_ids(node: Node) -> None:
     """Lost otherwise: photographs over 1 MiB; the app sends them in chunks, with an empty correlation id."""
     photo = encoded(picture(RED, (900, 700)), "PNG")
     whole = node.result("clip_image_embed", photo)["vector"]
-    ordered = chunks(photo, 7, task="clip_image_embed", payload_mime="image/webp", meta={"a": "b"})
-    shuffled = chunks(photo, 5, task="clip_image_embed", correlation_id="s")[::-1]
+    ordered = in_chunks(photo, 7, task="clip_image_embed", payload_mime="image/webp", meta={"a": "b"})
+    shuffled = in_chunks(photo, 5, task="clip_image_embed", correlation_id="s")[::-1]
     mixed = [
         m
         for pair in zip(
-            chunks(photo, 4, task="clip_image_embed", correlation_id="x"),
-            chunks(b"a dog", 4, task="clip_embed", correlation_id="y"),
+            in_chunks(photo, 4, task="clip_image_embed", correlation_id="x"),
+            in_chunks(b"a dog", 4, task="clip_embed", correlation_id="y"),
             strict=True,
         )
         for m in pair
     ]
-    plain = chunks(photo, 3, task="clip_image_embed")
+    plain = in_chunks(photo, 3, task="clip_image_embed")
     for message in plain:
         message.offset = 0  # some clients leave it out
     responses = node.infer(*ordered, *shuffled, *mixed, *plain)
@@ -83,25 +84,25 @@ def test_lying_chunk_fields_are_answered_once_and_the_stream_goes_on(
 
 def test_an_id_that_failed_can_be_used_again(torch_node: Node) -> None:
     """Lost otherwise: all requests of a client with empty ids, after its first bad one."""
-    bad = chunks(b"a dog", 5, task="clip_embed")
+    bad = in_chunks(b"a dog", 5, task="clip_embed")
     bad[1].meta["x"] = "y"
-    responses = torch_node.infer(*bad, *chunks(b"a cat", 5, task="clip_embed"))
+    responses = torch_node.infer(*bad, *in_chunks(b"a cat", 5, task="clip_embed"))
     assert ["meta" in responses[0].error.message, bool(responses[1].result), len(responses)] == [True, True, 2]
 
 
 def test_unfinished_requests_and_their_bytes_are_bounded() -> None:
     """Lost otherwise: the memory of a board to one client that never ends what it begins."""
-    assembler = assembly.Assembler(1000)
-    for i in range(assembly.OPEN_IDS_MAX):
+    assembler = chunks.Assembler(1000)
+    for i in range(chunks.OPEN_IDS_MAX):
         assert assembler.add(pb.InferRequest(correlation_id=str(i), total=2), b"x") is None
-    with pytest.raises(assembly.ChunkError, match="unfinished"):
+    with pytest.raises(errors.BadInput, match="unfinished"):
         assembler.add(pb.InferRequest(correlation_id="one more", total=2), b"x")
-    assert len(assembler.unfinished()) == assembly.OPEN_IDS_MAX
-    assert assembly.CHUNK_COST < assembler.held() / assembly.OPEN_IDS_MAX < 2 * assembly.CHUNK_COST + 20
+    assert len(assembler.unfinished()) == chunks.OPEN_IDS_MAX
+    assert chunks.CHUNK_COST < assembler.held() / chunks.OPEN_IDS_MAX < 2 * chunks.CHUNK_COST + 20
     before = assembler.held()
-    with pytest.raises(assembly.ChunkError, match="1000 bytes"):
+    with pytest.raises(errors.BadInput, match="1000 bytes"):
         assembler.add(pb.InferRequest(correlation_id="0", seq=1, total=2), b"x" * 1000)
-    assert len(assembler.unfinished()) == assembly.OPEN_IDS_MAX - 1 and assembler.held() < before
+    assert len(assembler.unfinished()) == chunks.OPEN_IDS_MAX - 1 and assembler.held() < before
 
 
 def test_a_complete_request_is_answered_before_half_close(node: Node) -> None:
@@ -235,7 +236,7 @@ def test_gen_is_what_the_proto_generates(tmp_path: Path) -> None:
 def small_node(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Iterator[Node]:
     """A daemon with small limits and one model."""
     node = Node(
-        label_files(tmp_path_factory.mktemp("small-data"), tiny_onnx),
+        write_labels(tmp_path_factory.mktemp("small-data"), tiny_onnx),
         CLIP_BACKEND="onnxrt",
         BIOCLIP_BACKEND="none",
         CLIP_MODEL=tiny_onnx,
@@ -280,7 +281,7 @@ def test_what_is_too_large_is_refused_and_the_stream_goes_on(small_node: Node) -
     narrow = encoded(Image.new("RGB", (1, 60_000)), "PNG")
     requests = [
         pb.InferRequest(correlation_id="single", task="clip_image_embed", payload=noise),
-        *chunks(noise, 6, correlation_id="chunked", task="clip_image_embed"),
+        *in_chunks(noise, 6, correlation_id="chunked", task="clip_image_embed"),
         pb.InferRequest(correlation_id="wide", task="clip_image_embed", payload=wide),
         pb.InferRequest(correlation_id="narrow", task="clip_image_embed", payload=narrow),
         pb.InferRequest(correlation_id="good", task="clip_embed", payload=b"a dog"),

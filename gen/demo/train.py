@@ -40,21 +40,21 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import backends  # noqa: E402
 import export  # noqa: E402
-import inputs  # noqa: E402
+import label_files  # noqa: E402
 import labels  # noqa: E402
-import labelsets  # noqa: E402
-import onnxrt  # noqa: E402
-import scenes  # noqa: E402
-import taxa  # noqa: E402
+import model_files  # noqa: E402
+import onnx_backend  # noqa: E402
+import preprocess  # noqa: E402
+import species  # noqa: E402
+from settings import ModelOptions  # noqa: E402
 
 # npm packages of @iconify-json; README.md has their licences and versions.
 TRAINED = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
 HELD_OUT = ("twemoji", "openmoji")
 SIZE = 64  # of the model's input
 DRAWN = 96  # of the drawings that augmentation samples from
-RECIPE = inputs.Preprocess(size=SIZE)
+RECIPE = preprocess.Preprocess(size=SIZE)
 VOCABULARY = 2_560
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -165,7 +165,8 @@ def drawn(art: Path, emoji: list[Emoji], style: str) -> dict[str, NDArray[np.uin
 
 # --- what is true of an emoji -----------------------------------------------------------------------------------
 
-ANIMAL, BIRD, INSECT, OBJECT, LANDSCAPE, ABSTRACT = labels.SCENES
+UPSTREAM_SCENES = tuple(label_files.SCENES)[:6]
+ANIMAL, BIRD, INSECT, OBJECT, LANDSCAPE, ABSTRACT = UPSTREAM_SCENES
 _SCENE_KINDS = {
     ANIMAL: "animal-mammal animal-amphibian animal-reptile animal-marine",
     BIRD: "animal-bird",
@@ -222,7 +223,7 @@ def read_taxa() -> tuple[list[str], dict[str, str]]:
                 prefix = ranks
             case [names, ranks, common]:
                 lineage = "/".join([*f"{prefix} {ranks}".split(), common])
-                assert lineage.count("/") == len(taxa.RANKS), line
+                assert lineage.count("/") == len(species.RANKS), line
                 lineages.append(lineage)
                 of_name.update({name.strip().lower(): lineage for name in names.split(",")})
     return lineages, of_name
@@ -259,7 +260,7 @@ class Captions:
             return content
         if kind == "species":
             slots = content.split("/")
-            forms = (*taxa.species_prompts(content) * 3, " ".join(slots[5:7]), slots[7], f"a photo of a {slots[7]}.")
+            forms = (*species.species_prompts(content) * 3, " ".join(slots[5:7]), slots[7], f"a photo of a {slots[7]}.")
             return rng.choice(forms)
         if rng.random() < 0.3:
             return content
@@ -488,13 +489,13 @@ def write_demo(art: Path, emoji: list[Emoji], trained: Path, to: Path) -> None:
             target = to / path.relative_to(towers)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    lineages, species = read_taxa()
-    rows = [[lineage.split("/")[: len(taxa.RANKS)], lineage.split("/")[len(taxa.RANKS)]] for lineage in lineages]
+    lineages, of_name = read_taxa()
+    rows = [[lineage.split("/")[: len(species.RANKS)], lineage.split("/")[len(species.RANKS)]] for lineage in lineages]
     _write_rows(to / "species.json", rows)
     _write_rows(to / "names.json", [one.name for one in emoji])
     drawings = find_drawings(art, emoji, HELD_OUT[0])
     held_out = [
-        {"name": one.name, "scene": scene_of(one), "species": species.get(one.name), "svg": drawings[one.code]}
+        {"name": one.name, "scene": scene_of(one), "species": of_name.get(one.name), "svg": drawings[one.code]}
         for one in emoji
         if one.code in drawings
     ]
@@ -514,14 +515,14 @@ def _write_rows(path: Path, rows: list[Any]) -> None:
 
 def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     """Zero-shot on a style's drawings, at 256 pixels over white, through the daemon's own backend and prompts."""
-    backend = onnxrt.ONNXRTBackend(backends.ModelOptions("CLIP", "onnxrt", str(folder), folder))
+    backend = onnx_backend.open_onnx(ModelOptions("CLIP", "onnxrt", str(folder), folder))
     drawings = find_drawings(art, emoji, style)
     shown = [one for one in emoji if one.code in drawings]
     rows = []
     for one in shown:
         file = io.BytesIO()
         draw(drawings[one.code], 256).save(file, "PNG")
-        pixels = inputs.decode_image(file.getvalue(), [backend.preprocess], 10**7, False)[backend.preprocess]
+        pixels = preprocess.decode_image(file.getvalue(), [backend.preprocess], 10**7, False)[backend.preprocess]
         rows.append(backend.encode_images(pixels[None])[0])
     images = np.stack(rows)
 
@@ -532,30 +533,33 @@ def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     names = [one.name for one in emoji]
     best = ranked(names, labels.names_recipe(7))[:, :5]
     hits = best == np.array([names.index(one.name) for one in shown])[:, None]
-    told = [labels.SCENES[i] for i in ranked(list(labels.SCENES), labels.SCENE_RECIPE)[:, 0]]
+    told = [
+        UPSTREAM_SCENES[i]
+        for i in ranked(list(UPSTREAM_SCENES), labels.Recipe("as it is", lambda label: [label]))[:, 0]
+    ]
     lineages, of_name = read_taxa()
-    nearest = [lineages[i] for i in ranked(lineages, taxa.RECIPE)[:, 0]]
+    nearest = [lineages[i] for i in ranked(lineages, species.RECIPE)[:, 0]]
     truths = [(found, truth) for found, one in zip(told, shown, strict=True) if (truth := scene_of(one))]
-    species = [(found, of_name[one.name]) for found, one in zip(nearest, shown, strict=True) if one.name in of_name]
+    named = [(found, of_name[one.name]) for found, one in zip(nearest, shown, strict=True) if one.name in of_name]
     return "\n".join(
         [
             f"{style}: top-1 {hits[:, 0].mean():.1%}, top-5 {hits.any(axis=1).mean():.1%} of {len(shown)} drawings, "
-            f"{len(names)} names; species {_share(species)} of {len(species)}, {len(lineages)} species",
+            f"{len(names)} names; species {_share(named)} of {len(named)}, {len(lineages)} species",
             f"  scenes {_share(truths)} of {len(truths)}: "
-            + ", ".join(f"{s!r} {_share([pair for pair in truths if pair[1] == s])}" for s in labels.SCENES),
+            + ", ".join(f"{s!r} {_share([pair for pair in truths if pair[1] == s])}" for s in UPSTREAM_SCENES),
             "  to the species by the six scenes: "
             + _ways([scene in (ANIMAL, BIRD, INSECT) for scene in told], shown, of_name),
-            "  to the species by scenes.TABLE: " + _ways(to_species(backend, images), shown, of_name),
+            "  to the species by label_files.SCENES: " + _ways(to_species(backend, images), shown, of_name),
         ]
     )
 
 
-def to_species(backend: backends.Backend, images: Any) -> list[bool]:
+def to_species(backend: model_files.Backend, images: Any) -> list[bool]:
     """Whether `smart_classify` asks BioCLIP of each of `[n, dim]` images."""
-    table = scenes.read_scenes("")
+    table = label_files.read_scenes("")
     texts = table.choices.texts()
-    vectors = labels.label_vectors(texts, labelsets.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part)))
-    found = scenes.SceneSet(table, vectors, backend.logit_scale)
+    vectors = labels.label_vectors(texts, label_files.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part)))
+    found = label_files.SceneSet(table, vectors, backend.logit_scale)
     return [found.settle(found.top(row, len(found))) is None for row in found.probabilities(images)]
 
 

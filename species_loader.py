@@ -11,27 +11,28 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import treeoflife
-import vectorfile
+import label_cache
+import machine
+import tree_of_life
 from engine import Answer, Engine, Job, Line, Steps
-from labels import ENCODE_BATCH, LabelError, Vectors
-from model_files import report_download
+from errors import LabelError
+from label_cache import TextVectors
+from labels import ENCODE_BATCH
+from model_files import Vectors, encoder_of
+from species import RECIPE, Species
 from tasks import Model, Models
-from taxa import RECIPE, Species
-from vectorfile import TextVectors
 
-log = logging.getLogger("lumen.loading")
+log = logging.getLogger("lumen.species_loader")
 
 RETRY_S = 600  # after a download that failed
 STATUS_S = 10  # between two words on how far it is
 MEASURE_S = 60  # of computing, before it is decided whether to go on
 QUICK_S = 3600  # of computing that is not worth a download of gigabytes
 DOWNLOAD = "a download of 2.66 GB (about 4 min at 100 Mbit/s, 36 min at 10 Mbit/s)"
-TEN_M, TWO_HUNDRED_M = treeoflife.SOURCES
+TEN_M, TWO_HUNDRED_M = tree_of_life.SOURCES
 
 
 class SpeciesLoader:
@@ -47,28 +48,29 @@ class SpeciesLoader:
     def __init__(self, source: str, model: Model, folder: Path, data_dir: Path, engine: Engine) -> None:
         """`folder` keeps the vectors of this model: computed ones, and in a folder of their own published ones, so that
         neither replace the others."""
-        self._published_folder = folder / treeoflife.PUBLISHED
+        self._published_folder = folder / tree_of_life.PUBLISHED
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
+        self._encode = encoder_of(model.backend)
         self._through_engine = model.encoder(engine)
-        self._rest = engine.add(Line("bioclip rest", self._let_go, 1, Line.BACKGROUND))
+        self._unload = engine.add(Line("bioclip unload", self._let_go, 1, Line.BACKGROUND))
 
     def at_once(self, say: Callable[[str], None]) -> Species | None:
         """The species, if they are there or few; before the inference thread runs. Raises LabelError."""
         backend = self._model.backend
-        if treeoflife.is_folder(self._source):
-            note = self._folder / vectorfile.NOTE
-            return self._species(treeoflife.ready_made(Path(self._source), backend.dim, self._encode, note))
+        if tree_of_life.is_folder(self._source):
+            note = self._folder / label_cache.NOTE
+            return self._species(tree_of_life.ready_made(Path(self._source), backend.dim, self._encode, note))
         if self._source in ("", TWO_HUNDRED_M):
             if found := self._kept_200m():
                 return self._species(found)
             if self._source:
                 return None
-        path = treeoflife.names_file(self._source, self._data_dir, partial(report_download, say))
-        digest = treeoflife.sha256_of(path)
-        wanted = treeoflife.wanted_of(backend.model_id, RECIPE.name, digest, backend.dim)
-        if found := treeoflife.kept(self._folder, wanted, self._encode):
+        path = tree_of_life.names_file(self._source, self._data_dir, say)
+        digest = machine.sha256_of(path)
+        wanted = tree_of_life.wanted_of(backend.model_id, RECIPE.name, digest, backend.dim)
+        if found := tree_of_life.kept(self._folder, wanted, self._encode):
             return self._species(found)
-        if treeoflife.count_of(path) > vectorfile.SHARD_LABELS:
+        if len(tree_of_life.lineages_of(path)) > label_cache.SHARD_LABELS:
             return None
         doing = f"computing text vectors for {backend.model_id}"
         return self._computed(self._encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
@@ -90,7 +92,7 @@ class SpeciesLoader:
                     time.sleep(RETRY_S)
                     report.progress.failure = ""
             models.add_species(species)
-            self._rest_text()
+            self._unload_text()
             say("serving")
             log.info("%s: ready", report.progress.name)
 
@@ -99,8 +101,8 @@ class SpeciesLoader:
 
     def _kept_200m(self) -> TextVectors | None:
         for folder in (self._published_folder, self._folder):  # an earlier version kept them in the latter
-            is_published = vectorfile.meta_of(folder / vectorfile.FILE).get("recipe") == treeoflife.PUBLISHED
-            if is_published and (found := treeoflife.kept(folder, self._wanted_200m(), self._encode)):
+            is_published = label_cache.meta_of(folder / label_cache.FILE).get("recipe") == tree_of_life.PUBLISHED
+            if is_published and (found := tree_of_life.kept(folder, self._wanted_200m(), self._encode)):
                 return found
         return None
 
@@ -122,9 +124,9 @@ class SpeciesLoader:
                 patience = max(RETRY_S, 2 * patience)
                 text = "%s: %s; computing %s goes on, the next attempt is in %s"
                 known = None if isinstance(error, LabelError) else error
-                log.warning(text, TWO_HUNDRED_M, error, TEN_M, treeoflife.about(patience), exc_info=known)
+                log.warning(text, TWO_HUNDRED_M, error, TEN_M, tree_of_life.about(patience), exc_info=known)
 
-    def _until_slow(self, report: vectorfile.Progress, patience: float) -> vectorfile.Progress:
+    def _until_slow(self, report: label_cache.Progress, patience: float) -> label_cache.Progress:
         """Progress of computing that raises _TooSlow, once, if the rest takes long and TreeOfLife-200M can be used.
 
         Decides when labels have been computed for `patience` seconds, and logs what is chosen.
@@ -152,14 +154,14 @@ class SpeciesLoader:
 
     def _is_slow(self, left: float) -> bool:
         """Whether TreeOfLife-200M replaces computing that takes so many seconds; logs the choice in one line."""
-        chosen, other = f"{TEN_M}, computed in {treeoflife.about(left)}", f"{TWO_HUNDRED_M}, a JSON file or a folder"
+        chosen, other = f"{TEN_M}, computed in {tree_of_life.about(left)}", f"{TWO_HUNDRED_M}, a JSON file or a folder"
         obstacle = ""
         if left < QUICK_S:
             reason = f"that is less than {QUICK_S // 60} min"
         elif obstacle := self._obstacle():
             reason = f"{TWO_HUNDRED_M} cannot be used, since {obstacle}"
         else:
-            reason = f"computing {TEN_M} would take {treeoflife.about(left)}"
+            reason = f"computing {TEN_M} would take {tree_of_life.about(left)}"
             chosen, other = f"{TWO_HUNDRED_M}, {DOWNLOAD}", TEN_M
         text = "BIOCLIP_LABELS is not set; chosen: %s; reason: %s. To choose otherwise, set BIOCLIP_LABELS to %s"
         log.info(text, chosen, reason, other)
@@ -168,24 +170,24 @@ class SpeciesLoader:
     def _obstacle(self) -> str:
         """Why TreeOfLife-200M cannot be used, or ""."""
         folder, model_id = self._published_folder, self._model.backend.model_id
-        if vectorfile.load_or_none(folder / vectorfile.FILE, self._wanted_200m()):  # else `at_once` had used it
+        if label_cache.load_or_none(folder / label_cache.FILE, self._wanted_200m()):  # else `at_once` had used it
             return f"its vectors were tried, and are not those of {model_id}"
-        return treeoflife.published_obstacle(folder, model_id)
+        return tree_of_life.published_obstacle(folder, model_id)
 
     def _wanted_200m(self) -> dict[str, Any]:
         backend = self._model.backend
-        recipe, digest = treeoflife.PUBLISHED, treeoflife.REVISION_200M
-        return treeoflife.wanted_of(backend.model_id, recipe, digest, backend.dim)
+        recipe, digest = tree_of_life.PUBLISHED, tree_of_life.REVISION_200M
+        return tree_of_life.wanted_of(backend.model_id, recipe, digest, backend.dim)
 
-    def _computed(self, encode: Callable[[list[str]], Vectors], tell: vectorfile.Progress) -> Species:
-        path, backend = treeoflife.names_file(self._source, self._data_dir), self._model.backend
-        names, found = treeoflife.computed(self._folder, path, backend.model_id, backend.dim, encode, tell)
+    def _computed(self, encode: Callable[[list[str]], Vectors], tell: label_cache.Progress) -> Species:
+        path, backend = tree_of_life.names_file(self._source, self._data_dir), self._model.backend
+        names, found = tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell)
         return Species(names, found, backend.logit_scale)
 
-    def _published(self, tell: vectorfile.Progress) -> Species:
+    def _published(self, tell: label_cache.Progress) -> Species:
         backend = self._model.backend
-        found = treeoflife.published(self._published_folder, backend.model_id, tell)
-        if found.vecs.shape[1] != backend.dim or not treeoflife.belongs(found, self._through_engine):
+        found = tree_of_life.published(self._published_folder, backend.model_id, tell)
+        if found.vecs.shape[1] != backend.dim or not tree_of_life.belongs(found, self._through_engine):
             raise LabelError(f"its vectors are BioCLIP-2's, and not those of {backend.model_id}")
         return self._species(found)
 
@@ -193,14 +195,11 @@ class SpeciesLoader:
         assert found.names is not None
         return Species(found.names, found, self._model.backend.logit_scale)
 
-    def _encode(self, texts: list[str]) -> Vectors:
-        return self._model.backend.encode_text(self._model.backend.tokenize(texts))
-
-    def _rest_text(self) -> None:
+    def _unload_text(self) -> None:
         """In the engine's order, for the text tower is the inference thread's."""
 
         def steps() -> Steps:
-            yield self._rest, [None]
+            yield self._unload, [None]
             return Answer("", b"", {})
 
         job = Job("", "", 0)
@@ -209,7 +208,7 @@ class SpeciesLoader:
         job.answer.result()
 
     def _let_go(self, items: list[Any]) -> list[None]:
-        self._model.backend.rest_text()
+        self._model.backend.unload_text()
         return [None for _ in items]
 
 
@@ -225,7 +224,7 @@ class _Report:
 
     def begin(self, source: str) -> None:
         unit = "MB" if source == TWO_HUNDRED_M else "labels"
-        self.progress = self._models.progress = treeoflife.Progress(source, unit)
+        self.progress = self._models.progress = tree_of_life.Progress(source, unit)
 
     def __call__(self, done: int, total: int) -> None:
         self.progress(done, total)

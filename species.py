@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labels import Cosines, Recipe, Vectors, largest, score, softmax, top
-from vectorfile import TextVectors
+from label_cache import TextVectors
+from labels import Cosines, Recipe, largest, score, softmax, top
+from model_files import Vectors
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
 LABEL_FORMATS = ("lineage", "scientific", "common")

@@ -1,8 +1,10 @@
-"""Label sets of one's own: the files `labels/NAME.txt` and `NAME.json`, read, watched, encoded and scored.
+"""The operator's own label sets, `labels/NAME.txt` and `NAME.json`, and scenes: read, checked, encoded and scored.
 
-A file that is new or changed becomes a set on a thread of its own, whose prompts are encoded among everybody's work.
-Until then, and when the file is not what it should be, the set of before answers. What requests look at is replaced as
-a whole, so they need no lock.
+A file that is new or changed becomes a set on a thread of its own, whose prompts are encoded among all other work.
+Until then, and when the file is wrong, the previous version is used. What requests look at is replaced as a whole, so
+they need no lock.
+
+Scenes are what `smart_classify` distinguishes, and which of them go to BioCLIP: SCENES, or a file of the same form.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import json
 import logging
 import re
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import vectorfile
-from labels import Encode, LabelError, LabelSet, Recipe, Vectors
+import label_cache
+from errors import LabelError
+from labels import LabelSet, Recipe
+from model_files import Encode, Vectors
 
-log = logging.getLogger("lumen.labelsets")
+log = logging.getLogger("lumen.label_files")
 
-LOOK_S = 2.0  # between two looks at the folder
 SETS_MAX = 64
 ROWS_MAX = 20_000  # of a set: labels, or prompts where a label has its own; 2 to 3 KB each
 PROMPTS_MAX = 200_000  # of a set, templates counted: an hour's work for two cores
@@ -35,6 +37,7 @@ TEXT_MAX = 1000  # characters of a label, a prompt or a template
 LIST_MAX = 100  # prompts of a label or of `none`, and templates
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 KEYS = ("labels", "none", "templates", "threshold")
+SCENES_MAX = 256
 NONE = ""  # the name of "none of these", which no label has
 
 PROMPTS = Recipe("prompts", json.loads)  # a row's text is the JSON of its prompts, so a cache's key tells all of them
@@ -83,17 +86,17 @@ class Maker:
     def at_hand(self, name: str, choices: Choices, encode: Encode) -> NDArray[Any] | None:
         """float32 `[rows, dim]` from the cache `name`, if it fits."""
         texts, key = self._key(choices)
-        found = vectorfile.load_or_none(self.folder / name / vectorfile.FILE, key.meta())
-        return found.vecs if found and vectorfile.fits(found.vecs, texts, PROMPTS, encode) else None
+        found = label_cache.load_or_none(self.folder / name / label_cache.FILE, key.meta())
+        return found.vecs if found and label_cache.fits(found.vecs, texts, PROMPTS, encode) else None
 
-    def vectors(self, name: str, choices: Choices, encode: Encode, progress: vectorfile.Progress) -> NDArray[Any]:
+    def vectors(self, name: str, choices: Choices, encode: Encode, progress: label_cache.Progress) -> NDArray[Any]:
         """float32 `[rows, dim]`, from the cache `name` or computed and kept there."""
         texts, key = self._key(choices)
-        return vectorfile.cached_vectors(self.folder / name, texts, PROMPTS, encode, key, progress=progress).vecs
+        return label_cache.cached_vectors(self.folder / name, texts, PROMPTS, encode, key, progress=progress).vecs
 
-    def _key(self, choices: Choices) -> tuple[list[str], vectorfile.CacheKey]:
+    def _key(self, choices: Choices) -> tuple[list[str], label_cache.CacheKey]:
         texts = choices.texts()
-        return texts, vectorfile.CacheKey.of(texts, PROMPTS, self.model_id, self.dim)
+        return texts, label_cache.CacheKey.of(texts, PROMPTS, self.model_id, self.dim)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ class OwnSet(ChoiceSet):
 
     def __init__(self, name: str, file: SetFile, vectors: NDArray[Any], logit_scale: float) -> None:
         super().__init__(file.choices, vectors, logit_scale)
-        self.name, self.threshold = name, file.threshold
+        self.name, self.file, self.threshold = name, file, file.threshold
         self.size = len(self.names) - (self.names[-1] == NONE)
 
     def answer(self, query: NDArray[np.float32], k: int, min_score: float) -> tuple[list[tuple[str, float]], float]:
@@ -220,28 +223,25 @@ class OwnSet(ChoiceSet):
         return list(found)[:k], float(row[-1]) if self.names[-1] == NONE else 0.0
 
 
-class Changed(Exception):
-    """A file changed while its vectors were computed."""
+class _Reloaded(Exception):
+    """The files are to be read again, while the vectors of one are being computed."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Of one name: the set that answers, if any, and what there is to be said of its file."""
+    """Of one name: the set that is used, if any, and what there is to be said about its file."""
 
     own: OwnSet | None = None
     note: str = ""
 
 
 class OwnSets:
-    """The sets that a folder's files make."""
+    """The sets that a folder's files make: read at the start, and again when `reload` is called."""
 
     def __init__(self, folder: Path, maker: Maker, templates: Sequence[str]) -> None:
         self._folder, self._maker, self._templates = folder, maker, templates
         self._states: Mapping[str, State] = {}  # replaced, never changed
-        self._seen: dict[str, Any] | None = None  # what the last look saw of each name's files
-        self._read: dict[str, Any] = {}  # and of those that were read
-        self._refused: set[str] = set()  # files whose names are no set's
-        self._said = ""  # of the folder
+        self._reload = threading.Event()
 
     def get(self, name: str) -> OwnSet:
         """Raises LabelError, for the client."""
@@ -264,46 +264,46 @@ class OwnSets:
             facts[f"clip_label_set.{name}"] = "; ".join(count + [state.note] * bool(state.note))
         return facts
 
-    def watch(self, encode: Encode) -> None:
-        """Looks at the folder from now on, on a thread of its own."""
-        threading.Thread(target=self._watch, args=(encode,), name="label sets", daemon=True).start()
+    def start(self, encode: Encode) -> None:
+        """Reads the files on a thread of its own, now and after each `reload`, and computes what is missing."""
 
-    def _watch(self, encode: Encode) -> None:
-        while True:
-            time.sleep(LOOK_S)
-            try:
-                self.look(encode)
-            except Exception:
-                log.exception("looking at the label sets failed")
+        def run() -> None:
+            while True:
+                self._reload.clear()
+                try:
+                    self.read(encode)
+                except Exception:
+                    log.exception("reading the label sets failed")
+                self._reload.wait()
 
-    def look(self, encode: Encode, compute: bool = True) -> None:
-        """Takes up what is new, and lets go of what is gone. Without `compute` only sets whose vectors are at hand.
+        threading.Thread(target=run, name="label sets", daemon=True).start()
 
-        Both take two looks that see the same, for an editor may be writing; what the first look of all sees is read.
+    def reload(self) -> None:
+        """Has the files read again. A set that is being computed is begun anew, without what is computed already."""
+        self._reload.set()
+
+    def read(self, encode: Encode, compute: bool = True) -> None:
+        """Takes over the files as they are now. Without `compute` only sets whose vectors are kept.
+
+        A set whose new file is wrong stays as it was.
         """
         try:
             files = self._files()
         except OSError as error:
-            if self._said != str(error):
-                self._said = str(error)
-                log.warning("the label sets' folder cannot be read (%s); they stay as they are", error)
+            log.warning("the label sets' folder cannot be read (%s); they stay as they are", error)
             return
-        self._said = ""
-        seen = {name: _signature(paths) for name, paths in files.items()}
-        for name in sorted(self._states.keys() - files.keys() - (self._seen or {}).keys()):
+        for name in sorted(self._states.keys() - files.keys()):
             self._states = {other: state for other, state in self._states.items() if other != name}
-            self._read.pop(name, None)
             log.info("label set %s is gone", name)
         # A name that is there already keeps its place.
         for at, name in enumerate(sorted(files, key=lambda name: (name not in self._states, name))):
-            rests = self._seen is None or self._seen.get(name) == seen[name]
-            if not rests or self._read.get(name) == seen[name]:
-                continue
             if at >= SETS_MAX:
-                self._trouble(name, f"there are {SETS_MAX} label sets already, as many as are allowed")
-            elif self._take_up(name, files[name], encode, compute):
-                self._read[name] = seen[name]
-        self._seen = seen
+                self._reject(name, f"there are {SETS_MAX} label sets already, as many as are allowed")
+                continue
+            try:
+                self._take_over(name, files[name], encode, compute)
+            except _Reloaded:
+                return
 
     def _files(self) -> dict[str, list[Path]]:
         """Name -> its files, of which there should be one. Raises OSError."""
@@ -317,62 +317,130 @@ class OwnSets:
                 continue
             if NAME.fullmatch(path.stem):
                 found.setdefault(path.stem, []).append(path)
-            elif path.name not in self._refused:
-                self._refused.add(path.name)
+            else:
                 log.warning("label set %r: its name is not allowed: letters, digits, - and _, at most 64", path.name)
         return found
 
-    def _take_up(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> bool:
-        """-> whether this is settled, for better or worse."""
-        begun = _signature(paths)
-
+    def _take_over(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> None:
         def progress(done: int, total: int) -> None:
-            if _signature(paths) != begun:
-                raise Changed
-            self._say(name, f"its text vectors are being computed: {done} of {total}")
+            if self._reload.is_set():
+                raise _Reloaded
+            self._note(name, f"its text vectors are being computed: {done} of {total}")
 
         try:
             if len(paths) > 1:
                 raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
             file = read_set(paths[0], self._templates)
-            vectors = self._maker.at_hand(name, file.choices, encode)
-            if vectors is None:
-                self._say(name, "its text vectors are being computed")
-                if not compute:
-                    return False
-                vectors = self._maker.vectors(name, file.choices, encode, progress)
-        except Changed:
-            return False
+            own = self._states[name].own if name in self._states else None
+            if own is None or own.file != file:
+                vectors = self._maker.at_hand(name, file.choices, encode)
+                if vectors is None:
+                    self._note(name, "its text vectors are being computed")
+                    if not compute:
+                        return
+                    vectors = self._maker.vectors(name, file.choices, encode, progress)
+                own = OwnSet(name, file, vectors, self._maker.logit_scale)
+                log.info("label set %s: %d labels", name, own.size)
+        except _Reloaded:
+            raise
         except LabelError as error:
-            self._trouble(name, str(error))
+            self._reject(name, str(error))
         except Exception:
             log.exception("label set %s", name)
-            self._trouble(name, "its text vectors cannot be computed; the daemon's log says more")
+            self._reject(name, "its text vectors cannot be computed; the daemon's log says more")
         else:
-            own = OwnSet(name, file, vectors, self._maker.logit_scale)
             self._states = {**self._states, name: State(own)}
-            log.info("label set %s: %d labels", name, own.size)
-        return True
 
-    def _say(self, name: str, note: str) -> None:
+    def _note(self, name: str, note: str) -> None:
         own = self._states[name].own if name in self._states else None
         self._states = {**self._states, name: State(own, note)}
 
-    def _trouble(self, name: str, reason: str) -> None:
+    def _reject(self, name: str, reason: str) -> None:
         stays = name in self._states and self._states[name].own is not None
-        note = f"not as its file says: {reason}" if stays else reason
-        if name not in self._states or self._states[name].note != note:
-            log.warning("label set %s: %s%s", name, reason, "; the set of before stays" if stays else "")
-        self._say(name, note)
+        log.warning("label set %s: %s%s", name, reason, "; the previous version is used" if stays else "")
+        self._note(name, f"not as its file says: {reason}" if stays else reason)
 
 
-def _signature(paths: Sequence[Path]) -> Any:
-    """Changes with the files' content."""
-    found = []
-    for path in paths:
-        try:
-            status = path.stat()
-        except OSError:  # gone since the folder was read
-            continue
-        found.append((path.name, status.st_mtime_ns, status.st_ctime_ns, status.st_size))
-    return found
+# --- scenes -----------------------------------------------------------------------------------------------------
+
+# The first six names are upstream's own, which old clients compare by string. Prompts are worded as captions of CLIP's
+# training are; README says how these were found and what they bring.
+SCENES: dict[str, Any] = {
+    "a photo of an animal": {"prompts": ["a photo of an animal", "a photo of a wild animal"], "species": True},
+    "a photo of a bird": {"species": True},
+    "a photo of an insect": {"prompts": ["a photo of an insect", "a photo of a bug"], "species": True},
+    "a photo of a human-made object": {
+        "prompts": ["a photo of a human-made object", "a close-up photo of a human-made object", "a photo of a tool"]
+    },
+    "a photo of a landscape": {},
+    "an abstract painting": {},
+    "a photo of a plant": {
+        "prompts": ["a photo of a plant", "a photo of a flower", "a photo of a tree"],
+        "species": True,
+    },
+    "a photo of a mushroom": {"species": True},
+    "a photo of a person": {},
+    "a photo of food": {},
+    "a photo of a document": {"prompts": ["a photo of a page of text"]},
+    "a photo of a room": {"prompts": ["a photo of the interior of a room"]},
+}
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A table that has been read."""
+
+    choices: Choices
+    species: frozenset[str]  # the names that go to BioCLIP
+
+
+class SceneSet(ChoiceSet):
+    """Scenes with their vectors."""
+
+    def __init__(self, scenes: Scenes, vectors: Any, logit_scale: float) -> None:
+        super().__init__(scenes.choices, vectors, logit_scale)
+        self._species = scenes.species
+
+    def settle(self, ranked: list[tuple[str, float]]) -> tuple[str, float] | None:
+        """All scenes of a picture with their scores, best first -> its scene, or None if it goes to BioCLIP.
+
+        It does if the scenes that go there are together likelier than the rest, even if one of the rest is likeliest.
+        """
+        rest = [(name, score) for name, score in ranked if name not in self._species]
+        if sum(score for _, score in rest) < 0.5 or not rest:
+            return None
+        return rest[0]
+
+
+def read_scenes(own: str) -> Scenes:
+    """The table in the file `own`, or SCENES. Raises LabelError."""
+    if not own:
+        return parse_scenes(SCENES)
+    try:
+        with Path(own).open("rb") as file:
+            return parse_scenes(parse_json(file.read(FILE_BYTES_MAX).decode("utf-8-sig")))
+    except UnicodeDecodeError:
+        raise LabelError(f"LUMEN_SCENES={own}: it is not UTF-8") from None
+    except OSError as error:
+        raise LabelError(f"LUMEN_SCENES={own}: {error.strerror or error}") from None
+    except LabelError as error:
+        raise LabelError(f"LUMEN_SCENES={own}: {error}") from None
+
+
+def parse_scenes(content: Any) -> Scenes:
+    """Raises LabelError."""
+    if not isinstance(content, dict) or not 2 <= len(content) <= SCENES_MAX:
+        raise LabelError(f"allowed: an object with 2 to {SCENES_MAX} scenes")
+    rows, species = [], set()
+    for name, scene in content.items():
+        texts_in([name], "a scene's name", 1)
+        if not isinstance(scene, dict) or not scene.keys() <= {"prompts", "species"}:
+            raise LabelError(f"{name[:80]!r}: allowed: an object with prompts and species, if wanted")
+        goes = scene.get("species", False)
+        if not isinstance(goes, bool):
+            raise LabelError(f"{name[:80]!r}: species: {str(goes)[:80]}; allowed: true, false")
+        if goes:
+            species.add(name)
+        prompts = texts_in(scene.get("prompts", [name]), f"{name[:80]!r}: prompts", LIST_MAX)
+        rows.append(tuple((prompt,) for prompt in prompts))
+    return Scenes(Choices(tuple(content), tuple(rows)), frozenset(species))

@@ -2,13 +2,12 @@
 
 `TreeOfLife-10M` brings names, whose vectors the model has to compute; `TreeOfLife-200M` brings vectors as well, stored
 dimension by dimension, which are put into rows while they stream in. Either way the result is `text_vectors.npz` (see
-`vectorfile`), with the names inside, and a start that finds it reads nothing else.
+`label_cache`), with the names inside, and a start that finds it reads nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -26,16 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import backends
+import errors
+import label_cache
 import machine
-import taxa
-import vectorfile
-from inputs import BackendError
-from labels import Encode, LabelError, Watched, fetch_file, unwatched
-from settings import DATA_DIR
-from taxa import RECIPE
-from vectorfile import CacheKey, Names, TextVectors
+import species
+from errors import BackendError, LabelError, one_line
+from label_cache import CacheKey, Names, TextVectors
+from machine import sha256_of
+from model_files import Encode, Say, encoder_of, fetch_file, quiet
+from settings import DATA_DIR, ModelOptions
+from species import RECIPE
 
-log = logging.getLogger("lumen.treeoflife")
+log = logging.getLogger("lumen.tree_of_life")
 
 SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")
 NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
@@ -95,26 +96,21 @@ def about(seconds: float) -> str:
 
 def is_folder(source: str) -> bool:
     """Whether BIOCLIP_LABELS names the result of an earlier build."""
-    return (Path(source) / vectorfile.FILE).is_file()
+    return (Path(source) / label_cache.FILE).is_file()
 
 
-def names_file(source: str, data_dir: Path, watched: Watched = unwatched) -> Path:
+def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
     """The label file of a source whose vectors are computed, fetched once. Raises LabelError."""
     if source and source not in SOURCES:
         path = Path(source)
         if not path.is_file():
-            allowed = f"{' or '.join(SOURCES)}, a JSON file, or a folder with {vectorfile.FILE}"
+            allowed = f"{' or '.join(SOURCES)}, a JSON file, or a folder with {label_cache.FILE}"
             raise LabelError(f"BIOCLIP_LABELS={source}: no such file; allowed: {allowed}")
         return path
     path = data_dir / "bioclip" / "txt_emb_species.json"
     if not path.is_file():
-        fetch_file(path, *NAMES_10M, watched, check=lineages_of)
+        fetch_file(path, *NAMES_10M, say, check=lineages_of)
     return path
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lineages_of(path: Path) -> list[str]:
@@ -123,18 +119,13 @@ def lineages_of(path: Path) -> list[str]:
     Row by row: as one object 867,455 of them take half a gigabyte.
     """
     try:
-        found = [taxa.lineage(index, row) for index, row in enumerate(_rows(path))]
+        found = [species.lineage(index, row) for index, row in enumerate(_rows(path))]
     except (OSError, ValueError, RecursionError) as error:
         complaint = f"{path}: not a JSON list of [[kingdom, ..., species], common name]"
         raise LabelError(f"{complaint} ({str(error)[:200]})") from error
     if not found:
         raise LabelError(f"{path}: an empty list")
     return found
-
-
-def count_of(path: Path) -> int:
-    """How many species a label file has. Raises LabelError."""
-    return len(lineages_of(path))
 
 
 def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
@@ -165,15 +156,15 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
 
 
 def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
-    """What an earlier `labels.py build` left in a folder of one's own, which need not be ours to write: `note`
+    """What an earlier `tree_of_life.py build` left in a folder of one's own, which need not be ours to write: `note`
     remembers that its checksums were read. Raises LabelError."""
     try:
-        found = vectorfile.load(folder / vectorfile.FILE, note=note)
-    except (OSError, vectorfile.Damaged) as error:
-        raise LabelError(f"BIOCLIP_LABELS={folder}: {vectorfile.FILE} cannot be used ({error})") from error
+        found = label_cache.load(folder / label_cache.FILE, note=note)
+    except (OSError, errors.DamagedCache) as error:
+        raise LabelError(f"BIOCLIP_LABELS={folder}: {label_cache.FILE} cannot be used ({error})") from error
     if found is None or found.names is None or found.depth is None or found.meta is None:
         raise LabelError(
-            f"BIOCLIP_LABELS={folder}: {vectorfile.FILE} has no lineages; `labels.py build` makes such files"
+            f"BIOCLIP_LABELS={folder}: {label_cache.FILE} has no lineages; `tree_of_life.py build` makes such files"
         )
     if found.vecs.shape[1] != dim:
         text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
@@ -186,14 +177,14 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
 
 def kept(folder: Path, wanted: dict[str, Any], encode: Encode) -> TextVectors | None:
     """The vectors of an earlier start, if they are those that are wanted and this model's."""
-    found = vectorfile.load_or_none(folder / vectorfile.FILE, wanted)
+    found = label_cache.load_or_none(folder / label_cache.FILE, wanted)
     return found if found and found.names is not None and found.depth is not None and belongs(found, encode) else None
 
 
 def belongs(found: TextVectors, encode: Encode) -> bool:
     assert found.names is not None and found.meta is not None
-    floor = PUBLISHED_COSINE if found.meta["recipe"] == PUBLISHED else vectorfile.PROBE_COSINE
-    return vectorfile.fits(found.vecs, found.names, RECIPE, encode, floor)
+    floor = PUBLISHED_COSINE if found.meta["recipe"] == PUBLISHED else label_cache.PROBE_COSINE
+    return label_cache.fits(found.vecs, found.names, RECIPE, encode, floor)
 
 
 def wanted_of(model_id: str, recipe: str, digest: str, dim: int) -> dict[str, Any]:
@@ -207,12 +198,12 @@ def wanted_of(model_id: str, recipe: str, digest: str, dim: int) -> dict[str, An
 
 
 def computed(
-    folder: Path, path: Path, model_id: str, dim: int, encode: Encode, progress: vectorfile.Progress
+    folder: Path, path: Path, model_id: str, dim: int, encode: Encode, progress: label_cache.Progress
 ) -> tuple[Sequence[str], TextVectors]:
     """Computes the vectors of a label file, and keeps them in `folder` with the names. Raises LabelError."""
     names = sorted(lineages_of(path))
     key = CacheKey(model_id, RECIPE.name, sha256_of(path), len(names), dim)
-    found = vectorfile.cached_vectors(folder, names, RECIPE, encode, key, (), progress, taxa.depths(names))
+    found = label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
     return found.names or names, found
 
 
@@ -241,7 +232,7 @@ def _building(folder: Path) -> Path:
     return folder / ".building" / REVISION_200M[:16]
 
 
-def published(folder: Path, model_id: str, progress: vectorfile.Progress) -> TextVectors:
+def published(folder: Path, model_id: str, progress: label_cache.Progress) -> TextVectors:
     """TreeOfLife-200M's vectors, put into rows while they stream in; kept in `folder`. Raises LabelError.
 
     What is converted stays in `.building/`, PANEL_DIMS dimensions of all rows a file, so that a kill costs one of
@@ -260,11 +251,7 @@ def published(folder: Path, model_id: str, progress: vectorfile.Progress) -> Tex
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
         log.debug("TreeOfLife-200M failed", exc_info=True)
-        raise LabelError(f"TreeOfLife-200M cannot be fetched and kept in {folder} ({_line(error)})") from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise LabelError(f"TreeOfLife-200M cannot be fetched and kept in {folder} ({one_line(error)})") from error
 
 
 def _open_200m() -> tuple[str, Any]:
@@ -293,9 +280,7 @@ def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
     path = building / "names.npz"
     if not path.exists():
         filename = f"embeddings/{stem}.json"
-        lineages = fetch_file(
-            building / f"{stem}.json", REPO_200M, filename, unwatched, REVISION_200M, check=lineages_of
-        )
+        lineages = fetch_file(building / f"{stem}.json", REPO_200M, filename, quiet, REVISION_200M, check=lineages_of)
         if len(lineages) != count:
             raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
         order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
@@ -304,7 +289,7 @@ def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
         for i in order:
             text += lineages[i].encode()
         del lineages
-        with vectorfile.replacing(path) as file:
+        with machine.replacing(path) as file:
             offsets = np.concatenate([[0], np.cumsum(lengths)])
             np.savez(file, order=order, offsets=offsets, text=np.frombuffer(text, np.uint8))
     with np.load(path, allow_pickle=False) as kept:
@@ -312,7 +297,7 @@ def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
 
 
 def _panels(
-    building: Path, source: Any, shape: tuple[int, int], order: NDArray[np.int32], progress: vectorfile.Progress
+    building: Path, source: Any, shape: tuple[int, int], order: NDArray[np.int32], progress: label_cache.Progress
 ) -> NDArray[np.bool_]:
     """Makes what is missing of `panel-N.npy`, float16 `[count, PANEL_DIMS]`, rows in order; -> which have a vector."""
     dim, count = shape
@@ -330,7 +315,7 @@ def _panels(
             for column in range(dims):
                 rows[:, column] = panel[column][order]
             del data, panel
-            with vectorfile.replacing(path) as file:
+            with machine.replacing(path) as file:
                 np.save(file, rows)
             del rows
         used |= np.load(path, mmap_mode="r").any(axis=1)
@@ -347,20 +332,20 @@ def _assemble(
     dim = sum(panel.shape[1] for panel in panels)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(order), vectorfile.BLOCK):
-            part = slice(start, start + vectorfile.BLOCK)
+        for start in range(0, len(order), label_cache.BLOCK):
+            part = slice(start, start + label_cache.BLOCK)
             rows = np.concatenate([panel[part] for panel in panels], axis=1, dtype=np.float32)[used[part]]
             norms = np.linalg.norm(rows, axis=1, keepdims=True)
             yield rows / norms if (np.abs(norms - 1) > 1e-3).any() else rows
 
     key = CacheKey(model_id, PUBLISHED, REVISION_200M, len(names), dim)
     more = {"source": f"{REPO_200M}/embeddings/{stem}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
-    vectorfile.save(folder, key, blocks(), names, taxa.depths(names), more)
+    label_cache.save(folder, key, blocks(), names, species.depths(names), more)
     log.info("TreeOfLife-200M: %d species, %d without a vector left out", len(names), more["zero_rows_dropped"])
     shutil.rmtree(building, ignore_errors=True)
     with suppress(OSError):  # it is not empty: labels that were computed before stay
         building.parent.rmdir()
-    found = vectorfile.load(folder / vectorfile.FILE, key.meta())
+    found = label_cache.load(folder / label_cache.FILE, key.meta())
     assert found is not None
     return found
 
@@ -369,7 +354,7 @@ def _first_dim(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-# --- python labels.py build | info | verify -----------------------------------------------------------------------
+# --- python tree_of_life.py build | info | verify ---------------------------------------------------------------
 
 
 def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVectors:
@@ -385,12 +370,8 @@ def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVector
 
             return published(folder, "imageomics/bioclip-2", show)
 
-    def encode(texts: list[str]) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = backend.encode_text(backend.tokenize(texts))
-        return vectors
-
     path = names_file(source, data_dir)
-    _, found = computed(folder, path, backend.model_id, backend.dim, encode, lambda done, total: None)
+    _, found = computed(folder, path, backend.model_id, backend.dim, encoder_of(backend), lambda done, total: None)
     return found
 
 
@@ -398,24 +379,24 @@ def info(folder: Path) -> list[str]:
     """What a folder holds, for people. Raises LabelError."""
     found = _opened(folder)
     assert found.meta and found.depth is not None
-    size = (folder / vectorfile.FILE).stat().st_size
+    size = (folder / label_cache.FILE).stat().st_size
     lines = [f"{name}: {value}" for name, value in found.meta.items()]
-    taxa_of = (f"{np.count_nonzero(found.depth <= rank):,} {name}" for rank, name in enumerate(taxa.RANKS))
+    taxa_of = (f"{np.count_nonzero(found.depth <= rank):,} {name}" for rank, name in enumerate(species.RANKS))
     return [*lines, f"taxa: {', '.join(taxa_of)}", f"size: {size / 1e6:,.0f} MB"]
 
 
 def verify(folder: Path) -> list[str]:
     """All that is wrong with a folder, read from the first byte to the last. Raises LabelError."""
-    (folder / vectorfile.NOTE).unlink(missing_ok=True)
+    (folder / label_cache.NOTE).unlink(missing_ok=True)
     found = _opened(folder)  # which reads the checksums
     assert found.names is not None and found.depth is not None and found.meta
     wrong = []
-    for start in range(0, len(found.vecs), vectorfile.BLOCK):
-        rows = found.vecs[start : start + vectorfile.BLOCK].astype(np.float32)
+    for start in range(0, len(found.vecs), label_cache.BLOCK):
+        rows = found.vecs[start : start + label_cache.BLOCK].astype(np.float32)
         if (bad := ~(np.abs(np.linalg.norm(rows, axis=1) - 1) <= 1e-2)).any():
             wrong.append(f"row {start + int(bad.argmax())} is not of unit length")
     try:
-        if not np.array_equal(taxa.depths(found.names), found.depth):
+        if not np.array_equal(species.depths(found.names), found.depth):
             wrong.append("depth is not that of its lineages")
     except ValueError as error:
         wrong.append(str(error))
@@ -424,17 +405,17 @@ def verify(folder: Path) -> list[str]:
 
 def _opened(folder: Path) -> TextVectors:
     try:
-        found = vectorfile.load(folder / vectorfile.FILE)
-    except (OSError, vectorfile.Damaged) as error:
-        raise LabelError(f"{folder}: {vectorfile.FILE} cannot be read ({error})") from error
+        found = label_cache.load(folder / label_cache.FILE)
+    except (OSError, errors.DamagedCache) as error:
+        raise LabelError(f"{folder}: {label_cache.FILE} cannot be read ({error})") from error
     if found is None or found.names is None or found.depth is None:
-        raise LabelError(f"{folder}: {vectorfile.FILE} has no lineages")
+        raise LabelError(f"{folder}: {label_cache.FILE} has no lineages")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "labels.py", description="Text vectors of species: made on a PC, copied to a board."
+        "tree_of_life.py", description="Text vectors of species: made on a PC, copied to a board."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("build", help="compute or fetch them; goes on where it was stopped")
@@ -449,14 +430,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         if options.command == "build":
-            model = backends.ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
+            model = ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
             backend = None if options.labels == SOURCES[1] else backends.create_backend(model)
             found = build(options.labels, options.to, DATA_DIR, backend)
             print(f"{options.to}: {len(found.vecs):,} species; BIOCLIP_LABELS={options.to}")
             return 0
         lines = info(options.folder) if options.command == "info" else verify(options.folder)
     except (LabelError, BackendError, OSError) as error:
-        print(f"labels.py: {error}", file=sys.stderr)
+        print(f"tree_of_life.py: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines or ["all is as it should be"]))
     return 1 if options.command == "verify" and lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

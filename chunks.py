@@ -6,12 +6,11 @@ Nothing here is bounded by a number that a client sent, and nothing knows gRPC's
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from errors import BadInput
 from gen import ml_service_pb2 as pb
 from machine import clock
 from tasks import Request
@@ -24,82 +23,6 @@ ID_MAX = 1000  # characters of a correlation id
 ENVELOPE_MAX = 4 << 20  # bytes of a message beside its payload: 256 labels of 1,000 characters, and room to spare
 META_MAX = 256  # entries
 CHUNK_COST = 512  # bytes that keeping a chunk takes, were it empty
-
-
-class Overload(Exception):
-    """The memory set aside for payloads is taken."""
-
-
-class Budget:
-    """So much of something, over all streams: bytes of payloads, pixels in the decoders, what waits for the model.
-
-    First come, first served: otherwise small parts that are taken and given back all the time would leave no room for a
-    large one. A request that has begun and needs more to be completed comes first.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = self._free = limit
-        self._changed = threading.Condition()
-        self._waiting: OrderedDict[object, float] = OrderedDict()  # who waits, whoever is next first, and since when
-
-    def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf, has_begun: bool = False) -> None:
-        """Waits up to `patience` seconds until others have given back enough. Raises Overload if they do not, or if the
-        client is gone. `has_begun`: the request already holds a part."""
-        deadline, ticket = time.monotonic() + patience, object()
-        with self._changed:
-            self._waiting[ticket] = time.monotonic()
-            if has_begun:
-                self._waiting.move_to_end(ticket, last=False)
-            try:
-                while self._free < size or next(iter(self._waiting)) is not ticket:
-                    if gone() or time.monotonic() > deadline:
-                        raise Overload
-                    self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic()) + 0.01))
-                self._free -= size
-            finally:
-                del self._waiting[ticket]
-                self._changed.notify_all()  # whoever is next may have room as well
-
-    def overdraw(self, size: int) -> None:
-        """Takes at once, even if more than the limit is then in use; later callers of `take` wait longer."""
-        with self._changed:
-            self._free -= size
-
-    def give(self, size: int) -> None:
-        with self._changed:
-            self._free += size
-            self._changed.notify_all()
-
-    @property
-    def used(self) -> int:
-        return self._limit - self._free
-
-    def waited(self) -> float:
-        """Seconds for which somebody has been waiting by now."""
-        with self._changed:
-            return time.monotonic() - min(self._waiting.values(), default=math.inf)
-
-
-class Lease:
-    """A part of a budget that was taken, and is given back once, however often and by whom `release` is called."""
-
-    def __init__(self, budget: Budget, size: int) -> None:
-        self._budget, self._size = budget, size
-        self._lock = threading.Lock()
-
-    def release(self, _: object = None) -> None:
-        """Gives back what is left. It takes an argument so that it can be a future's callback."""
-        self.shrink(0)
-
-    def shrink(self, size: int) -> None:
-        """Gives back all but `size`, if that much is left."""
-        with self._lock:
-            surplus, self._size = max(self._size - size, 0), min(self._size, size)
-        self._budget.give(surplus)
-
-
-class ChunkError(ValueError):
-    """Chunks that do not make a request; the text is for the client."""
 
 
 @dataclass
@@ -140,18 +63,18 @@ class Assembler:
     def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
         """The request that this message completes, or None. `payload` was taken out of the message: it holds a copy.
 
-        Raises ChunkError.
+        Raises BadInput.
         """
         key = message.correlation_id
         if len(key) > ID_MAX:
-            raise ChunkError(f"correlation_id: over {ID_MAX} characters")
+            raise BadInput(f"correlation_id: over {ID_MAX} characters")
         if key in self._failed:
             if message.seq > 0:
                 return None
             del self._failed[key]
         try:
             return self._add(key, message, payload)
-        except ChunkError:
+        except BadInput:
             self.drop(key)
             self._failed[key] = None
             if len(self._failed) > OPEN_IDS_MAX:
@@ -194,7 +117,7 @@ class Assembler:
         envelope = self._check_envelope(message)
         if key not in self._open and message.total <= 1:
             if message.seq or message.offset:
-                raise ChunkError(
+                raise BadInput(
                     f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
                     "allowed: the number of chunks on each of them"
                 )
@@ -203,10 +126,10 @@ class Assembler:
         self._check_chunk(message)
         if key not in self._open:
             if len(self._open) >= OPEN_IDS_MAX:
-                raise ChunkError(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
+                raise BadInput(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
             reserved, most = self._expected(message, payload), UNFINISHED_MAX * self._max_bytes
             if sum(request.payload() for request in self._open.values()) + reserved > most:
-                raise ChunkError(f"payload: more than {most} bytes of unfinished requests on one stream")
+                raise BadInput(f"payload: more than {most} bytes of unfinished requests on one stream")
             self._open[key] = Unfinished(self._request(message, b"", envelope), message.total, reserved)
         waiting = self._open[key]
         self._check_same(waiting, message)
@@ -232,26 +155,26 @@ class Assembler:
         """-> bytes of all but the payload."""
         size: int = message.ByteSize()
         if size > ENVELOPE_MAX:
-            raise ChunkError(f"meta: {size} bytes beside the payload; allowed: {ENVELOPE_MAX}")
+            raise BadInput(f"meta: {size} bytes beside the payload; allowed: {ENVELOPE_MAX}")
         if len(message.meta) > META_MAX:
-            raise ChunkError(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
+            raise BadInput(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
         return size
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
-            raise ChunkError(f"payload: over {self._max_bytes} bytes, the most that a request may have")
+            raise BadInput(f"payload: over {self._max_bytes} bytes, the most that a request may have")
 
     @staticmethod
     def _check_chunk(message: pb.InferRequest) -> None:
         if message.total > CHUNKS_MAX:
-            raise ChunkError(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
+            raise BadInput(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
         if message.seq >= message.total:
-            raise ChunkError(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
+            raise BadInput(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
 
     @staticmethod
     def _check_same(waiting: Unfinished, message: pb.InferRequest) -> None:
         if message.seq in waiting.parts:
-            raise ChunkError(f"seq: {message.seq} was sent twice")
+            raise BadInput(f"seq: {message.seq} was sent twice")
         first = waiting.request
         for name, told, now in (
             ("total", waiting.total, message.total),
@@ -260,7 +183,7 @@ class Assembler:
             ("meta", first.meta, dict(message.meta)),
         ):
             if told != now:
-                raise ChunkError(f"{name}: it differs between the chunks of one request")
+                raise BadInput(f"{name}: it differs between the chunks of one request")
 
     @staticmethod
     def _check_offsets(parts: Sequence[tuple[int, bytes]]) -> None:
@@ -269,5 +192,5 @@ class Assembler:
         length = 0
         for seq, (offset, payload) in enumerate(parts):
             if offset != length:
-                raise ChunkError(f"offset: {offset} on chunk {seq}; the chunks before it have {length} bytes")
+                raise BadInput(f"offset: {offset} on chunk {seq}; the chunks before it have {length} bytes")
             length += len(payload)

@@ -5,27 +5,24 @@ Everything here may run on any thread, and is told apart from OpenCLIP's own by 
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, features
 
-from image_structure import StructureError, check_structure
+from errors import BackendError, BadInput
+from image_structure import check_structure
 
-log = logging.getLogger("lumen.inputs")
+log = logging.getLogger("lumen.preprocess")
 
 Pixels = NDArray[np.uint8]  # [n, size, size, 3], RGB
-Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
 
 # OpenAI's CLIP statistics; open_clip/constants.py has the same.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,14 +32,6 @@ STRIP_LINES = 256  # of a picture with alpha that are laid over white at a time
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; `decode_image` applies the configured one
 PngImagePlugin.MAX_TEXT_MEMORY = 16 << 20  # characters of a PNG's texts, unpacked; Pillow's default is four times that
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
-
-
-class BackendError(Exception):
-    """A model cannot be had or run as configured; the text is one line for the operator."""
-
-
-class BadInput(ValueError):
-    """A picture or tensor that a client sent cannot be used; the text is for that client."""
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------
@@ -110,8 +99,8 @@ def decode_image(
     try:
         coded = check_structure(data, max_pixels)
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except StructureError as error:
-        raise BadInput(f"payload: {error}") from error
+    except BadInput:
+        raise
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
         log.debug("not an image: %r", error)
         raise BadInput(
@@ -239,86 +228,10 @@ def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preproce
     return np.ascontiguousarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-# --- text -------------------------------------------------------------------------------------------------------
-
-
-class ClipTokenizer:
-    """CLIP's byte-pair tokenizer, equal to OpenCLIP's SimpleTokenizer on any text, at the speed of `tokenizers`.
-
-    A CLIP `tokenizer.json` used as it is shipped differs from OpenCLIP on curly quotes, HTML entities, ligatures,
-    control characters and more, because its normalizer lacks ftfy. So only its vocabulary and merges are taken;
-    cleaning and splitting are done here, as OpenCLIP does them.
-    """
-
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
-        import regex
-        from tokenizers import Tokenizer, models, pre_tokenizers
-
-        self.context_length = context_length
-        self._split = regex.compile(
-            r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-            regex.IGNORECASE,
-        )
-        self.start, self.end = _special_ids(vocab)
-        self._specials = {"<start_of_text>": self.start, "<end_of_text>": self.end}
-        bpe = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>")
-        self._bpe = Tokenizer(bpe)
-        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    @classmethod
-    def from_file(cls, path: Path, context_length: int) -> ClipTokenizer:
-        """From a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
-        try:
-            model = json.loads(path.read_text("utf-8"))["model"]
-            vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-            if model.get("end_of_word_suffix") != "</w>":
-                raise BackendError(f"{path}: not a CLIP byte-pair tokenizer, which alone is supported")
-            return cls(vocab, merges, context_length)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
-
-    def to_json(self) -> str:
-        """The content of a `tokenizer.json`, from which `from_file` makes the same tokenizer."""
-        return str(self._bpe.to_str())
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
-        tokens = np.zeros((len(texts), self.context_length), np.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            ids = [self.start, *self._encode(clean_text(text)), self.end][: self.context_length]
-            ids[-1] = self.end
-            row[: len(ids)] = ids
-        return tokens
-
-    def _encode(self, text: str) -> list[int]:
-        # A word has one token at least, so more words than the context holds are never read.
-        words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
-        ids: list[int] = []
-        for word in words:
-            if word in self._specials:
-                ids.append(self._specials[word])
-            else:
-                ids.extend(self._bpe.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
-        return ids
-
-
-def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
-    for start, end in (("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>")):
-        if start in vocab and end in vocab:
-            return vocab[start], vocab[end]
-    raise ValueError("the vocabulary lacks the start and end tokens of CLIP")
-
-
-def clean_text(text: str) -> str:
-    """OpenCLIP's `clean="lower"`: ftfy, HTML entities twice, single spaces, lower case."""
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-
-
-def true_length(tokens: Tokens) -> int:
-    """Length of the longest text with its end token, which has the highest id and is the first of its kind.
-
-    A causal tower never looks to the right, so what follows the end token may be cut off exactly.
-    """
-    return int(tokens.argmax(axis=1).max()) + 1
+def normalize(pixels: Pixels, recipe: Preprocess) -> NDArray[np.float32]:
+    """uint8 `[n, h, w, 3]` -> float32 `[n, 3, h, w]`, `(x / 255 - mean) / std` in OpenCLIP's order of operations."""
+    x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    x /= np.float32(255)
+    x -= np.array(recipe.mean, np.float32)[:, None, None]
+    x /= np.array(recipe.std, np.float32)[:, None, None]
+    return x

@@ -32,10 +32,12 @@ from typing import IO, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from labels import Encode, Recipe, label_vectors
-from machine import replace_file
+from errors import DamagedCache
+from labels import Recipe, label_vectors
+from machine import replace_file, replacing
+from model_files import Encode
 
-log = logging.getLogger("lumen.vectorfile")
+log = logging.getLogger("lumen.label_cache")
 
 Progress = Callable[[int, int], None]  # (labels done, labels in all)
 
@@ -48,13 +50,6 @@ BLOCK = 8192  # rows that are converted at a time: 25 MB of float32 at 768 dimen
 PROBE_LABELS = 4  # labels encoded again to see whether a cache still belongs to the model
 PROBE_COSINE = 0.9999
 ALIGNMENT = 64  # bytes
-
-
-# --- what is in a file ------------------------------------------------------------------------------------------
-
-
-class Damaged(Exception):
-    """A file is not what it should be; the text is for the log."""
 
 
 class Names(Sequence[str]):
@@ -163,20 +158,6 @@ def is_large(count: int, dim: int) -> bool:
     return count * dim * 4 > HALF_PRECISION_BYTES
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _sweep(folder: Path) -> None:
     """Removes what a process that was killed has left; another may be at work."""
     for left in folder.glob(".text_vectors.*.tmp"):
@@ -209,7 +190,7 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
 
 
 def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None = None) -> TextVectors | None:
-    """What `path` holds if its meta has what is `wanted`, or None. Raises FileNotFoundError, and Damaged.
+    """What `path` holds if its meta has what is `wanted`, or None. Raises FileNotFoundError, and DamagedCache.
 
     A large file is mapped, and its checksums are read but once: `note` remembers that, by default beside it.
     """
@@ -223,10 +204,10 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None 
             _check_sums(archive, path, note or path.with_name(NOTE))
             arrays = {name: _array(file, path, info) for name, info in members.items() if name != "meta"}
         return _text_vectors(arrays, meta)
-    except (FileNotFoundError, Damaged):
+    except (FileNotFoundError, DamagedCache):
         raise
     except Exception as error:  # zipfile, json, numpy and tokenize each raise their own kinds on damaged bytes
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+        raise DamagedCache(f"{type(error).__name__}: {error}") from error
 
 
 def meta_of(path: Path) -> dict[str, Any]:
@@ -246,29 +227,29 @@ def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> Text
     if "names" in arrays:
         text, offsets = arrays["names"], arrays["offsets"]
         if offsets.shape != (count + 1,) or offsets[0] or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
-            raise Damaged("the offsets of its names")
+            raise DamagedCache("the offsets of its names")
         names = Names(text, offsets)
     depth = arrays.get("depth")
     if depth is not None and (depth.shape != (count,) or depth.dtype != np.uint8):
-        raise Damaged(f"depth of shape {depth.shape}")
+        raise DamagedCache(f"depth of shape {depth.shape}")
     return TextVectors(vecs, names, depth, meta)
 
 
 def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
     """A member where it lies: mapped, and never unpickled."""
     if info.compress_type != zipfile.ZIP_STORED:
-        raise Damaged(f"{info.filename} is compressed")
+        raise DamagedCache(f"{info.filename} is compressed")
     file.seek(info.header_offset)
     header = file.read(30)
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     begin = info.header_offset + 30 + name_length + extra_length
     file.seek(begin)
     if np.lib.format.read_magic(file) != (1, 0):
-        raise Damaged(f"{info.filename}: not an npy of version 1.0")
+        raise DamagedCache(f"{info.filename}: not an npy of version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if fortran or dtype.hasobject or file.tell() + size != begin + info.file_size:
-        raise Damaged(f"{info.filename}: {dtype} of shape {shape}")
+        raise DamagedCache(f"{info.filename}: {dtype} of shape {shape}")
     if path.stat().st_size <= HALF_PRECISION_BYTES:  # not mapped: who truncates a mapped file ends the process
         return np.frombuffer(file.read(size), dtype).reshape(shape)
     return np.memmap(path, dtype, "r", file.tell(), shape)
@@ -285,7 +266,7 @@ def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
     if large and _read_note(note) == seen:
         return
     if damaged := archive.testzip():
-        raise Damaged(f"the checksum of {damaged}")
+        raise DamagedCache(f"the checksum of {damaged}")
     if large:
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -303,13 +284,13 @@ def _read_note(note: Path) -> Any:
 
 
 def checked(vecs: NDArray[Any], count: int, dim: int) -> NDArray[Any]:
-    """The vectors, if they are such. Of a large set a sample is looked at. Raises Damaged."""
+    """The vectors, if they are such. Of a large set a sample is looked at. Raises DamagedCache."""
     if vecs.shape != (count, dim) or vecs.dtype not in (np.float16, np.float32):
-        raise Damaged(f"shape {vecs.shape}, {vecs.dtype}; expected {(count, dim)}")
+        raise DamagedCache(f"shape {vecs.shape}, {vecs.dtype}; expected {(count, dim)}")
     every = max(1, count // BLOCK) if is_large(count, dim) else 1
     norms = np.linalg.norm(vecs[::every].astype(np.float32), axis=1)
     if not (np.abs(norms - 1) < 1e-2).all():
-        raise Damaged("a row is not of unit length")
+        raise DamagedCache("a row is not of unit length")
     return vecs
 
 
@@ -331,7 +312,7 @@ def cached_vectors(
     A cache is used if its key fits and a few labels, encoded again, give what it holds; so new weights, another
     tokenizer or another precision are seen without reading gigabytes of weights. `older` are files of earlier
     layouts, which are taken over on the same terms. A folder that cannot be written costs a warning, not the start.
-    `depth`: of lineages, see `taxa.depths`; then the file holds the names as well.
+    `depth`: of lineages, see `species.depths`; then the file holds the names as well.
     """
     found = load_or_none(folder / FILE, key.meta())
     if found is not None and fits(found.vecs, names, recipe, encode):
@@ -363,7 +344,7 @@ def load_or_none(path: Path, wanted: Mapping[str, Any]) -> TextVectors | None:
         return load(path, wanted)
     except FileNotFoundError:
         return None
-    except Damaged as error:
+    except DamagedCache as error:
         log.warning("%s is damaged (%s); computing it again", path, error)
         return None
 
@@ -427,14 +408,10 @@ class _Shards:
 
     def save(self, start: int, rows: NDArray[Any]) -> None:
         path = self._folder / f"{self._name}-{start}.npz"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with replacing(path) as file:
                 np.savez(file, rows=rows)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
         except OSError as error:
             if not self._warned:
                 log.warning("cannot keep what is computed in %s (%s); if stopped, it begins again", self._folder, error)

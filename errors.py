@@ -1,0 +1,71 @@
+"""Every exception that crosses a file.
+
+The text of each is one line. Texts for clients name the field and what is allowed; they contain no paths. Texts for
+the operator name the setting or the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class DaemonError(Exception):
+    """Base class of the daemon's own exceptions."""
+
+
+# --- for clients ------------------------------------------------------------------------------------------------
+
+
+class BadInput(DaemonError):
+    """A request cannot be answered as it is."""
+
+
+class NotReady(DaemonError):
+    """A request asks for something that is not available yet."""
+
+
+class Overload(DaemonError):
+    """The memory that is set aside for requests is in use."""
+
+
+# --- for the operator -------------------------------------------------------------------------------------------
+
+
+class SettingError(DaemonError):
+    """The value of a setting is not allowed."""
+
+
+class BackendError(DaemonError):
+    """A model is not available, or does not run as configured."""
+
+
+class DamagedFile(BackendError):
+    """A file of a model is not the one that its manifest names."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        super().__init__(text)
+        self.path = path
+
+
+class NPURefused(DaemonError):
+    """The NPU of this board cannot be used or trusted. The text is a clause, without its library's messages.
+
+    `detail` is what the library said, for the log alone.
+    """
+
+    def __init__(self, text: str, detail: str = "") -> None:
+        super().__init__(text)
+        self.detail = f" ({detail[:300]})" if detail else ""
+
+
+class LabelError(DaemonError):
+    """A label file is not available, or its content is not allowed."""
+
+
+class DamagedCache(DaemonError):
+    """A file of text vectors is damaged. It is computed again."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a part of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

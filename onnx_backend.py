@@ -1,0 +1,291 @@
+"""ONNX Runtime on models in the `visual/` + `textual/` layout, which immich publishes and `export.py` writes.
+
+`FolderBackend` is composed of an image tower and an ONNX text tower. `rknn_backend` has another image tower for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import DamagedFile, one_line
+from machine import nvidia_gpus, sha256_of, usable_cores
+from model_files import (
+    DEFAULT_LOGIT_SCALE,
+    Say,
+    Vectors,
+    fetch_repository,
+    needs_modules,
+    quiet,
+    read_json,
+    read_manifest,
+    space_of,
+    split_model,
+    unit_rows,
+)
+from preprocess import Pixels, Preprocess, normalize
+from settings import ModelOptions
+from tokenizer import ClipTokenizer, Tokens, true_length
+
+log = logging.getLogger("lumen.onnx_backend")
+# From 1.29 on ONNX Runtime reports to its maker who runs what, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+class ModelFolder:
+    """The files of a model, in a folder or from the hub, and what they say about it."""
+
+    def __init__(self, options: ModelOptions, say: Say, image_file: str, npu: str | None = None) -> None:
+        """`image_file`: the operator's file for the image tower, or "". `npu`: the target whose programs are downloaded
+        as well, "" if it is not known, or None for a model that runs on no NPU. Raises BackendError."""
+        needs_modules(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
+        self.options = options
+        self._say, self._image_file, self._npu = say, image_file, npu
+        self._form = "onnxrt" if npu is None else f"rknn-{npu}".rstrip("-")  # another board needs another program
+        self.path, self.model_id = self._resolve()  # no path when both towers are given as files
+        self.config = read_json(self.path / "config.json") if self.path else {}
+        self.manifest = self._read_manifest()
+        self.model_id = self.manifest.get("model_id", self.model_id)
+        self.used: list[Path] = []  # the files or folders that the vectors depend on
+
+    def _resolve(self) -> tuple[Path | None, str]:
+        """(folder, model_id)."""
+        options, value = self.options, self.options.model
+        if Path(value).is_dir():
+            return Path(value), Path(value).resolve().name
+        if self._image_file and options.onnx_text:
+            return None, value.removeprefix("hf-hub:")
+        if value.startswith("hf-hub:"):
+            repo = value.removeprefix("hf-hub:")
+            return fetch_repository(options, repo, self._wanted_files, self._say, self._form), repo
+        arch, tag = split_model(options)
+        if Path(tag).exists():
+            raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
+        # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
+        repo = f"immich-app/{arch}__{tag.replace('_', '-')}"
+        return fetch_repository(options, repo, self._wanted_files, self._say, self._form), value
+
+    def _read_manifest(self) -> dict[str, Any]:
+        """That of the folder. A file of a download that is damaged is fetched once more. Raises BackendError."""
+        if self.path is None:
+            return {}
+        try:
+            return read_manifest(self.path, self.options)
+        except DamagedFile as error:
+            markers = list(self.path.glob(".complete-*.json"))
+            if not markers:  # no download
+                raise
+            log.warning("%s is damaged; fetching it once more", error.path)
+            for path in (error.path, *markers):
+                path.unlink()
+            self.path, _ = self._resolve()
+            assert self.path is not None
+            return read_manifest(self.path, self.options)
+
+    def _wanted_files(self, files: list[str]) -> list[str]:
+        """Both towers and their configs, and programs for the NPU; what belongs to other runtimes stays on the hub."""
+        if "visual/model.onnx" not in files or "textual/model.onnx" not in files:
+            raise ValueError("it has no visual/model.onnx and textual/model.onnx, so it has no form for ONNX Runtime")
+        return [
+            name
+            for name in files
+            if name in ("config.json", "manifest.json")
+            or (name.startswith(("visual/", "textual/")) and "/rknpu/" not in name and not name.endswith(".armnn"))
+            or (self._npu and name.startswith(f"visual/rknpu/{self._npu}/"))
+        ]
+
+    def tower(self, variable: str, value: str, part: str) -> Path:
+        """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises BackendError if there is none."""
+        path = Path(value) if value or self.path is None else self.path / part / "model.onnx"
+        if not path.is_file():
+            if value:
+                raise self.options.error(variable, value, "no such file")
+            text = f"the folder has no {part}/model.onnx; a model needs both towers, {self.options.name}_{variable}"
+            raise self.options.error("MODEL", self.options.model, f"{text} can name one elsewhere")
+        self.used.append(path if value else path.parent)
+        return path
+
+    def space(self, recipe: Preprocess, precision: str) -> str:
+        """See `space_of`."""
+        own = self.options.onnx_image or self.options.onnx_text
+        source = "" if own else self.manifest.get("source", {}).get("sha256", "")
+        return space_of(source or sha256_of(*self.used), recipe, precision)
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------
+
+
+def open_session(options: ModelOptions, path: Path, variable: str, threads: int) -> Any:
+    """An ONNX Runtime session. Raises BackendError, also if it would run on another provider than the one wanted."""
+    import onnxruntime
+
+    wanted = list(options.ort_providers) or ["CPUExecutionProvider"]
+    missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
+    if missing:
+        have = ", ".join(onnxruntime.get_available_providers())
+        raise options.error("ORT_PROVIDERS", ",".join(wanted), f"{missing[0]} is not available; here: {have}")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    # Threads that spin while they wait take the cores that decode the next pictures.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=wanted)
+    except Exception as error:
+        raise options.error(variable, str(path), f"ONNX Runtime cannot load it ({one_line(error)})") from error
+    if session.get_providers()[0] != wanted[0]:
+        text = f"ONNX Runtime fell back to {session.get_providers()[0]}"
+        raise options.error("ORT_PROVIDERS", ",".join(wanted), text)
+    return session
+
+
+def run_session(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors:
+    """Runs a batch, in pieces of the size that the graph has fixed, if it has; `cut`: token ids, at true length."""
+    tower = session.get_inputs()[0]
+    size = tower.shape[0] if isinstance(tower.shape[0], int) else len(batch)
+    rows = []
+    for start in range(0, len(batch), size):
+        piece = batch[start : start + size]
+        if cut:
+            piece = piece[:, : true_length(piece)]
+        padding = [(0, size - len(piece))] + [(0, 0)] * (batch.ndim - 1)
+        whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
+        rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
+    return unit_rows(np.concatenate(rows))
+
+
+# --- towers -----------------------------------------------------------------------------------------------------
+
+
+class ImageTower(Protocol):
+    """The image half of a `FolderBackend`; see `Backend` for the fields."""
+
+    preprocess: Preprocess
+    runtime: str
+    accelerator: str
+    lanes: int
+    npu: str
+
+    def arrangements(self) -> Sequence[str]: ...
+
+    def arrange(self, arrangement: str) -> None: ...
+
+    def encode(self, pixels: Pixels) -> Vectors: ...
+
+
+class OnnxImageTower:
+    """An image tower with uint8 `[n, h, w, 3]` or float32 `[n, 3, h, w]` input and a fixed or an open batch.
+
+    Its first output is the embedding, whatever its name.
+    """
+
+    npu = ""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._options = folder.options
+        self.path = folder.tower("ONNX_IMAGE", self._options.onnx_image, "visual")
+        self.arrange(self.arrangements()[0])
+        tower = self._session.get_inputs()[0]
+        self._takes_uint8 = tower.type == "tensor(uint8)"
+        side = tower.shape[1] if self._takes_uint8 else tower.shape[2]
+        recipe = read_json(self.path.parent / "preprocess_cfg.json")
+        self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
+        provider = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
+        self.runtime = "onnxrt" if provider == "cpu" else f"onnxrt-{provider}"
+        self.accelerator = "" if provider == "cpu" else nvidia_gpus()  # ONNX Runtime names no device
+
+    def arrangements(self) -> Sequence[str]:
+        on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
+        return ("split", "whole") if on_cpu and usable_cores() > 1 else ("whole",)
+
+    def arrange(self, arrangement: str) -> None:
+        self.lanes = usable_cores() if arrangement == "split" else 1
+        self._session: Any = None  # not two at a time
+        self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.lanes)
+
+    def encode(self, pixels: Pixels) -> Vectors:
+        return run_session(self._session, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
+
+
+class OnnxTextTower:
+    """A text tower with int32 or int64 token ids, a fixed or an open length, and CLIP's tokenizer."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._options = folder.options
+        self._path = folder.tower("ONNX_TEXT", self._options.onnx_text, "textual")
+        self._session: Any = None
+        inputs = self._opened().get_inputs()
+        if len(inputs) != 1:
+            names = ", ".join(x.name for x in inputs)
+            text = f"takes {names}; only towers fed by token ids alone"
+            raise self._options.error("ONNX_TEXT", str(self._path), text)
+        length = inputs[0].shape[1]
+        self.open_length = not isinstance(length, int)
+        context = folder.config.get("text_cfg", {}).get("context_length", 77) if self.open_length else length
+        self.tokenize = ClipTokenizer.from_file(self._path.parent / "tokenizer.json", int(context))
+
+    def encode(self, tokens: Tokens) -> Vectors:
+        session = self._opened()
+        integers = np.int32 if session.get_inputs()[0].type == "tensor(int32)" else np.int64
+        return run_session(session, tokens.astype(integers), cut=self.open_length)
+
+    def unload(self) -> None:
+        self._session = None
+
+    def _opened(self) -> Any:
+        if self._session is None:
+            self._session = open_session(self._options, self._path, "ONNX_TEXT", usable_cores())
+        return self._session
+
+
+# --- the backend ------------------------------------------------------------------------------------------------
+
+
+class FolderBackend:
+    """An image tower and an ONNX text tower of one folder, as a `Backend`."""
+
+    def __init__(self, folder: ModelFolder, image: ImageTower, precision: str = "", refusal: str = "") -> None:
+        """`precision`: of the image tower, by default what the manifest says."""
+        manifest, config = folder.manifest, folder.config
+        self.image, self.text = image, OnnxTextTower(folder)
+        self.model_id, self.refusal = folder.model_id, refusal
+        self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
+        self.preprocess, self.lanes, self.open_length = image.preprocess, image.lanes, self.text.open_length
+        self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
+        self.precision = precision or str(manifest.get("precision", "fp32"))
+        self.notice = str(manifest.get("notice", ""))
+        self.golden: Mapping[str, Any] = manifest.get("golden", {})
+        self.self_test_cosine: float | None = None
+        # An NPU's vectors and those of its folder's ONNX tower may lie in one index.
+        self.space = folder.space(self.preprocess, str(manifest.get("precision", "fp32")))
+        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        return self.text.tokenize(texts)
+
+    def encode_images(self, pixels: Pixels) -> Vectors:
+        return self.image.encode(pixels)
+
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        return self.text.encode(tokens)
+
+    def arrangements(self) -> Sequence[str]:
+        return self.image.arrangements()
+
+    def arrange(self, arrangement: str) -> None:
+        self.image.arrange(arrangement)
+        self.lanes = self.image.lanes
+
+    def unload_text(self) -> None:
+        self.text.unload()
+
+
+def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:
+    """Both towers on ONNX Runtime. Raises BackendError."""
+    folder = ModelFolder(options, say, options.onnx_image)
+    return FolderBackend(folder, OnnxImageTower(folder))

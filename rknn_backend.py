@@ -1,0 +1,269 @@
+"""The image tower on a Rockchip NPU. The text tower runs on the CPU, by ONNX Runtime.
+
+`rknnlite` is imported when a program is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import machine
+from errors import NPURefused
+from machine import DEVICE_TREE, NPU_CORES
+from model_files import Say, Vectors, quiet, read_json, unit_rows
+from onnx_backend import FolderBackend, ModelFolder, OnnxImageTower, open_session, run_session
+from preprocess import Pixels, Preprocess, decode_image, normalize
+from settings import ModelOptions
+
+log = logging.getLogger("lumen.rknn_backend")
+
+NPU_FLOOR = 0.999  # the least cosine of what the NPU makes of a golden picture
+NPU_FORMAT = 1  # of the model.json beside a .rknn file
+
+
+def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
+    """A model whose images run on the NPU.
+
+    An NPU that does not start, or whose vectors are not those of its program's golden picture, is refused: `refusal`
+    says why, and the folder's ONNX tower runs instead. Nothing short of running it proves a program right on a board.
+    Raises BackendError.
+    """
+    if importlib.util.find_spec("rknnlite") is None:
+        text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
+        raise options.error("BACKEND", options.backend, text)
+    target = options.rknn_target or machine.board_target()
+    folder = ModelFolder(options, say, options.rknn_model, target)
+    if options.rknn_model and not Path(options.rknn_model).is_file():
+        raise options.error("RKNN_MODEL", options.rknn_model, "no such file")
+    try:
+        return FolderBackend(folder, NPUImageTower(folder, target), "fp16")
+    except NPURefused as refused:
+        refusal, detail = " ".join(str(refused).split()), refused.detail
+    text = f"the NPU is not used: {refusal}{detail}"
+    if onnx_tower(folder) is None:
+        text += "; and there is no visual/model.onnx that could run on the CPU instead"
+        raise options.error("BACKEND", options.backend, text)
+    log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", options.name, text)
+    return FolderBackend(folder, OnnxImageTower(folder), refusal=refusal)
+
+
+def onnx_tower(folder: ModelFolder) -> Path | None:
+    """The ONNX image tower of the same model, if there is one."""
+    given = folder.options.onnx_image
+    path = Path(given) if given else folder.path / "visual" / "model.onnx" if folder.path else None
+    return path if path and path.is_file() else None
+
+
+class NPUImageTower:
+    """An image tower on the cores of the NPU; see `ImageTower`. Pictures of a batch are shared out among the cores."""
+
+    runtime = "rknn"
+    accelerator = ""
+    lanes = 1
+
+    def __init__(self, folder: ModelFolder, target: str) -> None:
+        """Raises NPURefused."""
+        self._folder, self._options, self._target = folder, folder.options, target
+        self._contexts: list[NPUContext] = []
+        try:
+            self._start()
+        except NPURefused:
+            for context in self._contexts:
+                context.close()
+            raise
+        # Vectors of the NPU and of its ONNX tower may lie in one index, so they are of the same weights.
+        folder.used.append(tower.parent if (tower := onnx_tower(folder)) else self._path)
+
+    def _start(self) -> None:
+        path = self._path = self._program()
+        contract = read_json(path.with_name("model.json"))
+        self._check_contract(contract)
+        # Without a model.json it is immich's, which takes what has been normalised. The file itself does not say.
+        self._takes_uint8 = bool(contract)
+        recipes = (folder / "preprocess_cfg.json" for folder in (path.parent, *path.parents[:3]))
+        recipe = contract.get("preprocess") or next(filter(None, map(read_json, recipes)), {})
+        self.preprocess = Preprocess.from_config(recipe)
+        for core in range(self._cores_to_use(path)):
+            try:
+                self._contexts.append(NPUContext(path, core, NPU_CORES[self._target] > 1))
+            except NPURefused as refusal:
+                if not self._contexts:
+                    raise
+                text = "%s: %s%s; the NPU goes on with %d cores"
+                log.warning(text, self._options.name, refusal, refusal.detail, core)
+                break
+        cosine = self._worst_cosine(contract)
+        if cosine is not None and not cosine >= NPU_FLOOR:
+            raise NPURefused(f"self-test: cosine {cosine:.6f} to the golden vector; allowed: {NPU_FLOOR} and more")
+        self.npu = f"{self._target}, {len(self._contexts)} of {NPU_CORES[self._target]} cores"
+        self.npu += f", self-test {cosine:.6f}" if cosine is not None else ", not verified"
+        runtime = self._contexts[0].runtime_version
+        toolkit = contract.get("toolkit", "an unknown version")
+        log.info("%s: NPU: %s; runtime %s, program of toolkit %s", self._options.name, self.npu, runtime, toolkit)
+
+    def _program(self) -> Path:
+        if not self._target:
+            known = ", ".join(NPU_CORES)
+            text = f"{DEVICE_TREE} names no Rockchip NPU that we know ({known}); in a container it may be hidden"
+            raise NPURefused(f"{text}; {self._options.name}_RKNN_TARGET says it by hand")
+        if self._options.rknn_model:
+            return Path(self._options.rknn_model)
+        assert self._folder.path is not None  # without one both towers were given as files
+        path = self._folder.path / "visual" / "rknpu" / self._target / "model.rknn"
+        if not path.is_file():
+            raise NPURefused(
+                f"the folder has no {path.relative_to(self._folder.path).as_posix()}; export.py --rknn makes it"
+            )
+        return path
+
+    def _check_contract(self, contract: Mapping[str, Any]) -> None:
+        if contract.get("format", NPU_FORMAT) != NPU_FORMAT:
+            raise NPURefused(f"model.json is of format {contract['format']}; this version reads {NPU_FORMAT}")
+        soc = contract.get("soc", self._target)
+        if soc != self._target:
+            raise NPURefused(f"the program is for {soc}, the board is a {self._target}")
+        onnx = self._folder.manifest.get("files", {}).get("visual/model.onnx")
+        if onnx and contract.get("onnx_sha256", onnx) != onnx:
+            raise NPURefused("the program was made of another visual/model.onnx than the one beside it")
+
+    def _cores_to_use(self, path: Path) -> int:
+        """Each context holds the weights, and the file besides while it loads."""
+        wanted = self._options.rknn_cores or NPU_CORES[self._target]
+        available, _ = machine.memory()
+        fit = max(1, available // (3 * path.stat().st_size))
+        if fit < wanted:
+            log.warning("%s: memory for %d of %d NPU cores alone", self._options.name, fit, wanted)
+        return min(wanted, fit, NPU_CORES[self._target])
+
+    def _worst_cosine(self, contract: Mapping[str, Any]) -> float | None:
+        """Of the golden picture on each core, or of a picture to what the ONNX tower makes of it; None without both."""
+        golden = contract.get("golden") or self._folder.manifest.get("golden")
+        if golden:
+            file = base64.b64decode(golden["picture"])
+            picture = decode_image(file, [self.preprocess], 1 << 20, draft=False)[self.preprocess]
+            expected = np.array(golden["picture_vector"], np.float32)
+        elif tower := onnx_tower(self._folder):
+            ramp = np.add.outer(np.arange(self.preprocess.size), np.arange(self.preprocess.size))
+            picture = np.stack([ramp % 251, ramp // 2 % 241, 255 - ramp % 239], axis=-1).astype(np.uint8)
+            session = open_session(self._options, tower, "ONNX_IMAGE", machine.usable_cores())
+            takes_uint8 = session.get_inputs()[0].type == "tensor(uint8)"
+            given = picture[None] if takes_uint8 else normalize(picture[None], self.preprocess)
+            expected = run_session(session, given)[0]
+        else:
+            log.warning("%s: nothing to compare the NPU's vectors with; they are not verified", self._options.name)
+            return None
+        try:
+            runs = [context.run(*self._as_input(picture[None])) for context in self._contexts]
+            return float(min(unit_rows(np.stack(run.result()))[0] @ expected for run in runs))
+        except (RuntimeError, ValueError) as error:
+            raise NPURefused(f"self-test: {error}") from error
+
+    def _as_input(self, pixels: Pixels) -> tuple[NDArray[Any], str]:
+        return (pixels, "nhwc") if self._takes_uint8 else (normalize(pixels, self.preprocess), "nchw")
+
+    def arrangements(self) -> Sequence[str]:
+        return ("whole",)
+
+    def arrange(self, arrangement: str) -> None:
+        """There is only one."""
+
+    def encode(self, pixels: Pixels) -> Vectors:
+        batch, layout = self._as_input(pixels)
+        step = len(self._contexts)
+        shares = [context.run(batch[i::step], layout) for i, context in enumerate(self._contexts)]
+        rows: list[Any] = [None] * len(batch)
+        for i, share in enumerate(shares):
+            rows[i::step] = share.result()
+        # float16 inside: what it made a unit is one to three digits.
+        return unit_rows(np.stack(rows))
+
+
+class NPUContext:
+    """One program on one core of the NPU, with a thread of its own.
+
+    Nobody promises that two threads may share a context, and cores that work on one picture together hardly gain
+    (RKNN.md 3.2): each core gets a context, and each context its thread, on which alone it is made and used.
+    """
+
+    def __init__(self, path: Path, core: int, choose_core: bool) -> None:
+        """`choose_core` only where a core may be named: elsewhere that is an error. Raises NPURefused."""
+        self.runtime_version = ""
+        self._thread = ThreadPoolExecutor(1, f"npu-{core}")
+        try:
+            self._thread.submit(self._load, path, core, choose_core).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, path: Path, core: int, choose_core: bool) -> None:
+        from rknnlite.api import RKNNLite
+
+        self._npu = RKNNLite()
+        for level in (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
+            logging.addLevelName(level, _LEVEL_NAMES[level])  # it renames everybody's to one letter
+        with _overheard(self._npu.rknn_log.logger) as reason:
+            if self._npu.load_rknn(str(path)) != 0:
+                raise NPURefused("the NPU's library cannot read the program", reason())
+            mask = {"core_mask": (RKNNLite.NPU_CORE_0, RKNNLite.NPU_CORE_1, RKNNLite.NPU_CORE_2)[core]}
+            if self._npu.init_runtime(**(mask if choose_core else {})) != 0:
+                raise NPURefused(f"the NPU's core {core} does not start", reason())
+            self.runtime_version = " ".join(str(self._npu.get_sdk_version()).split())
+        self._npu.rknn_data = None  # the file's bytes, which the runtime has copied by now
+
+    def run(self, pictures: NDArray[Any], layout: str) -> Future[list[NDArray[np.float32]]]:
+        """`[n, ...]`, which go through the fixed batch of one -> n rows, float32. Raises RuntimeError."""
+        return self._thread.submit(self._run, pictures, layout)
+
+    def _run(self, pictures: NDArray[Any], layout: str) -> list[NDArray[np.float32]]:
+        rows = []
+        for index in range(len(pictures)):
+            picture = np.ascontiguousarray(pictures[index : index + 1])
+            outputs = self._npu.inference(inputs=[picture], data_format=layout)
+            if outputs is None:  # it logs its failures and raises nothing
+                raise RuntimeError("the NPU failed on an image; its library's messages in the log say more")
+            rows.append(np.array(outputs[0], np.float32).ravel())  # a copy: the library may use its buffer again
+        return rows
+
+    def close(self) -> None:
+        if npu := getattr(self, "_npu", None):
+            self._thread.submit(npu.release)
+        self._thread.shutdown()
+
+
+_LEVEL_NAMES = {level: logging.getLevelName(level) for level in (10, 20, 30, 40)}
+
+
+@contextmanager
+def _overheard(library: logging.Logger) -> Iterator[Callable[[], str]]:
+    """Keeps a library's tracebacks off the screen; gives a function that names the last error among them."""
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.debug("the NPU's library: %s", record.getMessage())
+            if record.levelno >= logging.ERROR:
+                heard.append(record.getMessage())
+
+    def reason() -> str:
+        lines = heard[-1].strip().splitlines() if heard else []
+        start = max(
+            (i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): |Exception: ", line)), default=0
+        )
+        return " ".join(" ".join(lines[start:]).split())
+
+    handlers, library.handlers = library.handlers, [Listener()]
+    try:
+        yield reason
+    finally:
+        library.handlers = handlers

@@ -1,0 +1,360 @@
+"""The Infer streams: requests to jobs, responses in the order of the requests, and how many streams may be open.
+
+Each stream has two threads: a reader, which makes jobs of messages, and gRPC's own, which answers them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+
+from chunks import ID_MAX, Assembler
+from engine import Job, forget_frames
+from errors import BadInput, NotReady, Overload
+from gen import ml_service_pb2 as pb
+from intake import Intake
+from machine import clock
+from security import MALFORMED, internal_error
+from tasks import Models, Request
+
+log = logging.getLogger("lumen.streams")
+
+WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
+CHUNK_IDLE_S = 30  # between two chunks of one request
+STREAM_IDLE_S = 300  # of a stream that has nothing in work
+READER_IDLE_S = 60  # of a client that does not read its answer
+WANTED_BYTES_S = 2  # of waiting for memory, after which the oldest incomplete request is ended
+UPLOAD_S = 20  # for which a request in chunks may be incomplete while others wait for memory
+WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
+ANSWERED_S = 1  # after its last answer a stream may be about to end; so long a new stream waits for its place
+READING_S = 0.5  # of a message that is on its way, when memory is short
+OPEN_PER_PLACE = 2  # streams, those included that need no place; see `Stream.needs_place`
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The last thing in a stream's line of jobs: how it ends."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    details: str = ""
+
+
+SHUTTING_DOWN = Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
+
+
+class Stream:
+    """One Infer call: a reader thread makes jobs of its messages, its own thread answers them in their order."""
+
+    _numbers = itertools.count()
+
+    def __init__(
+        self, streams: Streams, intake: Intake, models: Models, messages: Iterator[pb.InferRequest], context: Any
+    ) -> None:
+        self._streams, self._intake, self._models = streams, intake, models
+        self._messages, self._context = messages, context
+        self.connection: str = context.peer()  # its address and port
+        self._flow = self.connection, next(self._numbers)
+        self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
+        self._in_work: set[Job] = set()
+        self._window = threading.Semaphore(WINDOW)
+        self._assembler = Assembler(intake.request_bytes_max)
+        self._line = threading.Lock()  # of who puts what into the line of jobs
+        self._closed = False  # a closing stands in it
+        self._gone = False  # the client has left or the call is over
+        self._held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
+        self._idle_since = clock.now()
+        self._reading_since: float | None = None  # when the reader began to wait for a message
+        self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
+        self._answered_since: float | None = None  # when the last request in work was answered
+        self._half_closed = False  # the client sends no more
+        self.over = False  # its thread has gone
+
+    def answers(self) -> Iterator[pb.InferResponse]:
+        if not self._context.add_callback(self._leave):
+            return
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        answered = 0
+        try:
+            while isinstance(job := self._jobs.get(), Job):
+                try:
+                    response = self._response(job)
+                except futures.CancelledError:
+                    return
+                self._intake.finished(job, OUTCOMES[response.error.code])
+                self._yielding_since = clock.now()
+                self._in_work.discard(job)
+                self._answered_since = self._yielding_since
+                if not self.needs_place():
+                    self._streams.place_may_be_free()
+                yield response
+                self._yielding_since, self._idle_since = None, clock.now()
+                self._window.release()
+                answered += 1
+            if job.code is not grpc.StatusCode.OK and not self._gone:
+                log.info("a stream ended: %s, %s", job.code.name, job.details)
+                self._context.abort(job.code, job.details)
+        finally:
+            log.debug("a stream is over after %d answers%s", answered, ", cut off" if self._gone else "")
+            self._leave()
+            for job in list(self._in_work):
+                self._intake.finished(job, "cancelled")
+
+    def check(self, now: float) -> None:
+        """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
+        silent = now - self._idle_since
+        if self._yielding_since is not None:
+            if now - self._yielding_since > READER_IDLE_S and not self._gone:
+                log.info("a stream ended: its client does not read")
+                self._gone = True
+                self._context.cancel()
+        elif self._in_work:
+            return
+        elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
+            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
+        elif silent > STREAM_IDLE_S:
+            self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
+
+    def needs_place(self) -> bool:
+        """Whether the stream counts for LUMEN_MAX_STREAMS: not once all is answered and the client sends no more.
+
+        A client that has its answer may open its next stream before gRPC has ended this one.
+        """
+        done = self._half_closed and not self._in_work
+        return not (done or self._gone)
+
+    def may_end(self, now: float) -> bool:
+        """Whether all was answered just now, so that the client may be about to close the stream."""
+        return not self._in_work and self._answered_since is not None and now - self._answered_since < ANSWERED_S
+
+    def uploading(self, now: float) -> float:
+        """Seconds since the oldest of its unfinished requests began; negative if there is none."""
+        return now - self._assembler.since()
+
+    def silent(self, now: float) -> float:
+        """Seconds for which the stream has had nothing in work."""
+        return 0.0 if self._in_work or self._yielding_since is not None else now - self._idle_since
+
+    def reading(self, now: float) -> float:
+        """Seconds for which a message has been on its way, or none has been."""
+        return 0.0 if self._reading_since is None else now - self._reading_since
+
+    def close(self, closing: Closing) -> None:
+        """Answers what is in work, then ends the stream. What comes from now on is not begun: the end answers it."""
+        with self._line:
+            self._closed = True
+            self._jobs.put(closing)
+
+    def _leave(self) -> None:
+        self._gone = True
+        for job in list(self._in_work):
+            job.answer.cancel()
+        self._window.release()
+        self._jobs.put(Closing())
+
+    def _read(self) -> None:
+        closing = Closing()
+        try:
+            empty = True
+            self._reading_since = clock.now()
+            for message in self._messages:
+                self._reading_since, self._idle_since = None, clock.now()
+                empty = False
+                if message is MALFORMED:
+                    closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
+                    break
+                self._take(message)
+                del message  # else it stays until the next one comes
+                if self._gone:
+                    break
+                self._reading_since = clock.now()
+            self._reading_since = None
+            for key in self._assembler.unfinished():
+                if self._gone:
+                    break
+                self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
+            self._half_closed = True
+            self._streams.place_may_be_free()
+            if empty:
+                closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
+        except Overload:
+            closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
+        except grpc.RpcError:
+            self._gone = True
+        except Exception as error:
+            closing = Closing(grpc.StatusCode.INTERNAL, internal_error(error))
+        finally:
+            self._reading_since = None
+            self._intake.payloads.give(self._held)
+            self._jobs.put(closing)
+
+    def _take(self, message: pb.InferRequest) -> None:
+        """One message into the assembler, and the request that it completes to work. Raises Overload."""
+        payload = message.payload  # each access makes a copy
+        message.ClearField("payload")
+        room, has_begun = self._assembler.room_for(message, payload)
+        self._intake.payloads.take(room, lambda: self._gone, CHUNK_IDLE_S, has_begun)
+        self._held += room
+        try:
+            request = self._assembler.add(message, payload)
+        except BadInput as error:
+            self._start(message.correlation_id[:ID_MAX], None, BadInput(str(error)))
+        else:
+            if request:
+                self._held -= request.held
+                self._start(request.correlation_id, request)
+        kept = self._assembler.held()
+        self._intake.payloads.give(self._held - kept)
+        self._held = kept
+
+    def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
+        """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
+        self._window.acquire()
+        job = self._intake.job(correlation_id, self._flow, request)
+        with self._line:
+            if self._closed:
+                job.answer.cancel()
+            else:
+                self._in_work.add(job)
+                self._jobs.put(job)
+        if self._gone:  # `_leave` may not have seen this job
+            job.answer.cancel()
+        if error:
+            job.finish(error)
+        if request:
+            self._intake.begin(job, request, self._models, alone=self._in_work == {job})
+
+    def _response(self, job: Job) -> pb.InferResponse:
+        """Waits for a job's answer. Raises CancelledError when the client has left."""
+        if error := job.answer.exception():
+            return _error_response(job, error)
+        answer = job.answer.result()
+        milliseconds = round((time.monotonic() - job.arrived) * 1000)
+        try:
+            return pb.InferResponse(
+                correlation_id=job.correlation_id,
+                is_final=True,
+                result=answer.encoded(),
+                meta={**answer.meta, "lat_ms": str(milliseconds)},
+                total=1,
+                result_mime=answer.mime(),
+                result_schema=answer.schema,
+            )
+        except Exception as error:
+            return _error_response(job, error)
+
+
+OUTCOMES = {
+    0: "ok",
+    pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument",
+    pb.ERROR_CODE_UNAVAILABLE: "unavailable",
+    pb.ERROR_CODE_INTERNAL: "internal",
+}
+
+
+def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
+    """An error has an empty result and result_mime, so that no client takes it for an answer."""
+    if isinstance(error, BadInput):
+        code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
+    elif isinstance(error, NotReady):
+        code, text = pb.ERROR_CODE_UNAVAILABLE, str(error)
+    else:
+        code, text = pb.ERROR_CODE_INTERNAL, internal_error(error)
+        forget_frames(error)
+    text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
+    problem = pb.Error(code=code, message=text)
+    return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
+
+
+class Streams:
+    """The open Infer streams: how many there may be, and which of them are ended."""
+
+    def __init__(self, most: int, intake: Intake) -> None:
+        """`most`: streams that need a place at the same time; see `Stream.needs_place`."""
+        self._most, self._intake = most, intake
+        self._streams: set[Stream] = set()  # a stream stays until gRPC has sent its status
+        self._changed = threading.Condition()
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def admit(self, stream: Stream) -> bool:
+        """Gives the stream a place, if there is one now or if one may become free in a moment.
+
+        The first stream of a connection may exceed the limit, so that one client cannot take all places from others.
+        """
+        with self._changed:
+            if not self._has_place(stream):
+                now = clock.now()
+                ends = self._end_a_silent_stream(now) or any(other.may_end(now) for other in self._streams)
+                if not (ends and self._changed.wait_for(partial(self._has_place, stream), ANSWERED_S)):
+                    return False
+            self._streams.add(stream)
+        return True
+
+    def _has_place(self, stream: Stream) -> bool:
+        taken = [other for other in self._streams if other.needs_place()]
+        most = self._most
+        first = all(other.connection != stream.connection for other in taken)
+        still_open = sum(not other.over for other in self._streams)
+        return (first or len(taken) < most) and still_open < OPEN_PER_PLACE * most
+
+    def _end_a_silent_stream(self, now: float) -> bool:
+        """Ends the stream that has had nothing in work for longest, if that is long."""
+        silent = max(self._streams, key=lambda stream: stream.silent(now))
+        if silent.silent(now) < WANTED_IDLE_S:
+            return False
+        text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
+        silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        return True
+
+    def place_may_be_free(self) -> None:
+        """To be called when a stream no longer needs its place."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def remove(self, stream: Stream) -> None:
+        with self._changed:
+            self._streams.discard(stream)
+            self._changed.notify_all()
+
+    def drain(self, seconds: float) -> None:
+        """Ends every stream once its requests are answered, refuses new ones, and waits so long for all of that."""
+        self.draining = True
+        for stream in list(self._streams):
+            stream.close(SHUTTING_DOWN)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._streams, seconds)
+
+    def check(self) -> None:
+        """Ends streams that hold memory or a place for nothing. Called now and then."""
+        now = clock.now()
+        streams = list(self._streams)
+        for stream in streams:
+            stream.check(now)
+        oldest = max(streams, key=lambda stream: stream.uploading(now), default=None)
+        if oldest and oldest.uploading(now) > UPLOAD_S and self._intake.payloads.waited() > WANTED_BYTES_S:
+            text = f"a request has been incomplete for over {UPLOAD_S} s, and others wait for its memory; try later"
+            oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+
+    def make_room(self) -> int:
+        """When memory is short: ends the streams whose next message has been on its way for a while; -> how many.
+
+        gRPC holds up to LUMEN_MAX_REQUEST_MB of each before we see a byte of it, and has no limit over all. Whatever is
+        in work is answered first.
+        """
+        now = clock.now()
+        slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]
+        for stream in slow:
+            stream.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory is short; try later, or in chunks"))
+        return len(slow)

@@ -1,0 +1,101 @@
+"""Texts to token ids."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import BackendError
+
+Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair tokenizer, equal to OpenCLIP's SimpleTokenizer on any text, at the speed of `tokenizers`.
+
+    A CLIP `tokenizer.json` used as it is shipped differs from OpenCLIP on curly quotes, HTML entities, ligatures,
+    control characters and more, because its normalizer lacks ftfy. So only its vocabulary and merges are taken;
+    cleaning and splitting are done here, as OpenCLIP does them.
+    """
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
+        import regex
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        self.context_length = context_length
+        self._split = regex.compile(
+            r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE,
+        )
+        self.start, self.end = _special_ids(vocab)
+        self._specials = {"<start_of_text>": self.start, "<end_of_text>": self.end}
+        bpe = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>")
+        self._bpe = Tokenizer(bpe)
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    @classmethod
+    def from_file(cls, path: Path, context_length: int) -> ClipTokenizer:
+        """From a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
+        try:
+            model = json.loads(path.read_text("utf-8"))["model"]
+            vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+            if model.get("end_of_word_suffix") != "</w>":
+                raise BackendError(f"{path}: not a CLIP byte-pair tokenizer, which alone is supported")
+            return cls(vocab, merges, context_length)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`, from which `from_file` makes the same tokenizer."""
+        return str(self._bpe.to_str())
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
+        tokens = np.zeros((len(texts), self.context_length), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [self.start, *self._encode(clean_text(text)), self.end][: self.context_length]
+            ids[-1] = self.end
+            row[: len(ids)] = ids
+        return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        # A word has one token at least, so more words than the context holds are never read.
+        words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
+        ids: list[int] = []
+        for word in words:
+            if word in self._specials:
+                ids.append(self._specials[word])
+            else:
+                ids.extend(self._bpe.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
+        return ids
+
+
+def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
+    for start, end in (("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>")):
+        if start in vocab and end in vocab:
+            return vocab[start], vocab[end]
+    raise ValueError("the vocabulary lacks the start and end tokens of CLIP")
+
+
+def clean_text(text: str) -> str:
+    """OpenCLIP's `clean="lower"`: ftfy, HTML entities twice, single spaces, lower case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def true_length(tokens: Tokens) -> int:
+    """Length of the longest text with its end token, which has the highest id and is the first of its kind.
+
+    A causal tower never looks to the right, so what follows the end token may be cut off exactly.
+    """
+    return int(tokens.argmax(axis=1).max()) + 1

@@ -1,0 +1,212 @@
+"""OpenCLIP on torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import one_line
+from machine import sha256_of, usable_cores
+from model_files import (
+    Say,
+    Vectors,
+    fetch_repository,
+    needs_modules,
+    quiet,
+    report_download,
+    space_of,
+    split_model,
+    unit_rows,
+)
+from preprocess import Pixels, Preprocess
+from settings import ModelOptions
+from tokenizer import ClipTokenizer, Tokens, true_length
+
+log = logging.getLogger("lumen.torch_backend")
+
+TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+class TorchBackend:
+    """OpenCLIP on torch: CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given."""
+
+    npu = refusal = ""
+
+    def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
+        """Raises BackendError."""
+        needs_modules(("torch", "open_clip"), options)
+        # Threads that spin while they wait for each other take the cores from what they wait for: a text among
+        # other work cost up to ten times its core time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import open_clip
+        import torch
+
+        device = options.device or self._best_device()
+        if options.precision != "fp32" and device.split(":")[0] == "cpu":
+            raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
+        name, arguments, self.model_id, self.weights = self._resolve(options, say)
+        try:
+            model: Any = open_clip.create_model(
+                name, device=device, precision=options.precision, require_pretrained=True, **arguments
+            )
+            tokenizer: Any = open_clip.get_tokenizer(name)
+        except Exception as error:
+            log.debug("OpenCLIP could not build %s", name, exc_info=True)
+            text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
+            raise options.error("MODEL", options.model, text) from error
+        self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
+        self._cores = usable_cores()
+        self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
+        self.precision, self.notice = options.precision, ""
+        self.golden: Mapping[str, Any] = {}
+        self.self_test_cosine: float | None = None
+        self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
+        self.accelerator = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self.preprocess = Preprocess.from_config(model.visual.preprocess_cfg, model.visual.image_size)
+        self._mean, self._std = (
+            torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
+        )
+        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
+        # OpenCLIP's own tokenizer remembers every word it ever saw; a daemon that runs for months must not.
+        if type(tokenizer) is open_clip.SimpleTokenizer:
+            self.tokenizer: Any = ClipTokenizer(
+                tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.context_length or 77
+            )
+        else:
+            self.tokenizer = lambda texts: tokenizer(list(texts)).numpy()
+        self.arrange(self.arrangements()[0])
+        # Cutting at the end token is exact for a causal tower that is pooled there, and for no other.
+        causal = type(model) is open_clip.CLIP and model.attn_mask is not None
+        self.open_length = causal and model.text_pool_type == "argmax"
+        visual = model.visual
+        self._pools_one_token = (
+            type(visual) is open_clip.transformer.VisionTransformer
+            and (visual.pool_type, visual.attn_pool, visual.transformer.batch_first) == ("tok", None, True)
+            and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
+        )
+        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    @staticmethod
+    def _best_device() -> str:
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+    @staticmethod
+    def _resolve(options: ModelOptions, say: Say) -> tuple[str, dict[str, Any], str, Path]:
+        """What to ask OpenCLIP for: (name, arguments, model_id, weights), with every file on disk already."""
+        import open_clip
+
+        value = options.model
+        if Path(value).is_dir() or value.startswith("hf-hub:"):
+            repo = value.removeprefix("hf-hub:")
+            local = Path(value).is_dir()
+            folder = Path(value) if local else fetch_repository(options, repo, _torch_files, say)
+            weights = next((folder / name for name in TORCH_WEIGHTS if (folder / name).is_file()), folder)
+            return f"local-dir:{folder}", {}, folder.resolve().name if local else repo, weights
+        arch, tag = split_model(options)
+        if arch not in open_clip.list_models():
+            raise options.error("MODEL", value, f"OpenCLIP has no architecture {arch!r}")
+        if Path(tag).is_file():
+            return arch, {"pretrained": tag}, f"{arch}:{Path(tag).stem}", Path(tag)
+        config = open_clip.get_pretrained_cfg(arch, tag)
+        if not config:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+            raise options.error("MODEL", value, f"{tag!r} is neither a file nor a tag of {arch}; tags: {tags}")
+        if config.get("hf_hub"):
+            repo, file = os.path.split(config["hf_hub"])
+            folder = fetch_repository(options, repo, (lambda files: [file]) if file else _torch_files, say)
+            path = folder / (file or next(name for name in TORCH_WEIGHTS if (folder / name).is_file()))
+        else:  # a plain URL, which OpenCLIP fetches once and checks by its sha-256
+            try:
+                folder = options.data_dir / "models"
+                with report_download(say, value, folder, {Path(config["url"]).name: 0}):
+                    path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
+            except Exception as error:
+                raise options.error("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
+        # OpenCLIP ties these to the tag; with a path they have to be said.
+        recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
+        quick_gelu = bool(config.get("quick_gelu", False))
+        arguments = {"pretrained": str(path), "force_quick_gelu": quick_gelu, "force_preprocess_cfg": recipe}
+        return arch, arguments, value, path
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        tokens: Tokens = self.tokenizer(texts)
+        return tokens
+
+    def encode_images(self, pixels: Pixels) -> Vectors:
+        self._use_cores(self._cores if self.lanes == 1 else 1)
+        with self._torch.inference_mode():
+            x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
+            return unit_rows(x.float().cpu().numpy())
+
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        self._use_cores(self._cores)
+        with self._torch.inference_mode():
+            if self.open_length:
+                tokens = tokens[:, : true_length(tokens)]
+            x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
+            return unit_rows(x.float().cpu().numpy())
+
+    def arrangements(self) -> Sequence[str]:
+        # On a CPU `whole` is never worth trying: its threads spin while they wait, and pictures are decoded meanwhile.
+        return ("split",) if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
+
+    def arrange(self, arrangement: str) -> None:
+        self.lanes = self._cores if arrangement == "split" else 1
+
+    def unload_text(self) -> None:
+        """Keeps it: both towers are one model here, and OpenCLIP takes long to build it again."""
+
+    def _use_cores(self, count: int) -> None:
+        """torch counts threads for each thread that calls it; a new one begins with what another set last."""
+        if self._torch.get_num_threads() != count:
+            self._torch.set_num_threads(count)
+
+    def image_tower(self, pixels: Any) -> Any:
+        """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
+        x = pixels.permute(0, 3, 1, 2).contiguous().float()
+        x = ((x / 255 - self._mean) / self._std).to(self._dtype)
+        if not self._pools_one_token:
+            return self.model.encode_image(x)
+        # What the last block makes of the other tokens is never read. Leaving that out saves most of a block.
+        visual = self.model.visual
+        x = visual._embeds(x)
+        *blocks, last = visual.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        seen = last.ln_1(x)
+        x = x[:, :1] + last.ls_1(last.attention(seen[:, :1], seen, seen))
+        x = x + last.ls_2(last.mlp(last.ln_2(x)))
+        pooled = visual._pool(x)[0]
+        return pooled if visual.proj is None else pooled @ visual.proj
+
+    def text_tower(self, tokens: Any) -> Any:
+        """int64 tensor `[n, length]` -> `[n, dim]`; a causal tower takes any length up to its context's.
+
+        For such a tower this is `CLIP.encode_text` without its demand for the full context.
+        """
+        model, length = self.model, tokens.shape[1]
+        if not self.open_length:
+            return model.encode_text(tokens)
+        x = model.token_embedding(tokens).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        x = x[self._torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
+        projection = model.text_projection
+        if projection is None:
+            return x
+        return projection(x) if callable(projection) else x @ projection
+
+
+def _torch_files(files: list[str]) -> list[str]:
+    """The weights (safetensors first, nothing twice), the config, and what a tokenizer may need."""
+    weights = next((name for name in TORCH_WEIGHTS if name in files), None)
+    if weights is None:
+        raise ValueError(f"it has none of {', '.join(TORCH_WEIGHTS)}")
+    return [weights] + [name for name in files if "/" not in name and name.endswith((".json", ".txt", ".model"))]
