@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ from tests.kit import (
 )
 from tests.lan import Lan
 from tests.npu_double import FAKE_NPU
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or daemons of tests under nohup would ignore it as well
 
 
 @pytest.fixture(scope="session")

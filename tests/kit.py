@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -309,6 +310,10 @@ class Node:
         self._reader.join(LIMIT_S)
         return status
 
+    def reload(self) -> None:
+        """Has the label sets read again."""
+        self.process.send_signal(signal.SIGHUP)
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
@@ -454,7 +459,7 @@ def save(path: Path, content: str) -> None:
 
 
 def in_time(ask: Callable[[], pb.InferResponse], seconds: float = LIMIT_S) -> pb.InferResponse:
-    """The first answer that is no error: a file is looked at every two seconds."""
+    """The first answer that is no error."""
     deadline = time.monotonic() + seconds
     while (response := ask()).error.message:
         assert time.monotonic() < deadline, response.error.message

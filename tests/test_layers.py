@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,10 @@ def test_exceptions_that_cross_a_file_are_in_one_place() -> None:
             if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & plain:
                 allowed = node.name.startswith("_") or (name, node.name) == ("errors", "DaemonError")
                 assert allowed, f"{name}.py:{node.lineno} {node.name} belongs into errors.py"
+
+
+def test_what_makes_jobs_of_requests_knows_no_grpc() -> None:
+    """Lost otherwise: a second front door, such as an HTTP one, that has to bring gRPC along."""
+    script = "import intake, sys; print(*{name.partition('.')[0] for name in sys.modules} & {'grpc', 'google', 'gen'})"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")

@@ -22,7 +22,6 @@ import doctor
 import export
 import machine
 import preprocess
-import rknn_backend
 from settings import ModelOptions
 from tests.kit import (
     COLOURS,
@@ -112,10 +111,10 @@ def test_cores_are_as_many_as_asked_for_as_memory_bears_and_as_work(
     folder = with_program(tiny_onnx, tmp_path / "model", golden=golden_of(tiny_onnx))
     size = (folder / "visual" / "rknpu" / "rk3588" / "model.rknn").stat().st_size
     assert npu_of(folder, tmp_path, rknn_cores=2).npu.startswith("rk3588, 2 of 3 cores, self-test ")
-    monkeypatch.setattr(rknn_backend, "available_memory", lambda: 7 * size)
+    monkeypatch.setattr(machine, "memory", lambda: (7 * size, 0))
     assert npu_of(folder, tmp_path).npu.startswith("rk3588, 2 of 3 cores")
     assert "memory for 2 of 3 NPU cores alone" in caplog.text
-    monkeypatch.setattr(rknn_backend, "available_memory", lambda: 0)  # a system that does not say
+    monkeypatch.setattr(machine, "memory", lambda: (sys.maxsize, 0))  # a system that does not say
     monkeypatch.delitem(sys.modules, "rknnlite.api")
     monkeypatch.setenv("FAKE_BROKEN_CORES", "2")
     assert npu_of(folder, tmp_path).npu.startswith("rk3588, 2 of 3 cores")

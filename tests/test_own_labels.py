@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_wordings_of_a_label_are_averaged_and_things_under_it_added(tmp_path: Pa
 
 
 class Folder:
-    """Label sets in a folder, looked at when the test says so."""
+    """Label sets in a folder, read when the test says so."""
 
     def __init__(self, folder: Path, texts: Texts | None = None) -> None:
         self.files, self.texts = folder / "labels", texts or Texts()
@@ -108,9 +109,8 @@ class Folder:
     def write(self, name: str, content: str) -> None:
         save(self.files / name, content)
 
-    def look(self, times: int = 2) -> Folder:
-        for _ in range(times):
-            self.sets.look(self.texts)
+    def read(self, compute: bool = True) -> Folder:
+        self.sets.read(self.texts, compute)
         return self
 
     def labels(self, name: str) -> list[str]:
@@ -119,29 +119,27 @@ class Folder:
 
 def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Lost otherwise: a restart for every word; or, at a typing error, the set that worked."""
-    folder = Folder(tmp_path).look()
+    folder = Folder(tmp_path).read()
     assert folder.sets.facts() == {"clip_label_sets": ""}
     with pytest.raises(errors.LabelError, match=r"'pets' is unknown; allowed: none so far; a file labels/NAME.txt"):
         folder.labels("pets")
     folder.write("pets.txt", "\ufeff# mine\ndog\n\n cat \ndog\n")
     folder.write("no set.txt", "dog")
-    folder.look(1)
-    assert folder.sets.facts()["clip_label_sets"] == ""  # it may still be in the writing
-    assert folder.look(1).labels("pets") == ["dog", "cat"]
+    assert folder.read().labels("pets") == ["dog", "cat"]
     assert folder.sets.facts() == {"clip_label_sets": "pets", "clip_label_set.pets": "2 labels"}
 
     folder.write("pets.txt", "dog\ncat\nhamster")
-    assert folder.look().labels("pets") == ["dog", "cat", "hamster"]
+    assert folder.read().labels("pets") == ["dog", "cat", "hamster"]
     calls = folder.texts.calls
-    assert folder.look(5).texts.calls == calls  # nothing changes, nothing is computed
+    assert folder.read().texts.calls == calls  # nothing changes, nothing is computed
 
     caplog.clear()
     folder.write("pets.txt", "dog\n" + "x" * 2000)
     folder.write("birds.json", "{")
-    assert folder.look(5).labels("pets") == ["dog", "cat", "hamster"]
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == 2 and "label set birds: it is not JSON" in warnings[1]
-    assert "label set pets: labels: 'xxxx" in warnings[0] and warnings[0].endswith("; the set of before stays")
+    assert folder.read().labels("pets") == ["dog", "cat", "hamster"]
+    pets, birds, _ = sorted((record.getMessage() for record in caplog.records), reverse=True)
+    assert "label set birds: it is not JSON" in birds
+    assert "label set pets: labels: 'xxxx" in pets and pets.endswith("; the previous version is used")
     facts = folder.sets.facts()
     assert facts["clip_label_sets"] == "pets" and facts["clip_label_set.birds"].startswith("it is not JSON")
     assert facts["clip_label_set.pets"].startswith("3 labels; not as its file says: labels: 'xxx")
@@ -149,46 +147,52 @@ def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureF
         folder.labels("birds")
     with pytest.raises(errors.LabelError, match="'none' is unknown; allowed: pets"):
         folder.labels("none")
+    folder.write("pets.txt", "dog\ncat\nhamster")
+    assert folder.read().sets.facts()["clip_label_set.pets"] == "3 labels"  # mended
 
     (folder.files / "birds.json").unlink()
     (folder.files / "pets.txt").unlink()
-    assert folder.look(1).labels("pets")  # an editor may be about to put it back
-    assert folder.look(1).sets.facts() == {"clip_label_sets": ""}
+    assert folder.read().sets.facts() == {"clip_label_sets": ""}
 
 
 def test_a_restart_computes_no_label_set_again_and_waits_for_none(tmp_path: Path) -> None:
     """Lost otherwise: a start that takes as long as the largest set, every time."""
     first = Folder(tmp_path)
     first.write("pets.json", '{"labels": ["dog", "cat"], "none": ["a tree"]}')
-    first.look()
+    first.read()
     restarted = Folder(tmp_path)
     restarted.write("new.txt", "bus\ntrain")
-    restarted.sets.look(restarted.texts, compute=False)
+    restarted.read(compute=False)
     assert restarted.labels("pets") == ["dog", "cat", label_files.NONE]
     assert restarted.texts.calls <= label_cache.PROBE_LABELS
     with pytest.raises(errors.LabelError, match="'new' is not ready: its text vectors are being computed"):
         restarted.labels("new")
-    assert restarted.look(1).labels("new") == ["bus", "train"]
-    other = Folder(tmp_path, Texts(seed=1))  # another model: its vectors must not be those of the first
-    other.sets.look(other.texts, compute=False)
+    assert restarted.read().labels("new") == ["bus", "train"]
+    other = Folder(tmp_path, Texts(seed=1)).read(compute=False)  # another model: its vectors must not be the first's
     with pytest.raises(errors.LabelError, match="being computed"):
         other.labels("pets")
 
 
-def test_a_file_that_changes_while_it_is_computed_is_begun_anew(tmp_path: Path) -> None:
+def test_a_reload_while_a_set_is_computed_begins_with_the_new_file(tmp_path: Path) -> None:
     """Lost otherwise: an hour, when somebody notices a mistake in a long list after a minute."""
+    begun, release = threading.Event(), threading.Event()
 
-    class Hasty(Texts):
+    class Slow(Texts):
         def __call__(self, texts: list[str]) -> Any:
-            if self.calls == 0:
-                folder.write("many.txt", "\n".join(f"better {i}" for i in range(10)))
+            begun.set()
+            assert release.wait(LIMIT_S)
             return super().__call__(texts)
 
-    folder = Folder(tmp_path, Hasty())
+    folder = Folder(tmp_path, Slow())
     folder.write("many.txt", "\n".join(f"word {i}" for i in range(5000)))
-    folder.look()
-    assert folder.texts.calls < 200
-    assert folder.look().labels("many") == [f"better {i}" for i in range(10)]
+    folder.sets.start(folder.texts)
+    assert begun.wait(LIMIT_S)
+    folder.write("many.txt", "\n".join(f"better {i}" for i in range(10)))
+    folder.sets.reload()
+    release.set()
+    wait_until(lambda: folder.sets.facts()["clip_label_sets"] == "many")
+    assert folder.labels("many") == [f"better {i}" for i in range(10)]
+    assert folder.texts.calls < 200  # texts, and not 5,000
 
 
 def test_what_a_folder_may_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,18 +202,16 @@ def test_what_a_folder_may_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     folder = Folder(tmp_path)
     for name in ("b.txt", "c.txt"):
         folder.write(name, "dog\ncat")
-    folder.look()
+    folder.read()
     folder.write("a.txt", "dog")
-    assert folder.look().sets.facts()["clip_label_sets"] == "b,c"
+    assert folder.read().sets.facts()["clip_label_sets"] == "b,c"
     assert folder.sets.facts()["clip_label_set.a"] == "there are 2 label sets already, as many as are allowed"
     (folder.files / "b.txt").unlink()
-    assert folder.look(3).labels("a") == ["dog"]
+    assert folder.read().labels("a") == ["dog"]
     folder.write("c.txt", "1\n2\n3\n4\n5\n6")
-    folder.look()
-    assert "it makes 6 texts to compare with; allowed: 5" in folder.sets.facts()["clip_label_set.c"]
+    assert "it makes 6 texts to compare with; allowed: 5" in folder.read().sets.facts()["clip_label_set.c"]
     folder.write("c.json", '{"labels": ["dog"]}')
-    folder.look()
-    assert "c.json and c.txt are both there" in folder.sets.facts()["clip_label_set.c"]
+    assert "c.json and c.txt are both there" in folder.read().sets.facts()["clip_label_set.c"]
     assert folder.labels("c") == ["dog", "cat"]
 
 
@@ -221,6 +223,7 @@ def test_clients_ask_for_a_label_set_by_its_name(onnx_node: Node) -> None:
         onnx_node.data / "labels" / "places.json",
         json.dumps(place | {"none": ["a photo of an animal", "a photo of a bird"]}),
     )
+    onnx_node.reload()
     response = in_time(lambda: onnx_node.ask("clip_classify", photo, label_set="places"))
     [best, *_] = json.loads(response.result)["labels"]
     assert best["label"] == "place" and best["score"] > 0.5 and float(response.meta["none_score"]) < 0.5
@@ -246,14 +249,17 @@ def test_clients_ask_for_a_label_set_by_its_name(onnx_node: Node) -> None:
     assert (extra["clip_label_sets"], extra["clip_label_set.places"]) == ("places", "2 labels")
 
     save(onnx_node.data / "labels" / "places.json", "{")  # a typing error costs no answer
+    onnx_node.reload()
     wait_until(
         lambda: "not as its file says" in onnx_node.stub.GetCapabilities(Empty()).extra["clip_label_set.places"], 20
     )
     assert onnx_node.result("clip_classify", photo, label_set="places")["labels"][0]["label"] == "place"
     save(onnx_node.data / "labels" / "places.json", json.dumps({"labels": {"somewhere": ["a photo of a landscape"]}}))
+    onnx_node.reload()
     wait_until(lambda: onnx_node.stub.GetCapabilities(Empty()).extra["clip_label_set.places"] == "1 label")
     assert onnx_node.result("clip_classify", photo, label_set="places")["labels"][0]["label"] == "somewhere"
     (onnx_node.data / "labels" / "places.json").unlink()
+    onnx_node.reload()
     wait_until(lambda: not onnx_node.stub.GetCapabilities(Empty()).extra["clip_label_sets"])
     assert "is unknown" in onnx_node.ask("clip_classify", photo, label_set="places").error.message
 
@@ -267,7 +273,7 @@ def test_a_long_label_set_is_computed_without_anybody_waiting(watched: Any, tmp_
     folder.write("many.txt", "\n".join(f"thing {i}" for i in range(320)))
     with concurrent.futures.ThreadPoolExecutor(3) as clients:
         backend.gate = backend.text_gate = turnstile = Turnstile()
-        looking = clients.submit(folder.sets.look, clip.encoder(backend.daemon.engine))
+        reading = clients.submit(folder.sets.read, clip.encoder(backend.daemon.engine))
         assert backend.busy.wait(LIMIT_S)
         query = clients.submit(one, stub, "clip_embed", b"a red bicycle")
         photo = clients.submit(one, stub, "clip_image_embed", encoded(picture(RED)))
@@ -275,7 +281,7 @@ def test_a_long_label_set_is_computed_without_anybody_waiting(watched: Any, tmp_
         turnstile.release(8)  # of more than forty batches
         assert query.result(LIMIT_S).result and photo.result(LIMIT_S).result
         turnstile.set()
-        looking.result()
+        reading.result()
     assert sum(count for kind, count in backend.batches if kind == "text") == 321 and len(backend.batches) > 40
     assert folder.labels("many") == [f"thing {i}" for i in range(320)]
 

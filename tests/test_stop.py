@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -165,3 +166,35 @@ def test_a_second_signal_ends_a_load_at_once(stuck: Callable[..., Node]) -> None
 
     wait_until(ends)
     assert node.ended() == 0 and "Traceback" not in node.log
+
+
+# Gives the program that follows a controlling terminal, as a shell does.
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), termios.TIOCSCTTY, 0)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_a_terminal_that_closes_stops_the_daemon(tmp_path: Path) -> None:
+    """A daemon that nobody sees any more would keep the port, because SIGHUP also has the label sets read again."""
+    ours, theirs = os.openpty()
+    program = (sys.executable, "-c", IN_TERMINAL, os.ttyname(theirs), *Node.PROGRAM)
+    node = Node(tmp_path, ("--demo",), program).ready()
+    os.close(theirs)
+    node.reload()
+    node.wait_for("reading the label sets again")
+    assert node.ask("clip_embed", b"a dog").result
+    os.close(ours)
+    assert node.ended() == 0 and node.log.splitlines()[-1].endswith("stopped")
+
+
+def test_sighup_before_the_models_are_there_does_no_harm(stuck: Callable[..., Node]) -> None:
+    """A reload while the board starts would end the start."""
+    node = stuck("loading")
+    node.reload()
+    time.sleep(0.5)
+    assert node.process.poll() is None
+    node.process.kill()
+    assert node.ended() == -signal.SIGKILL and "Traceback" not in node.log
