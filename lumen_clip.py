@@ -2,13 +2,13 @@
 
 The way of one request:
 
-    stream's reader thread   chunks -> one whole Request         (service: Stream; assembly: Assembler)
-    decode threads           bytes -> pixels or token ids        (intake: Intake; engine: DecodePool; tasks: prepare)
-    the engine's thread      the task's steps, in true batches   (engine: Engine)
-    inference thread, lanes  a batch through a model             (engine: Engine; backends)
-    stream's own thread      answers, in the order of requests   (service: Stream)
+    stream's reader thread     chunks -> one whole Request         (streams: Stream; chunks: Assembler)
+    decode threads             bytes -> pixels or token ids        (intake: Intake; engine: DecodePool; tasks: prepare)
+    the engine's thread        the task's steps, in true batches   (engine: Engine; tasks)
+    inference thread, workers  a batch through a model             (engine: Engine; a backend)
+    stream's own thread        responses, in the requests' order   (streams: Stream)
 
-This file starts and stops it all. `main()` binds the port first, then loads the models, then tells mDNS and systemd.
+This file starts, serves and stops. `main()` binds the port first, then loads the models, then tells mDNS and systemd.
 """
 
 from __future__ import annotations
@@ -81,6 +81,153 @@ class Signal(Enum):
 Events = queue.SimpleQueue[Loaded | BaseException | Signal]
 
 
+# --- before the start -------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "lumen_clip.py", description="CLIP and BioCLIP-2 over gRPC. Settings come from the environment; see README.md."
+    )
+    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")
+    parser.add_argument("--demo", action="store_true", help="serve the small emoji model in gen/demo; not announced")
+    parser.add_argument("--doctor", action="store_true", help="say what keeps the daemon from running here, and leave")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-format", default="text", choices=("text", "json"))
+    parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
+    parsed = parser.parse_args(arguments)
+    if not 0 <= parsed.port <= 65535:
+        parser.error(f"--port {parsed.port}: allowed: 0 to 65535")
+    parsed.host = parsed.host.strip("[]")
+    return parsed
+
+
+def prepare_process(options: argparse.Namespace) -> None:
+    """Log, memory and what libraries may print; before any of them begins."""
+    # The level is ours; libraries speak when something is wrong.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.root.handlers[0].addFilter(logs.RepeatLimiter())
+    # Pillow warns of each broken EXIF entry. "always" because the other actions keep every text in memory.
+    warnings.filterwarnings("always", module=r"PIL\.")
+    logging.captureWarnings(True)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
+    machine.use_one_heap()
+    if options.log_format == "json":
+        logging.root.handlers[0].setFormatter(logs.JSONFormatter())
+    elif logs.stderr_is_journal():
+        logging.root.handlers[0].setFormatter(logs.JournalFormatter())
+    if options.log_format == "json" or not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
+    log.setLevel(options.log_level.upper())
+
+
+def has_terminal() -> bool:
+    """Whether the process belongs to a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def handle_signals(events: Events, journal: Journal) -> None:
+    """SIGTERM and SIGINT: the first asks for an orderly stop, the second ends the process at once.
+
+    SIGHUP has the label sets read again. A terminal that closes sends it as well, and then it asks for an orderly stop.
+
+    A handler in Python runs on the main thread, which may learn of a signal only when its current wait ends, seconds
+    later. So a thread of its own reads the signals' numbers from a pipe.
+    """
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    had_terminal = has_terminal()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
+
+    def read() -> None:
+        told = False
+        while True:
+            number = os.read(reading, 1)[0]
+            if number not in numbers:
+                continue
+            if number == signal.SIGHUP and (told or not had_terminal or has_terminal()):
+                events.put(Signal.RELOAD)
+                continue
+            if told:
+                journal.close()  # to stop is not to crash
+                _leave(0)
+            told = True
+            events.put(Signal.STOP)
+
+    threading.Thread(target=read, name="signals", daemon=True).start()
+
+
+def complain(error: Exception) -> None:
+    """One line for the operator; in the journal, which names us by itself, of an error's priority."""
+    print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
+
+
+def notify(state: str) -> None:
+    """Tells systemd, when it has started us (sd_notify's one datagram)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+def see_the_doctor(options: argparse.Namespace) -> int:
+    """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
+    try:
+        import doctor
+    except ImportError:
+        print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
+        return 2
+    findings = []
+    environment: Mapping[str, str] = demo_environment(os.environ) if options.demo else os.environ
+    try:
+        settings = Settings.from_environment(environment)
+    except SettingError as error:
+        findings.append(("settings", doctor.FAILURE, f"{error}; the rest is of the defaults"))
+        settings = Settings.from_environment({})
+    return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
+
+
+# --- start ------------------------------------------------------------------------------------------------------
+
+
+def serve_metrics(daemon: Daemon, host: str) -> None:
+    """Raises SettingError."""
+    port = daemon.settings.lumen_metrics_port
+    try:
+        metrics.serve(daemon.traffic.metrics, host, port)
+    except OSError as error:
+        raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
+
+
+def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
+    """Loads on its own thread, so that signals and RPCs are heard meanwhile."""
+    logged = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal logged
+        daemon.loading = text
+        notify(f"EXTEND_TIMEOUT_USEC={SILENCE_S * 1_000_000}\nSTATUS={text}")
+        if not sys.stderr.isatty() and time.monotonic() - logged > PROGRESS_LOG_S:
+            logged = time.monotonic()
+            log.info("%s", text)
+
+    def load() -> None:
+        try:
+            done(load_models(daemon.settings, daemon.engine, say))
+        except BaseException as error:
+            done(error)
+
+    threading.Thread(target=load, name="load", daemon=True).start()
+
+
 def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
     """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError.
 
@@ -150,29 +297,27 @@ def _classes(backend: Backend, encode: Encode, folder: Path, settings: Settings,
     return LabelSet(names, found.vecs, backend.logit_scale)
 
 
-def notify(state: str) -> None:
-    """Tells systemd, when it has started us (sd_notify's one datagram)."""
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+def _report(error: BaseException) -> None:
+    if isinstance(error, BackendError | LabelError):
+        complain(error)
+    else:
+        log.critical("loading the models failed", exc_info=error)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "lumen_clip.py", description="CLIP and BioCLIP-2 over gRPC. Settings come from the environment; see README.md."
-    )
-    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")
-    parser.add_argument("--demo", action="store_true", help="serve the small emoji model in gen/demo; not announced")
-    parser.add_argument("--doctor", action="store_true", help="say what keeps the daemon from running here, and leave")
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    parser.add_argument("--log-format", default="text", choices=("text", "json"))
-    parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
-    parsed = parser.parse_args(arguments)
-    if not 0 <= parsed.port <= 65535:
-        parser.error(f"--port {parsed.port}: allowed: 0 to 65535")
-    parsed.host = parsed.host.strip("[]")
-    return parsed
+# --- serve ------------------------------------------------------------------------------------------------------
+
+
+def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: SpeciesLoader | None) -> None:
+    """Starts serving the loaded models, and reports it to systemd, mDNS and the log."""
+    daemon.serve(models)
+    if loader:
+        loader.in_background(models, lambda text: notify(f"STATUS={text}"))
+    advertiser.set_ready(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
+    threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
+    machine.trim_memory()
+    gc.freeze()  # what stays need not be looked through again and again
+    notify("READY=1\nSTATUS=serving")
+    log.info("ready: %s", ", ".join(task.name for task in models.offered()))
 
 
 def look_after_memory(daemon: Daemon) -> None:
@@ -188,51 +333,52 @@ def look_after_memory(daemon: Daemon) -> None:
             log.warning("memory is short (%d MB left): ended %d streams that waited for messages", left >> 20, ended)
 
 
-def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
-    """Loads on its own thread, so that signals and RPCs are heard meanwhile."""
-    logged = time.monotonic()
+def supervise(daemon: Daemon, events: Events) -> str:
+    """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
-    def say(text: str) -> None:
-        nonlocal logged
-        daemon.loading = text
-        notify(f"EXTEND_TIMEOUT_USEC={SILENCE_S * 1_000_000}\nSTATUS={text}")
-        if not sys.stderr.isatty() and time.monotonic() - logged > PROGRESS_LOG_S:
-            logged = time.monotonic()
-            log.info("%s", text)
-
-    def load() -> None:
-        try:
-            done(load_models(daemon.settings, daemon.engine, say))
-        except BaseException as error:
-            done(error)
-
-    threading.Thread(target=load, name="load", daemon=True).start()
-
-
-def serve_metrics(daemon: Daemon, host: str) -> None:
-    """Raises SettingError."""
-    port = daemon.settings.lumen_metrics_port
-    try:
-        metrics.serve(daemon.traffic.metrics, host, port)
-    except OSError as error:
-        raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
+    systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
+    """
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    beat = min(5.0, watchdog or 5.0, daemon.settings.lumen_hang_s / 2)
+    clock.tick(beat)
+    while True:
+        with suppress(queue.Empty):
+            if events.get(timeout=beat) is Signal.STOP:
+                return ""
+            daemon.reload()
+        clock.tick(beat)
+        daemon.check()
+        machine.trim_memory()
+        daemon.traffic.log_summary(TRAFFIC_LOG_S)
+        if trouble := daemon.trouble():
+            return trouble
+        if watchdog:
+            notify("WATCHDOG=1")
 
 
-def see_the_doctor(options: argparse.Namespace) -> int:
-    """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
-    try:
-        import doctor
-    except ImportError:
-        print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
-        return 2
-    findings = []
-    environment: Mapping[str, str] = demo_environment(os.environ) if options.demo else os.environ
-    try:
-        settings = Settings.from_environment(environment)
-    except SettingError as error:
-        findings.append(("settings", doctor.FAILURE, f"{error}; the rest is of the defaults"))
-        settings = Settings.from_environment({})
-    return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
+# --- stop -------------------------------------------------------------------------------------------------------
+
+
+def stop(daemon: Daemon, advertiser: Advertiser) -> None:
+    """Answers what is in work first. The caller then leaves the process, which closes the port and all connections.
+
+    `grpc.Server.stop` would end calls that arrive at that moment with CANCELLED. A connection that closes is
+    UNAVAILABLE, which tells clients to try again.
+    """
+    notify("STOPPING=1")
+    log.info("stopping: answering what is in work")
+    advertiser.close()
+    daemon.drain(DRAIN_S)
+    time.sleep(LINGER_S)
+    daemon.journal.close()
+    daemon.traffic.log_summary(0)
+    log.info("stopped")
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process while a load may be deep in native code, which an orderly exit would wait for."""
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -276,139 +422,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave(1)  # what is in work has no one who could answer it
     stop(daemon, advertiser)
     _leave(0)
-
-
-def handle_signals(events: Events, journal: Journal) -> None:
-    """SIGTERM and SIGINT: the first asks for an orderly stop, the second ends the process at once. SIGHUP: the label
-    sets are read again; but a terminal that closes sends it as well, and then it means the same as SIGTERM.
-
-    A handler in Python runs on the main thread, which may learn of a signal only when its current wait ends, seconds
-    later. So a thread of its own reads the signals' numbers from a pipe.
-    """
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
-        numbers.append(signal.SIGHUP)
-    had_terminal = has_terminal()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in numbers:
-        signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
-
-    def read() -> None:
-        told = False
-        while True:
-            number = os.read(reading, 1)[0]
-            if number not in numbers:
-                continue
-            if number == signal.SIGHUP and not (had_terminal and not has_terminal()):
-                events.put(Signal.RELOAD)
-                continue
-            if told:
-                journal.close()  # to stop is not to crash
-                _leave(0)
-            told = True
-            events.put(Signal.STOP)
-
-    threading.Thread(target=read, name="signals", daemon=True).start()
-
-
-def has_terminal() -> bool:
-    """Whether the process belongs to a terminal that is open."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
-def prepare_process(options: argparse.Namespace) -> None:
-    """Log, memory and what libraries may print; before any of them begins."""
-    # The level is ours; libraries speak when something is wrong.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.root.handlers[0].addFilter(logs.RepeatLimiter())
-    # Pillow warns of each broken EXIF entry. "always" because the other actions keep every text in memory.
-    warnings.filterwarnings("always", module=r"PIL\.")
-    logging.captureWarnings(True)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
-    machine.use_one_heap()
-    if options.log_format == "json":
-        logging.root.handlers[0].setFormatter(logs.JSONFormatter())
-    elif logs.stderr_is_journal():
-        logging.root.handlers[0].setFormatter(logs.JournalFormatter())
-    if options.log_format == "json" or not sys.stderr.isatty():
-        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
-    log.setLevel(options.log_level.upper())
-
-
-def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: SpeciesLoader | None) -> None:
-    """Starts serving the loaded models, and reports it to systemd, mDNS and the log."""
-    daemon.serve(models)
-    if loader:
-        loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    advertiser.set_ready(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
-    threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
-    machine.trim_memory()
-    gc.freeze()  # what stays need not be looked through again and again
-    notify("READY=1\nSTATUS=serving")
-    log.info("ready: %s", ", ".join(task.name for task in models.offered()))
-
-
-def stop(daemon: Daemon, advertiser: Advertiser) -> None:
-    """Answers what is in work first. The caller then leaves the process, which closes the port and all connections.
-
-    `grpc.Server.stop` would end calls that arrive at that moment with CANCELLED. A connection that closes is
-    UNAVAILABLE, which tells clients to try again.
-    """
-    notify("STOPPING=1")
-    log.info("stopping: answering what is in work")
-    advertiser.close()
-    daemon.drain(DRAIN_S)
-    time.sleep(LINGER_S)
-    daemon.journal.close()
-    daemon.traffic.log_summary(0)
-    log.info("stopped")
-
-
-def supervise(daemon: Daemon, events: Events) -> str:
-    """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
-
-    systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
-    """
-    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
-    beat = min(5.0, watchdog or 5.0, daemon.settings.lumen_hang_s / 2)
-    clock.tick(beat)
-    while True:
-        with suppress(queue.Empty):
-            if events.get(timeout=beat) is Signal.STOP:
-                return ""
-            daemon.reload()
-        clock.tick(beat)
-        daemon.check()
-        machine.trim_memory()
-        daemon.traffic.log_summary(TRAFFIC_LOG_S)
-        if trouble := daemon.trouble():
-            return trouble
-        if watchdog:
-            notify("WATCHDOG=1")
-
-
-def complain(error: Exception) -> None:
-    """One line for the operator; in the journal, which names us by itself, of an error's priority."""
-    print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
-
-
-def _report(error: BaseException) -> None:
-    if isinstance(error, BackendError | LabelError):
-        complain(error)
-    else:
-        log.critical("loading the models failed", exc_info=error)
-
-
-def _leave(status: int) -> NoReturn:
-    """Ends the process while a load may be deep in native code, which an orderly exit would wait for."""
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,6 @@ class SpeciesLoader:
         neither replace the others."""
         self._published_folder = folder / tree_of_life.PUBLISHED
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
-        self._encode = encoder_of(model.backend)
         self._through_engine = model.encoder(engine)
         self._unload = engine.add(Line("bioclip unload", self._let_go, 1, Line.BACKGROUND))
 
@@ -194,6 +193,10 @@ class SpeciesLoader:
     def _species(self, found: TextVectors) -> Species:
         assert found.names is not None
         return Species(found.names, found, self._model.backend.logit_scale)
+
+    def _encode(self, texts: list[str]) -> Vectors:
+        """On this thread, before the inference thread runs."""
+        return encoder_of(self._model.backend)(texts)
 
     def _unload_text(self) -> None:
         """In the engine's order, for the text tower is the inference thread's."""

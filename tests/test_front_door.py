@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import errors
+import labels
 import tasks
 from settings import Settings
 from tests.kit import ROOT
@@ -34,6 +36,19 @@ def test_the_readmes_table_of_settings_is_the_programs() -> None:
         "BIOCLIP_BACKEND": "CLIP_BACKEND",
     }
     assert table == expected
+
+
+def test_a_former_setting_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: an operator who does not learn that a line of the environment file does nothing any more."""
+    Settings.from_environment({"CLIP_MDNS_STATUS": "busy", "CLIP_MDNS_VERSION": ""})
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("CLIP_MDNS_STATUS is no longer a setting and has no effect: ")
+
+
+def test_the_numbers_of_templates_are_those_that_labels_has() -> None:
+    """Lost otherwise: a start that fails where the settings said that all is well."""
+    with pytest.raises(errors.SettingError, match=f"allowed: {', '.join(map(str, labels.TEMPLATES))}$"):
+        Settings.from_environment({"CLIP_TEMPLATES": "0"})
 
 
 def test_every_capability_of_the_table_is_in_the_readme() -> None:

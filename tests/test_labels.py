@@ -467,7 +467,7 @@ def test_a_tree_that_is_made_on_a_pc_is_copied_to_the_board(tmp_path: Path, tiny
     made = tmp_path / "made"
 
     def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "labels.py", *map(str, arguments)]
+        command = [sys.executable, "tree_of_life.py", *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     model = ("--model", tiny_onnx, "--backend", "onnxrt")
@@ -683,9 +683,8 @@ from pathlib import Path
 import numpy as np
 import tqdm  # here, so that no child spends its short life on it
 import errors
-import labels
-import errors
 import label_cache
+import labels
 
 label_cache.SHARD_LABELS = 40
 folder, random_, made = Path(sys.argv[1]), random.Random(3), [0]
@@ -742,9 +741,8 @@ import itertools, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 import errors
-import labels
-import errors
 import label_cache
+import labels
 
 folder, random_ = Path(sys.argv[1]), random.Random(7)
 key = label_cache.CacheKey("model", "recipe", "sha", 20000, 16)

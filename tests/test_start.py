@@ -150,7 +150,7 @@ def test_torch_weights_come_from_the_hub_once(tmp_path: Path, hub: FakeHub, tiny
     hub.repos["org/tiny"] = folder_content(tiny)
     options = ModelOptions("CLIP", "torch", "hf-hub:org/tiny", tmp_path)
     script = (
-        "import backends, sys; from pathlib import Path\n"
+        "import backends, sys; from pathlib import Path; from settings import ModelOptions\n"
         f"options = ModelOptions('CLIP', 'torch', {options.model!r}, Path(sys.argv[1]))\n"
         "print(backends.create_backend(options).model_id)"
     )
