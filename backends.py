@@ -132,7 +132,7 @@ def _try_out(backend: Backend, most: int) -> Tuning:
     found: list[Tuning] = []
     for arrangement in reversed(backend.arrangements()):  # ends with the first, so that it is in use
         backend.arrange(arrangement)
-        longest = LONGEST_BATCH_S if backend.lanes == 1 else LONGEST_SPLIT_S
+        longest = LONGEST_BATCH_S if backend.workers == 1 else LONGEST_SPLIT_S
         taken: dict[int, list[float]] = {}
         for size in sizes:
             seconds = min(seconds_of_a_batch(backend, size) for _ in range(2))  # the first makes room
@@ -146,26 +146,26 @@ def _try_out(backend: Backend, most: int) -> Tuning:
         for size, times in taken.items():
             seconds = statistics.median(times)
             if seconds <= longest or size == 1:
-                found.append(Tuning(arrangement, size, round(backend.lanes * size / seconds, 2)))
+                found.append(Tuning(arrangement, size, round(backend.workers * size / seconds, 2)))
     best = max(found, key=lambda t: t.images_per_s * (1.1 if t.arrangement == backend.arrangements()[0] else 1))
     equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.985 * best.images_per_s]
     return min(equal, key=lambda t: t.batch_size)
 
 
 def seconds_of_a_batch(backend: Backend, size: int) -> float:
-    """The mean, with a batch in each lane. On a core of its own core time is what counts: other programs, which
+    """The mean, with a batch in each worker. On a core of its own core time is what counts: other programs, which
     are busy while a machine boots, take none of it."""
     side = backend.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-    clock = time.perf_counter if backend.lanes == 1 else time.thread_time
+    clock = time.perf_counter if backend.workers == 1 else time.thread_time
 
     def run(_: int) -> float:
         started = clock()
         backend.encode_images(pixels)
         return clock() - started
 
-    with ThreadPoolExecutor(backend.lanes) as lanes:
-        return statistics.mean(lanes.map(run, range(backend.lanes)))
+    with ThreadPoolExecutor(backend.workers) as workers:
+        return statistics.mean(workers.map(run, range(backend.workers)))
 
 
 def _processor() -> str:

@@ -517,7 +517,7 @@ def measure_fidelity(backend: model_files.Backend, folder: Path) -> str:
         started, recipe = time.process_time(), backend.preprocess
         pixels = np.stack([preprocess.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
         took = time.process_time() - started
-        with ThreadPoolExecutor(backend.lanes) as lanes:
+        with ThreadPoolExecutor(backend.workers) as lanes:
             pieces = [pixels[i : i + 4] for i in range(0, len(pixels), 4)]
             return np.concatenate(list(lanes.map(backend.encode_images, pieces))), took
 
@@ -549,7 +549,7 @@ def measure_int8(options: argparse.Namespace) -> str:
             backend.arrange(arrangement)
         for _ in range(7):
             for precision, backend in both.items():
-                rates[precision].append(4 * backend.lanes / backends.seconds_of_a_batch(backend, 4))
+                rates[precision].append(4 * backend.workers / backends.seconds_of_a_batch(backend, 4))
         ratio = statistics.median(small / full for full, small in zip(*rates.values(), strict=True))
         fp32, int8 = (statistics.median(found) for found in rates.values())
         lines.append(f"{arrangement}: fp32 {fp32:.1f} images/s, int8 {int8:.1f}: {ratio:.2f} times as fast")

@@ -1,7 +1,7 @@
-"""Scheduling: the queues, the inference thread, its workers and the decode threads.
+"""Scheduling: the request queues, the inference thread, its workers and the decode pool.
 
-A task is a generator that yields `(line, items)` and gets the items' results; it knows nothing of threads or batches.
-Nothing here knows gRPC, models or tasks. Only the engine's own thread advances a task.
+A task is a generator that yields `(line, items)` and receives the results of the items. It knows nothing of threads or
+batches. This file knows nothing of gRPC, models or tasks. Only the engine's own thread advances a task.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ log = logging.getLogger("lumen.engine")
 TENSOR_MIME = "application/octet-stream"
 FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
 COST_WEIGHT = 0.2  # of the last batch in the moving average of an item's cost
-SMALLER_S = 300.0  # for so long batches stay at the size that worked after a larger one failed
-COST_RISE, COST_FLOOR = 10, 0.5  # times the average, and core seconds: what one batch may cost an item at most
-BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it ends
+SMALLER_S = 300.0  # after a batch failed: seconds for which batches keep the smaller size that worked
+# The most that one batch may cost an item: so many times the average, or so many core seconds, whichever is more.
+COST_RISE, COST_FLOOR = 10, 0.5
+BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it ends some day
 # Seconds after the last answer until background work may use the whole machine. Many clients send one request after
 # another, with short pauses.
 IDLE_S = 1.0
 
 
 class Line:
-    """The queue of one engine, which runs its items in batches: `run(items) -> one result an item`.
+    """The queue of one model tower or label set, whose items run in batches: `run(items) -> one result for each item`.
 
-    `kind` decides the order: SCORING ends what has begun; TEXT and BULK take turns; BACKGROUND runs while no request
-    is in progress, or else for BACKGROUND_SHARE of the time.
+    `kind` decides the order. SCORING comes first, because it completes requests. TEXT and BULK take turns. BACKGROUND
+    runs while no request is in progress, and otherwise for BACKGROUND_SHARE of the time.
     """
 
     SCORING, TEXT, BULK, BACKGROUND = range(4)
@@ -60,10 +61,10 @@ class Line:
         tower: str = "",
         journaled: bool = False,
     ) -> None:
-        """`spread`: a batch keeps one core busy, so that each lane may run one. `share`: how much of a place in a batch
-        an item takes; all items of a batch count as its largest, for they are padded to that. `tower`: the part of a
-        model that runs the items, whose failures are counted; see `Engine.failures`. `journaled`: if a batch crashes
-        the process, its payloads are suspected; see `Journal`."""
+        """`spread`: a batch occupies one core, so each worker may run one. `share`: the part of a place in a batch that
+        an item takes. All items of a batch count as its largest, because they are padded to that. `tower`: the part of
+        a model that runs the items; see `Engine.failures`. `journaled`: if a batch crashes the process, its payloads
+        are suspected; see `Journal`."""
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives lines of one kind the same shares
@@ -77,7 +78,7 @@ class Line:
         return min(self._fits, self.batch_size) if time.monotonic() < self._fits_until else self.batch_size
 
     def remember_size(self, size: int) -> None:
-        """Batches of this size work where a larger one failed, for want of memory for instance."""
+        """Limits batches to this size for a while: a larger one failed, because of memory for example."""
         self._fits, self._fits_until = min(size, self.size_limit()), time.monotonic() + SMALLER_S
         log.warning("%s: batches of at most %d for the next %d s", self.name, self._fits, SMALLER_S)
 
@@ -87,7 +88,7 @@ Steps = Generator[tuple[Line, Sequence[Any]], list[Any], "Answer"]  # a task at 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a task returns: an object for JSON under the schema's name, or bytes as they are; and meta."""
+    """What a task returns: an object that is sent as JSON of the named schema, or raw bytes; and meta."""
 
     schema: str
     content: dict[str, Any] | bytes
@@ -96,7 +97,7 @@ class Answer:
     def encoded(self) -> bytes:
         if isinstance(self.content, bytes):
             return self.content
-        # A value that is not finite would be `null`; `model_files.unit_rows` and `create_backend` let none come here.
+        # A value that is not finite would become `null`; `unit_rows` and `create_backend` reject such values.
         return orjson.dumps(self.content, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def mime(self) -> str:
@@ -104,13 +105,13 @@ class Answer:
 
 
 class Job:
-    """A request on its way; `answer` resolves to an Answer or to the exception that the client shall hear of.
+    """A request in progress. `answer` resolves to an Answer, or to the exception that the client is told about.
 
-    Cancelling `answer` gives up the job: what it waits for is taken out of the queues, with its pixels.
+    Cancelling `answer` cancels the job: its items are removed from the queues, with their pixels.
     """
 
     def __init__(self, correlation_id: str, task: str, size: int, flow: Flow = ("", "")) -> None:
-        """`task`: as the client named it. `size`: bytes. `flow`: whose request it is, for the fair order."""
+        """`task`: the name that the client sent. `size`: bytes. `flow`: the client's connection and stream."""
         self.correlation_id, self.task, self.size, self.flow = correlation_id, task, size, flow
         self.digest = ""  # sha-256 of the payload in hex, if it may be suspected of a crash; see `Journal`
         self.arrived = time.monotonic()
@@ -128,17 +129,17 @@ class Job:
                 self.answer.set_result(result)
 
     def discard(self) -> None:
-        """Lets go of the task of a job that was cancelled. Only the engine's own thread may call it."""
+        """Drops the task of a cancelled job. Only the engine's own thread may call it."""
         steps, self.steps = self.steps, None
         if steps:
             steps.close()
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Lets go of the frames that an exception came through.
+    """Drops the frames that an exception came through.
 
-    They hold the job that holds the exception, so that payloads and decoded pictures would stay until Python's
-    collector comes by, which knows nothing of their size.
+    They hold the job that holds the exception. Without this, payloads and decoded pictures stay in memory until
+    Python's garbage collector runs, which does not know their size.
     """
     while error is not None:
         error.__traceback__, following = None, error.__cause__ or error.__context__
@@ -157,16 +158,16 @@ def forget_locals(error: BaseException | None) -> None:
 
 
 class _Step:
-    """One `yield` of a task: the job goes on when the last of its items has its result."""
+    """One `yield` of a task. The job continues when the last of its items has its result."""
 
     def __init__(self, job: Job, items: Sequence[Any]) -> None:
         self.job = job
-        self.results = list(items)  # an item's place holds the item first, then its result
+        self.results = list(items)  # each element is the item first, then its result
         self.missing = len(items)
         self.error: Exception | None = None
 
 
-Entry = tuple[_Step, int]  # an item: its step, and its place there
+Entry = tuple[_Step, int]  # an item: its step, and its position there
 
 
 @dataclass
@@ -175,46 +176,46 @@ class Batch:
 
     line: Line
     entries: list[Entry]
-    expected: list[float]  # core seconds of each, with those of its preparation
+    expected: list[float]  # core seconds of each entry, preparation included
     results: Sequence[Any] = ()
     seconds: float = 0.0
     alone: bool = False  # a background batch that began while no request was in progress
 
 
-Handed = queue.SimpleQueue[Batch | None]  # None: there is no more
+Handed = queue.SimpleQueue[Batch | None]  # None ends the thread
 
 
 class Engine:
-    """The one inference thread, and a lane for each core. No timer: a batch is what has gathered while the last ran.
+    """One inference thread, and a worker for each core. There is no timer: a batch is what arrived while the last ran.
 
-    Batches of a line that is spread run on lanes, so that no core waits until another has finished its part, and a text
-    need not wait for pictures: it takes the cores from the lanes. All others run one at a time: background batches on a
-    thread with the priority of a lane, the rest on the inference thread. The engine's own thread advances the tasks and
-    forms the batches meanwhile.
+    Batches of a line that is spread run on the workers, so that no core waits for another one. The workers have a lower
+    priority, so a text does not wait for pictures. All other batches run one at a time: background batches on a thread
+    with the priority of a worker, the rest on the inference thread. Meanwhile the engine's own thread advances the
+    tasks and forms the next batches.
     """
 
     def __init__(
         self,
         holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
         traffic: Traffic | None = None,
-        lanes: int = 1,
+        workers: int = 1,
     ) -> None:
-        """`holding`: entered while a batch runs, with the digests of its payloads if its line is journaled."""
+        """`holding`: a context for each batch, called with the digests of its payloads if its line is journaled."""
         self._traffic = traffic or Traffic()
-        self._began: dict[int, float] = {}  # by thread: when its batch, or its pass, began, by `machine.clock`
-        self.failures = Counter[str]()  # by tower: batches in a row of which not one item had a result
+        self._began: dict[int, float] = {}  # thread -> when its batch or its pass began, by `machine.clock`
+        self.failures = Counter[str]()  # tower -> how many batches in a row failed completely
         self._holding = holding or (lambda digests: nullcontext())
         self._changed = threading.Condition()
         self._lines: list[Line] = []
         self._shares = {kind: Shares() for kind in (Line.SCORING, Line.TEXT, Line.BULK, Line.BACKGROUND)}
         self._new: list[Job] = []
         self._cancelled: set[Flow] = set()  # flows of which a job was cancelled
-        self._expected = 0  # requests that wait for their answers, wherever they are
-        self._lanes = self._free = lanes
-        self._inferring = False  # the inference thread, or the background thread, has a batch
-        self._background_from = 0.0  # when background work may run although requests wait, by time.monotonic()
-        self._idle_from = 0.0  # when the last answer is IDLE_S ago, by time.monotonic()
-        self._for_lanes: Handed = queue.SimpleQueue()
+        self._expected = 0  # requests that wait for their responses, in whatever stage
+        self._workers = self._free_workers = workers
+        self._inferring = False  # the inference thread or the background thread runs a batch
+        self._background_from = 0.0  # when background work may run while requests wait, by time.monotonic()
+        self._idle_from = 0.0  # IDLE_S after the last response, by time.monotonic()
+        self._for_workers: Handed = queue.SimpleQueue()
         self._for_inference: Handed = queue.SimpleQueue()
         self._for_background: Handed = queue.SimpleQueue()
         self._ended: list[Batch] = []
@@ -222,8 +223,8 @@ class Engine:
         self._stopping = False
         self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         work = [("inference", self._for_inference, 0), ("background", self._for_background, 5)]
-        work += [(f"lane-{i}", self._for_lanes, 5) for i in range(lanes)]
-        self._workers = [
+        work += [(f"worker-{i}", self._for_workers, 5) for i in range(workers)]
+        self._threads = [
             threading.Thread(target=self._work, args=arguments, name=name, daemon=True) for name, *arguments in work
         ]
 
@@ -233,19 +234,19 @@ class Engine:
         return line
 
     def start(self) -> None:
-        for thread in (self.thread, *self._workers):
+        for thread in (self.thread, *self._threads):
             thread.start()
 
     def is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in (self.thread, *self._workers))
+        return all(thread.is_alive() for thread in (self.thread, *self._threads))
 
     @property
     def busy_since(self) -> float | None:
-        """When the oldest batch or pass that runs now began, by `machine.clock`."""
+        """When the oldest batch or pass in progress began, by `machine.clock`; None if there is none."""
         return min(self._began.copy().values(), default=None)
 
     def expect(self, job: Job) -> None:
-        """Counts a request that will be submitted when it is prepared: until its answer background work stands back."""
+        """Counts a request that is submitted later, when it is prepared. Until its response, background work waits."""
         with self._changed:
             self._expected += 1
         job.answer.add_done_callback(partial(self._answered, job.flow))
@@ -265,15 +266,15 @@ class Engine:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Ends the threads, waiting up to five seconds for the batches that they have, whose results nobody gets."""
+        """Ends the threads. Waits up to five seconds for batches in progress, whose results are dropped."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        for handed in (self._for_inference, self._for_background, *[self._for_lanes] * self._lanes):
+        for handed in (self._for_inference, self._for_background, *[self._for_workers] * self._workers):
             handed.put(None)
         until = time.monotonic() + 5
-        for thread in (self.thread, *self._workers):
-            if thread.is_alive():  # else it was never started
+        for thread in (self.thread, *self._threads):
+            if thread.is_alive():  # otherwise it was never started
                 thread.join(max(0.0, until - time.monotonic()))
 
     def _loop(self) -> None:
@@ -289,7 +290,7 @@ class Engine:
             del self._began[thread]
 
     def _pass(self) -> None:
-        """Takes tasks on, and begins the batches that may begin. A method, so that nothing of it is kept idly."""
+        """Advances tasks and starts batches. A separate method, so that an idle engine holds no local variables."""
         with self._changed:
             new, self._new = self._new, []
             ended, self._ended = self._ended, []
@@ -302,13 +303,13 @@ class Engine:
             if batch.line.kind != Line.TEXT:
                 self._settle(batch)
         self._begin_all()
-        for batch in ended:  # 64 clients take 10 ms to be told, for which the next batch need not wait
+        for batch in ended:  # after `_begin_all`, because responses to 64 clients take 10 ms
             if batch.line.kind == Line.TEXT:
                 self._settle(batch)
         self._begin_all()
 
     def _sweep(self, flows: set[Flow]) -> None:
-        """Takes the items of cancelled jobs out of the queues, so that no pixels wait there for nobody."""
+        """Removes the items of cancelled jobs from the queues, with their pixels."""
         for flow in flows:
             for line in self._lines:
                 for step, position in line.queue.remove(flow, lambda entry: entry[0].job.answer.cancelled()):
@@ -320,11 +321,12 @@ class Engine:
             self._begin(line)
 
     def _choose(self) -> Line | None:
-        """Scoring first, for it ends what has begun; text next, but never twice while others wait; then the fair order.
+        """Chooses the line whose batch starts next, or None.
 
-        Background work comes last, but see BACKGROUND_SHARE.
+        Scoring comes first, because it completes requests. Text comes next, but never twice in a row while pictures
+        wait. Within a kind, the fair order decides. Background work comes last; see BACKGROUND_SHARE.
         """
-        ready = [ln for ln in self._lines if ln.queue and (self._free if ln.spread else not self._inferring)]
+        ready = [ln for ln in self._lines if ln.queue and (self._free_workers if ln.spread else not self._inferring)]
         background = [line for line in ready if line.kind == Line.BACKGROUND]
         if background and (time.monotonic() >= self._background_from or self._is_idle()):
             return background[0]
@@ -339,27 +341,27 @@ class Engine:
         else:
             kind = min(kinds)
         chosen = min((line for line in ready if line.kind == kind), key=lambda line: line.queue.priority())
-        if kind != Line.SCORING and not chosen.spread:  # lanes take no turn of the inference thread's
+        if kind != Line.SCORING and not chosen.spread:  # batches of workers do not use the inference thread
             self._text_ran_last = kind == Line.TEXT
         return chosen
 
     def _is_idle(self) -> bool:
-        """Whether no request waits for anything, and none has for a while."""
+        """Whether no request is in progress, and none has been for IDLE_S."""
         return not self._is_busy() and time.monotonic() >= self._idle_from
 
     def _is_busy(self) -> bool:
         waiting = any(line.queue for line in self._lines if line.kind != Line.BACKGROUND)
-        return bool(self._expected or waiting or self._inferring or self._free < self._lanes)
+        return bool(self._expected or waiting or self._inferring or self._free_workers < self._workers)
 
     def _until_background(self) -> float | None:
-        """Seconds until background work may run; None if none waits or if a batch has to end first."""
+        """Seconds until background work may run; None if there is none, or if a batch must end first."""
         if self._inferring or not any(line.queue for line in self._lines if line.kind == Line.BACKGROUND):
             return None
         begin = self._background_from if self._is_busy() else min(self._background_from, self._idle_from)
         return max(0.0, begin - time.monotonic())
 
     def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
-        """Takes a task to its next step, or to its end."""
+        """Runs a task until its next step or its end."""
         if job.answer.cancelled():
             job.discard()
             return
@@ -376,12 +378,12 @@ class Engine:
                 line.queue.push(job.flow, (step, position))
 
     def _begin(self, line: Line) -> None:
-        """Hands a line's next batch to the inference thread, to a lane or to the background thread."""
+        """Forms a line's next batch and gives it to the inference thread, a worker or the background thread."""
         most = line.size_limit()
-        size = min(most, -(-len(line.queue) // self._free)) if line.spread else most
+        size = min(most, -(-len(line.queue) // self._free_workers)) if line.spread else most
         alone = line.kind == Line.BACKGROUND and self._is_idle()
         if line.kind == Line.BACKGROUND and not alone:
-            size = 1  # a text may come and wait for it
+            size = 1  # a text that arrives meanwhile has to wait for it
         batch = Batch(line, [], [], alone=alone)
         largest = 0.0
         while line.queue:
@@ -392,14 +394,14 @@ class Engine:
             batch.expected.append(line.cost + step.job.prepared_s)
             batch.entries.append(line.queue.pop(flow, batch.expected[-1]))
         if line.spread:
-            self._free -= 1
-            self._for_lanes.put(batch)
+            self._free_workers -= 1
+            self._for_workers.put(batch)
         else:
             self._inferring = True
             (self._for_background if line.kind == Line.BACKGROUND else self._for_inference).put(batch)
 
     def _work(self, handed: Handed, lower: int) -> None:
-        machine.step_back(lower)
+        machine.lower_thread_priority(lower)
         while (batch := handed.get()) is not None:
             started = time.monotonic()
             batch.results = self._run(batch)
@@ -407,7 +409,7 @@ class Engine:
             with self._changed:
                 self._ended.append(batch)
                 self._changed.notify()
-            del batch  # which would hold pictures until the next one comes
+            del batch  # it would keep its pictures in memory until the next batch
 
     def _run(self, batch: Batch) -> Sequence[Any]:
         items = [step.results[position] for step, position in batch.entries]
@@ -420,15 +422,15 @@ class Engine:
         return results
 
     def _account_for(self, batch: Batch) -> None:
-        """Frees the place of a batch that has run, and charges the flows for what it really took."""
+        """Marks the batch's thread as free, and charges the flows for the time that the batch took."""
         line, count = batch.line, len(batch.entries)
         if line.spread:
-            self._free += 1
+            self._free_workers += 1
         else:
             self._inferring = False
-        cores = 1 if line.spread else self._lanes
-        # A batch that took much longer than others was held up: a stopped process, a model that is loaded again. Its
-        # flows must not pay for that.
+        cores = 1 if line.spread else self._workers
+        # If a batch took much longer than others, the cause is outside: a stopped process, a model that was loaded
+        # again. Its flows are not charged for that.
         cost = min(batch.seconds * cores / count, max(COST_RISE * line.cost, COST_FLOOR))
         seconds = cost * count / cores
         if line.kind == Line.BACKGROUND:
@@ -448,7 +450,7 @@ class Engine:
             self.failures[line.tower] = self.failures[line.tower] + 1 if failed else 0
 
     def _settle(self, batch: Batch) -> None:
-        """Takes the tasks of a batch that has run on."""
+        """Gives the results of a finished batch to its tasks, and advances them."""
         for (step, position), result in zip(batch.entries, batch.results, strict=True):
             if isinstance(result, Exception):
                 step.error = result
@@ -459,9 +461,9 @@ class Engine:
 
     @staticmethod
     def _results(line: Line, items: list[Any]) -> Sequence[Any]:
-        """Runs a batch. One that fails is run again in halves, so that an item that cannot be run fails alone.
+        """Runs a batch. If it fails, it is run again in halves, so that an item that cannot be run fails alone.
 
-        If all items succeed in smaller batches, it was the size, and the line remembers the size that worked.
+        If all items succeed in smaller batches, the size was the cause, and the line keeps the size that worked.
         """
         try:
             log.debug("%s: batch of %d", line.name, len(items))
@@ -487,7 +489,7 @@ class DecodePool:
         self._shares = Shares()
         self._queue: FairQueue[tuple[Job, Callable[[], None]]] = FairQueue(self._shares)
         self._cost = FIRST_COST  # core seconds of a payload, a moving average
-        self._began: dict[int, float] = {}  # by thread: when its payload was begun, by `machine.clock`
+        self._began: dict[int, float] = {}  # thread -> when its payload was begun, by `machine.clock`
         self._stopping = False
         self._threads = [threading.Thread(target=self._loop, name=f"decode-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
@@ -495,14 +497,14 @@ class DecodePool:
 
     @property
     def busy_since(self) -> float | None:
-        """When the oldest payload that is being decoded was begun, by `machine.clock`."""
+        """When the oldest payload in progress was begun, by `machine.clock`; None if there is none."""
         return min(self._began.copy().values(), default=None)
 
     def is_alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
 
     def submit(self, job: Job, work: Callable[[], None]) -> None:
-        """`work` must not raise; it is dropped if the job is cancelled before its turn comes."""
+        """`work` must not raise. It is dropped if the job is cancelled before its turn."""
         with self._changed:
             self._queue.push(job.flow, (job, work))
             self._changed.notify()
@@ -510,7 +512,7 @@ class DecodePool:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For a decode thread that waits for others meanwhile: this does not count in `busy_since`."""
+        """A context for a decode thread that waits for other threads. The wait does not count in `busy_since`."""
         thread = threading.get_ident()
         self._began.pop(thread, None)
         try:
@@ -531,12 +533,14 @@ class DecodePool:
                 self._queue.remove(flow, lambda entry: entry[0].answer.cancelled())
 
     def _loop(self) -> None:
-        machine.step_back(4)  # before the lanes: a batch is as large as what is decoded by then
+        machine.lower_thread_priority(
+            4
+        )  # less than the workers': decoding runs ahead of inference, so that full batches form
         while self._run_next():
             pass
 
     def _run_next(self) -> bool:
-        """Waits for a payload and decodes it. A method, so that an idle thread keeps nothing."""
+        """Waits for a payload and decodes it. A separate method, so that an idle thread holds no local variables."""
         with self._changed:
             while not (self._queue or self._stopping):
                 self._changed.wait()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import LabelError
-from machine import cache_of_a_core, step_back, usable_cores
+from machine import cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
 
 log = logging.getLogger("lumen.labels")
@@ -160,7 +160,7 @@ class Cosines:
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
             self._scan = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
-            self.threads = ThreadPoolExecutor(usable_cores(), "scan", lambda: step_back(5))
+            self.threads = ThreadPoolExecutor(usable_cores(), "scan", lambda: lower_thread_priority(5))
             self._rows = rows_of_a_block(vectors.shape[1], cache_of_a_core())
 
     def __call__(self, queries: Vectors) -> NDArray[np.float32]:

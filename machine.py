@@ -113,7 +113,7 @@ def npu_target(names: str) -> str:
     return next((target for target in NPU_CORES if target in names), "")
 
 
-def step_back(steps: int) -> None:
+def lower_thread_priority(steps: int) -> None:
     """Lowers the calling thread's priority by so many steps of `nice`, where a thread has one of its own.
 
     Whoever waits for a short answer (Health, a text) then need not wait for a core as well; pictures that are decoded

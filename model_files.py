@@ -69,7 +69,7 @@ class Backend(Protocol):
     accelerator: str  # the name of the GPU that runs the images, or "" if a CPU or an NPU does or it is not known
     refusal: str  # why an NPU that was asked for is not used, or ""
     open_length: bool  # texts run at their true length, so that short ones take less than long ones
-    lanes: int  # how many `encode_images` may run at once, each on a core of its own; 1: on all that there are
+    workers: int  # how many `encode_images` may run at once, each on a core of its own; 1: on all that there are
     space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

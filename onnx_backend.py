@@ -168,7 +168,7 @@ class ImageTower(Protocol):
     preprocess: Preprocess
     runtime: str
     accelerator: str
-    lanes: int
+    workers: int
     npu: str
 
     def arrangements(self) -> Sequence[str]: ...
@@ -204,9 +204,9 @@ class OnnxImageTower:
         return ("split", "whole") if on_cpu and usable_cores() > 1 else ("whole",)
 
     def arrange(self, arrangement: str) -> None:
-        self.lanes = usable_cores() if arrangement == "split" else 1
+        self.workers = usable_cores() if arrangement == "split" else 1
         self._session: Any = None  # not two at a time
-        self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.lanes)
+        self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.workers)
 
     def encode(self, pixels: Pixels) -> Vectors:
         return run_session(self._session, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
@@ -255,7 +255,7 @@ class FolderBackend:
         self.image, self.text = image, OnnxTextTower(folder)
         self.model_id, self.refusal = folder.model_id, refusal
         self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
-        self.preprocess, self.lanes, self.open_length = image.preprocess, image.lanes, self.text.open_length
+        self.preprocess, self.workers, self.open_length = image.preprocess, image.workers, self.text.open_length
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
         self.precision = precision or str(manifest.get("precision", "fp32"))
         self.notice = str(manifest.get("notice", ""))
@@ -279,7 +279,7 @@ class FolderBackend:
 
     def arrange(self, arrangement: str) -> None:
         self.image.arrange(arrangement)
-        self.lanes = self.image.lanes
+        self.workers = self.image.workers
 
     def unload_text(self) -> None:
         self.text.unload()

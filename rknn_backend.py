@@ -70,7 +70,7 @@ class NPUImageTower:
 
     runtime = "rknn"
     accelerator = ""
-    lanes = 1
+    workers = 1
 
     def __init__(self, folder: ModelFolder, target: str) -> None:
         """Raises NPURefused."""

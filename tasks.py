@@ -77,7 +77,7 @@ class Model:
                 images,
                 images_at_once,
                 Line.BULK,
-                backend.lanes > 1,
+                backend.workers > 1,
                 tower=f"{name} image",
                 journaled=True,
             )

@@ -141,7 +141,7 @@ class TorchBackend:
         return tokens
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        self._use_cores(self._cores if self.lanes == 1 else 1)
+        self._use_cores(self._cores if self.workers == 1 else 1)
         with self._torch.inference_mode():
             x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
             return unit_rows(x.float().cpu().numpy())
@@ -159,7 +159,7 @@ class TorchBackend:
         return ("split",) if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
 
     def arrange(self, arrangement: str) -> None:
-        self.lanes = self._cores if arrangement == "split" else 1
+        self.workers = self._cores if arrangement == "split" else 1
 
     def unload_text(self) -> None:
         """Keeps it: both towers are one model here, and OpenCLIP takes long to build it again."""

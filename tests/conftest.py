@@ -118,7 +118,7 @@ def node(request: pytest.FixtureRequest) -> Node:
 
 @pytest.fixture
 def watched(tiny_onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Watched, Any]]:
-    """A daemon inside this process, on a real socket, around a watched model; one batch at a time but for lanes."""
+    """A daemon inside this process, on a real socket, around a watched model; one batch at a time but for workers."""
     settings = settings_of(
         lumen_data_dir=tmp_path, clip_backend="onnxrt", bioclip_backend="none", clip_model=str(tiny_onnx)
     )

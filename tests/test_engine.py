@@ -74,14 +74,14 @@ class Timed:
         return items
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["inference thread", "lanes"])
+@pytest.mark.parametrize("spread", [False, True], ids=["inference thread", "workers"])
 def test_a_build_gets_a_small_part_of_the_time_while_requests_wait(start: Start, spread: bool) -> None:
     """An import would lose up to three quarters of its speed for the days in which species are built; and a build
     that never ran beside requests would never end on a busy daemon."""
     pictures, prompts = Timed(0.002), Timed(0.005)
     image = Line("image", pictures, 4, Line.BULK, spread)
     prompt = Line("prompts", prompts, 4, Line.BACKGROUND)
-    to = start(image, prompt, lanes=2)
+    to = start(image, prompt, workers=2)
     build = background(to, prompt, range(10_000))
     wait_until(lambda: len(prompts.ran) > 3)
     assert max(items for _, _, items in prompts.ran) == 4  # alone, it runs in full batches

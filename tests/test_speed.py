@@ -74,8 +74,8 @@ def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path,
         found = []
         for arrangement in backend.arrangements():
             backend.arrange(arrangement)
-            with concurrent.futures.ThreadPoolExecutor(backend.lanes) as lanes:  # at once
-                found += list(lanes.map(backend.encode_images, [pixels] * backend.lanes))
+            with concurrent.futures.ThreadPoolExecutor(backend.workers) as workers:  # at once
+                found += list(workers.map(backend.encode_images, [pixels] * backend.workers))
         alone = np.concatenate([backend.encode_images(row[None]) for row in pixels])
         assert all(vectors.shape == (7, backend.dim) and np.allclose(vectors, alone, atol=1e-5) for vectors in found)
 
@@ -85,7 +85,7 @@ def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path,
 def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> None:
     """Lost otherwise: a search that stutters whenever a phone uploads; and the core that waits for the others."""
     backend, stub = watched
-    lanes = machine.usable_cores()
+    workers = machine.usable_cores()
     photos = [encoded(picture(RED, seed=i), "PNG") for i in range(40)]
     photos[20] = encoded(Image.new("RGB", (300, 300), "white"), "PNG")
     backend.text_gate = threading.Event()  # open, whatever pictures do
@@ -94,11 +94,11 @@ def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> Non
     bulk = (pb.InferRequest(task="clip_image_embed", payload=photo) for photo in photos)
     with concurrent.futures.ThreadPoolExecutor(1) as clients:
         imported = clients.submit(lambda: list(stub.Infer(bulk, timeout=LIMIT_S)))
-        wait_until(lambda: [kind for kind, _ in backend.batches].count("image") == lanes)  # each core has its own
+        wait_until(lambda: [kind for kind, _ in backend.batches].count("image") == workers)  # each core has its own
         for i in range(3):
             assert one(stub, "clip_embed", f"dog {i}".encode()).result
         time.sleep(0.3)
-        assert [kind for kind, _ in backend.batches].count("image") == lanes  # and no more than that
+        assert [kind for kind, _ in backend.batches].count("image") == workers  # and no more than that
         assert backend.daemon.engine.busy_since is not None
         backend.gate.set()
         answers = imported.result()
@@ -117,7 +117,7 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
         assert gate.wait(LIMIT_S)
         return items
 
-    made = engine.Engine(lanes=4)
+    made = engine.Engine(workers=4)
     line = made.add(engine.Line("image", held, 8, engine.Line.BULK, spread=True))
     jobs = [submitted(made, line) for _ in range(20)]
     made.start()
@@ -160,7 +160,9 @@ def test_labels_get_their_turn_beside_texts_and_an_import() -> None:
 
     def texts(items: list[Any]) -> list[Any]:
         ran.append("text")
-        assert photos.acquire(timeout=LIMIT_S) and photos.acquire(timeout=LIMIT_S)  # so long that a lane begins another
+        assert photos.acquire(timeout=LIMIT_S) and photos.acquire(
+            timeout=LIMIT_S
+        )  # so long that a worker begins another
         return items
 
     def prompts(items: list[Any]) -> list[Any]:
@@ -172,7 +174,7 @@ def test_labels_get_their_turn_beside_texts_and_an_import() -> None:
         photos.release()
         return items
 
-    made = engine.Engine(lanes=1)
+    made = engine.Engine(workers=1)
     text_line = made.add(engine.Line("text", texts, 1, engine.Line.TEXT))
     prompt_line = made.add(engine.Line("prompts", prompts, 1, engine.Line.BULK))
     image_line = made.add(engine.Line("image", images, 1, engine.Line.BULK, spread=True))
@@ -193,12 +195,12 @@ def test_the_engine_ends_when_it_is_told_to() -> None:
         ended.set()
         return items
 
-    made = engine.Engine(lanes=2)
+    made = engine.Engine(workers=2)
     submitted(made, made.add(engine.Line("text", run, 1, engine.Line.TEXT)))
     made.start()
     assert began.wait(LIMIT_S)
     made.stop()
-    assert ended.is_set() and not any(thread.is_alive() for thread in (made.thread, *made._workers))
+    assert ended.is_set() and not any(thread.is_alive() for thread in (made.thread, *made._threads))
 
 
 def test_the_engine_tells_of_a_step_that_hangs_as_of_a_batch() -> None:
