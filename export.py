@@ -6,7 +6,7 @@
 The image tower takes uint8 RGB `[n, size, size, 3]`, the text tower int64 ids `[n, length]` of any length up to the
 context's; both return float32 unit rows. What was written is compared with OpenCLIP before the folder appears.
 A program for the NPU takes uint8 RGB `[1, size, size, 3]`; it is run in the toolkit's simulator and compared with the
-ONNX tower before it appears.
+ONNX tower before it appears. `export_rknn.py` makes it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import logging
 import os
-import re
 import shutil
-import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import export_rknn
 import machine
 import model_files
-import preprocess
-import rknn_backend
 import tokenizer
 from errors import BackendError
+from export_rknn import ExportError, pixels_of, rebuild_graph, write_json
 from onnx_backend import FolderBackend, open_onnx
-from preprocess import Preprocess
 from settings import ModelOptions
 from torch_backend import TorchBackend
 
@@ -73,10 +68,6 @@ class Wanted:
     precision: str = "fp32"
     notice: str = ""
     tower: str = "both"
-
-
-class ExportError(Exception):
-    """What was asked for cannot be exported; the text is one line."""
 
 
 class ExportOptions(ModelOptions):
@@ -153,21 +144,7 @@ def _fold_constants(graph: Any) -> None:
         given = {name: onnx.numpy_helper.to_array(known[name]) for name in node.input}
         for name, value in zip(node.output, ReferenceEvaluator(node).run(None, given), strict=True):
             known[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
-    _rebuild(graph, kept, list(known.values()))
-
-
-def _rebuild(graph: Any, nodes: Sequence[Any], weights: Sequence[Any]) -> None:
-    """Gives a graph these nodes, and of the weights and nodes those alone that its output hangs on."""
-    needed = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(nodes):
-        if needed & set(node.output):
-            kept.append(type(node).FromString(node.SerializeToString()))  # a graph frees its own when it is emptied
-            needed |= set(node.input)
-    tensors = [type(x).FromString(x.SerializeToString()) for x in weights if x.name in needed]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(tensors)
+    rebuild_graph(graph, kept, list(known.values()))
 
 
 def _tidy(model: Any, state: dict[str, Any]) -> None:
@@ -231,11 +208,11 @@ def write_folder(source: TorchBackend, reference: Reference, folder: Path, wante
     write_towers(source, folder)
     if wanted.precision == "int8":
         quantize_towers(folder)
-    _write_json(folder / "visual" / "preprocess_cfg.json", {**asdict(source.preprocess), "mode": "RGB"})
+    write_json(folder / "visual" / "preprocess_cfg.json", {**asdict(source.preprocess), "mode": "RGB"})
     config = reference.config
     # A path on the machine that exports means nothing elsewhere; tokenizer.json has what lay there.
     config.get("text_cfg", {}).get("tokenizer_kwargs", {}).pop("bpe_path", None)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     (folder / "textual" / "tokenizer.json").write_text(source.tokenizer.to_json(), "utf-8")
 
 
@@ -260,7 +237,7 @@ def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wan
             if path.is_file()
         },
     }
-    _write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
 
 
 def _golden(reference: Reference, floor: float) -> dict[str, Any]:
@@ -275,10 +252,6 @@ def _golden(reference: Reference, floor: float) -> dict[str, Any]:
         "texts": texts,
         "text_vectors": reference.texts(texts).round(7).tolist(),
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 # --- the check --------------------------------------------------------------------------------------------------
@@ -361,287 +334,12 @@ def cosines(
     reference: Reference, written: FolderBackend, pictures: Sequence[Image.Image]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(pictures, texts): the cosine of each sample between OpenCLIP and the folder, which takes them in batches."""
-    files, recipe = [], written.preprocess
-    for picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        files.append(file.getvalue())
-    pixels = np.stack([preprocess.decode_image(file, [recipe], 10**7, draft=False)[recipe] for file in files])
+    pixels = pixels_of(pictures, written.preprocess)
     batches = pixels[:1], pixels[1:3], *(pixels[i : i + 17] for i in range(3, len(pixels), 17))
     images = np.concatenate([written.encode_images(batch) for batch in batches if len(batch)])
     parts = TEXTS[:1], TEXTS[1:3], TEXTS[3:]  # each batch runs at its own length
     texts = np.concatenate([written.encode_text(written.tokenize(part)) for part in parts])
     return np.sum(images * reference.images(pictures), axis=1), np.sum(texts * reference.texts(TEXTS), axis=1)
-
-
-# --- the NPU ----------------------------------------------------------------------------------------------------
-
-TOOLKIT = "2.5.0"
-NPU_ENVIRONMENT = Path(__file__).resolve().parent / ".venv-rknn"
-SIMULATOR_FLOOR = 0.9999  # the least cosine to the fp32 ONNX tower
-NPU_PICTURES = 8  # a ViT-L takes half a minute for each in the simulator
-# Attention as one operator. Disabling one of the two alone crashes toolkit 2.5.0.
-ATTENTION_RULES = ["fuse_matmul_softmax_matmul_to_sdpa", "fuse_exmatmul_add_mul_exsoftmax13_exmatmul_to_sdpa"]
-# On RK3576 the fused operator returned zeros without a word (rknn-toolkit2 issue 574).
-WITHOUT_FUSED_ATTENTION = ("rk3576",)
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A row of the compiler's cost table."""
-
-    kind: str
-    on_cpu: bool
-    cycles: int
-
-
-def convert(folder: Path, socs: Sequence[str], sdpa: bool = True, photos: Path | None = None) -> None:
-    """`visual/rknpu/<soc>/model.rknn` and `model.json` in a folder that `export` made, for each of `socs`.
-
-    Raises ExportError; a program that misses the floor is not left behind.
-    """
-    folder = folder.resolve()  # the toolkit is run elsewhere
-    path = folder / "visual" / "model.onnx"
-    manifest = model_files.read_json(folder / "manifest.json")
-    if not path.is_file() or manifest.get("precision") != "fp32":
-        raise ExportError(
-            f"--to {folder}: --rknn needs the fp32 image tower of an export there, with its manifest.json"
-        )
-    recipe = Preprocess.from_config(model_files.read_json(path.with_name("preprocess_cfg.json")))
-    pixels = _pixels(read_photos(photos)[:NPU_PICTURES], recipe)
-    golden = manifest["golden"]["picture"]
-    inputs = np.concatenate([pixels, _pixels([Image.open(io.BytesIO(base64.b64decode(golden)))], recipe)])
-    expected = _run_onnx(path, inputs)
-    for soc in socs:
-        fused = sdpa and soc not in WITHOUT_FUSED_ATTENTION
-        home = folder / "visual" / "rknpu" / soc
-        staging = home.with_name(f".{soc}.{os.getpid()}")
-        staging.mkdir(parents=True)
-        try:
-            found, said = _compile(path, soc, recipe, fused, staging / "model.rknn", inputs)
-            table = cost_table(said)
-            cosine = float(np.sum(model_files.unit_rows(found) * expected, axis=1).min())
-            print(f"{soc}: cosine to ONNX Runtime in the simulator, {len(inputs)} pictures: worst {cosine:.7f}")
-            print(f"{soc}: {summary(table)}")
-            if "out of the float16" in said:
-                raise ExportError(f"{soc}: a value leaves the range of float16; nothing is left")
-            if not cosine >= SIMULATOR_FLOOR:
-                raise ExportError(f"{soc}: allowed: cosine {SIMULATOR_FLOOR} and more; nothing is left")
-            contract = {
-                "format": rknn_backend.NPU_FORMAT,
-                "soc": soc,
-                "toolkit": TOOLKIT,
-                "input": {"dtype": "uint8", "layout": "NHWC", "shape": [1, recipe.size, recipe.size, 3]},
-                "baked": {"mean": recipe.mean, "std": recipe.std},
-                "preprocess": asdict(recipe),
-                "batch_sizes": [1],
-                "fused_attention": fused,
-                "model_id": manifest["model_id"],
-                "onnx_sha256": machine.sha256_of(path),
-                "rknn_sha256": machine.sha256_of(staging / "model.rknn"),
-                "compiler_cycles": sum(op.cycles for op in table),
-                "simulator_cosine": round(cosine, 7),
-                "golden": {
-                    "floor": rknn_backend.NPU_FLOOR,
-                    "picture": golden,
-                    "picture_vector": expected[-1].round(7).tolist(),
-                },
-            }
-            _write_json(staging / "model.json", contract)
-            shutil.rmtree(home, ignore_errors=True)
-            os.replace(staging, home)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        print(f"{home}: {(home / 'model.rknn').stat().st_size / 1e6:.1f} MB")
-
-
-def _pixels(pictures: Sequence[Image.Image], recipe: Preprocess) -> preprocess.Pixels:
-    rows = []
-    for picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        rows.append(preprocess.decode_image(file.getvalue(), [recipe], 10**8, draft=False)[recipe])
-    return np.stack(rows)
-
-
-def _run_onnx(path: Path, pixels: preprocess.Pixels) -> model_files.Vectors:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: pixels[i : i + 1]})[0] for i in range(len(pixels))])
-
-
-def npu_graph(path: Path) -> Any:
-    """An exported image tower as the NPU wants it: float32 NCHW `image`, batch 1, the patches by a matrix product.
-
-    The compiler makes its own uint8 NHWC input with mean and std in front of such a graph. It splits a large patch
-    convolution into smaller ones of a finer stride, most of whose output is thrown away: nine tenths of ViT-B/32's
-    cycles. As reshape, transpose and matrix product the same costs next to nothing.
-    """
-    import onnx
-    from onnx import helper, numpy_helper
-
-    model = onnx.load(path)
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = list(graph.node)
-    image = graph.input[0].name
-    side = graph.input[0].type.tensor_type.shape.dim[1].dim_value
-    convolution = next(node for node in nodes if node.op_type == "Conv")
-    kernel = numpy_helper.to_array(weights[convolution.input[1]])
-    width, channels, patch, _ = kernel.shape
-    # The export flattens the convolution's map into a row of tokens.
-    flatten = next(node for node in nodes if convolution.output[0] in node.input)
-    tokens = next(node for node in nodes if flatten.output[0] in node.input)
-    if (flatten.op_type, tokens.op_type, len(convolution.input)) != ("Reshape", "Transpose", 2):
-        raise ExportError(f"{path}: not the image tower of a CLIP as export.py writes it")
-    across = side // patch
-    constants = {
-        "patch.rows": np.array([channels * across, patch, across, patch]),
-        "patch.squares": np.array([1, channels, across * across, patch * patch]),
-        "patch.tokens": np.array([1, across * across, channels * patch * patch]),
-        "patch.weight": np.ascontiguousarray(kernel.reshape(width, -1).T),
-        **{node.output[0]: np.array([1]) for node in nodes if node.op_type == "Shape" and node.input[0] == image},
-    }
-    steps: list[tuple[str, list[str], dict[str, Any]]] = [
-        ("Reshape", ["patch.rows"], {}),
-        ("Transpose", [], {"perm": [0, 2, 1, 3]}),
-        ("Reshape", ["patch.squares"], {}),
-        ("Transpose", [], {"perm": [0, 2, 1, 3]}),
-        ("Reshape", ["patch.tokens"], {}),
-        ("MatMul", ["patch.weight"], {}),
-    ]
-    cut, last = [], "image"
-    for number, (kind, given, attributes) in enumerate(steps, 1):
-        output = tokens.output[0] if number == len(steps) else f"patch.{number}"
-        cut.append(helper.make_node(kind, [last, *given], [output], **attributes))
-        last = output
-    rest = [node for node in nodes if node is not tokens and not set(node.output) & set(constants)]
-    added = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    _rebuild(graph, cut + rest, [*graph.initializer, *added])
-    del graph.input[:]
-    shape = [1, channels, side, side]
-    graph.input.append(helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, shape))
-    graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
-    onnx.checker.check_model(model)
-    return model
-
-
-def _compile(
-    path: Path, soc: str, recipe: Preprocess, fused: bool, to: Path, pixels: preprocess.Pixels
-) -> tuple[NDArray[np.float32], str]:
-    """Builds the program and runs it in the simulator; -> (its rows for `pixels`, all that the toolkit said)."""
-    import onnx
-
-    mean, std = ([255 * value for value in values] for values in (recipe.mean, recipe.std))
-    with tempfile.TemporaryDirectory() as scratch, _captured(Path(scratch)) as said:
-        graph = Path(scratch) / "model.onnx"
-        onnx.save_model(npu_graph(path), graph)
-        from rknn.api import RKNN
-
-        rknn = RKNN(verbose=True)
-
-        def done(step: str, status: int) -> None:
-            if status != 0:
-                errors = [line for line in said().splitlines() if line.startswith("E RKNN")]
-                raise ExportError(f"{soc}: the toolkit failed at {step} ({' '.join(errors[-2:])[:400]})")
-
-        try:
-            done(
-                "config",
-                rknn.config(
-                    target_platform=soc,
-                    mean_values=[mean],
-                    std_values=[std],
-                    disable_rules=[] if fused else ATTENTION_RULES,
-                    # By this string immich's loader knows a program that takes plain uint8 pixels.
-                    custom_string=json.dumps({"dims": [{}], "input": "uint8 NHWC"}),
-                ),
-            )
-            size = [1, 3, recipe.size, recipe.size]
-            done("load_onnx", rknn.load_onnx(str(graph), inputs=["image"], input_size_list=[size]))
-            done("build", rknn.build(do_quantization=False))
-            done("export_rknn", rknn.export_rknn(str(to)))
-            done("init_runtime", rknn.init_runtime())
-            rows = []
-            for index in range(len(pixels)):
-                outputs = rknn.inference(inputs=[pixels[index : index + 1]], data_format=["nhwc"])
-                if outputs is None:
-                    done("inference", -1)
-                rows.append(np.asarray(outputs[0], np.float32).reshape(1, -1))
-        finally:
-            rknn.release()
-        return np.concatenate(rows), said()
-
-
-@contextmanager
-def _captured(scratch: Path) -> Iterator[Callable[[], str]]:
-    """Sends both streams of this process, native code's too, to a file; gives a function that reads it."""
-    path = scratch / "said.txt"
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    here = Path.cwd()
-    os.chdir(scratch)  # the toolkit drops its intermediate graphs where it runs
-
-    def read() -> str:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return path.read_text("utf-8", "replace")
-
-    try:
-        yield read
-    finally:
-        os.chdir(here)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in enumerate(kept, 1):
-            os.dup2(copy, number)
-            os.close(copy)
-
-
-# D RKNN: [02:11:05.123] 7     exMatMul   FLOAT16   NPU   (1,50,768),...   (1,50,768)   9984/3744/9984   1234   ...
-_COST_ROW = re.compile(r"^D RKNN: \[[\d:.]+\] \d+\s+(\S+)\s+\S+\s+(CPU|NPU)\s.*?\d+/\d+/(\d+)\s+\d+", re.MULTILINE)
-
-
-def cost_table(said: str) -> list[Operator]:
-    """The compiler's table of estimated cycles. Raises ExportError if there is none."""
-    table = [Operator(kind, target == "CPU", int(cycles)) for kind, target, cycles in _COST_ROW.findall(said)]
-    if not table:
-        raise ExportError("the toolkit printed no table of cycles; is it another version?")
-    return table
-
-
-def summary(table: Sequence[Operator]) -> str:
-    """The table in short: total, the five dearest kinds of operators, and what runs on the CPU between them."""
-    sums: dict[str, int] = {}
-    for op in table:
-        sums[op.kind] = sums.get(op.kind, 0) + op.cycles
-    dearest = sorted(sums, key=lambda kind: -sums[kind])[:5]
-    parts = ", ".join(f"{kind} {sums[kind] / 1e6:.2f}" for kind in dearest)
-    on_cpu = [op.kind for op in table if op.on_cpu and op.kind not in ("InputOperator", "OutputOperator")]
-    counts = ", ".join(f"{on_cpu.count(kind)} {kind}" for kind in dict.fromkeys(on_cpu)) or "nothing"
-    return f"{sum(sums.values()) / 1e6:.2f} M cycles by the compiler's estimate ({parts}); on the CPU: {counts}"
-
-
-def convert_elsewhere(arguments: Sequence[str]) -> None:
-    """Runs the conversion in the toolkit's environment. Raises ExportError with what makes one, if there is none."""
-    program = NPU_ENVIRONMENT / "bin" / "python"
-    if not program.exists():
-        raise ExportError(
-            "--rknn needs Rockchip's toolkit (x86-64, Python 3.11) in an environment of its own; run\n"
-            "  python3.11 -m venv .venv-rknn\n"
-            "  .venv-rknn/bin/pip install -r requirements-rknn.txt\n"
-            f"  .venv-rknn/bin/pip install --no-deps rknn-toolkit2=={TOOLKIT}\n"
-            f"  .venv-rknn/bin/python export.py {' '.join(arguments)}"
-        )
-    sys.stdout.flush()
-    if status := subprocess.run([program, Path(__file__).resolve(), *arguments]).returncode:
-        raise ExportError(f"the conversion ended with status {status}")
 
 
 # --- main -------------------------------------------------------------------------------------------------------
@@ -728,11 +426,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options["model"]:
             export(**options)
         if socs and importlib.util.find_spec("rknn"):
-            convert(options["to"], socs, sdpa, options["photos"])
+            export_rknn.convert(options["to"], socs, read_photos(options["photos"]), sdpa)
         elif socs:
             given = ["--to", str(options["to"]), "--rknn", ",".join(socs)] + ["--no-sdpa"] * (not sdpa)
             given += ["--photos", str(options["photos"])] if options["photos"] else []
-            convert_elsewhere(given)
+            export_rknn.convert_elsewhere(given)
     except (BackendError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

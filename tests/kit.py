@@ -39,8 +39,8 @@ from settings import DEMO_DIR, ModelOptions, Settings
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# What a device copies, besides gen/.
-RUNTIME = sorted({path.name for path in ROOT.glob("*.py")} - {"bench.py", "export.py", "test_lumen.py"})
+TOOLS = {"bench.py", "export.py", "export_rknn.py", "test_lumen.py"}  # what a device does not need
+RUNTIME = sorted({path.name for path in ROOT.glob("*.py")} - TOOLS)  # what a device copies, besides gen/
 
 
 NOWHERE = "http://127.0.0.1:9"  # no hub answers here: whoever asks it has broken a promise

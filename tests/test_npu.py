@@ -20,6 +20,7 @@ from google.protobuf.empty_pb2 import Empty
 import backends
 import doctor
 import export
+import export_rknn
 import machine
 import preprocess
 from settings import ModelOptions
@@ -214,7 +215,7 @@ def test_the_graph_for_the_npu_computes_what_the_export_does(tiny_onnx: Path, tm
     import onnxruntime
 
     tower = tiny_onnx / "visual" / "model.onnx"
-    graph = export.npu_graph(tower)
+    graph = export_rknn.npu_graph(tower)
     kinds = {node.op_type for node in graph.graph.node}
     assert "Conv" not in kinds and "LayerNormalization" in kinds  # the latter is one operator of the NPU's
     onnx.save_model(graph, tmp_path / "npu.onnx")
@@ -238,12 +239,12 @@ D RKNN: [02:08:11.103] 3  exSoftmax13 FLOAT16 CPU (1,12,50,50) (1,12,50,50) 0/0/
 
 def test_the_compilers_table_is_read_and_told_in_short() -> None:
     """Lost otherwise: a patch convolution at ten times the time, or a softmax on the CPU, that nobody sees."""
-    table = export.cost_table(SAID_BY_THE_TOOLKIT)
+    table = export_rknn.cost_table(SAID_BY_THE_TOOLKIT)
     assert [op.kind for op in table] == ["InputOperator", "ConvAdd", "ConvAdd", "exSoftmax13"]
     said = "0.15 M cycles by the compiler's estimate (ConvAdd 0.15, InputOperator 0.00, exSoftmax13 0.00)"
-    assert export.summary(table) == f"{said}; on the CPU: 1 exSoftmax13"
-    with pytest.raises(export.ExportError, match="no table of cycles"):
-        export.cost_table("I RKNN: done")
+    assert export_rknn.summary(table) == f"{said}; on the CPU: 1 exSoftmax13"
+    with pytest.raises(export_rknn.ExportError, match="no table of cycles"):
+        export_rknn.cost_table("I RKNN: done")
 
 
 def run_export(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -263,8 +264,8 @@ def test_without_the_toolkit_it_is_said_what_to_run(tiny_onnx: Path, tmp_path: P
     assert run.returncode == 2 and "'rk3399'; allowed: rk3562, rk3566, rk3568, rk3576, rk3588" in run.stderr
     run = run_export("--to", tiny_onnx)
     assert run.returncode == 2 and "--model or --rknn: one of the two is needed" in run.stderr
-    with pytest.raises(export.ExportError, match="needs the fp32 image tower of an export"):
-        export.convert(tmp_path, ["rk3588"])
+    with pytest.raises(export_rknn.ExportError, match="needs the fp32 image tower of an export"):
+        export_rknn.convert(tmp_path, ["rk3588"], [])
 
 
 @pytest.fixture(scope="session")
@@ -279,7 +280,7 @@ def toolkit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if not venv.exists():
         subprocess.run(["python3.11", "-m", "venv", str(venv)], check=True)
         subprocess.run([*pip, "-r", str(ROOT / "requirements-rknn.txt")], check=True)
-        subprocess.run([*pip, "--no-deps", f"rknn-toolkit2=={export.TOOLKIT}"], check=True)
+        subprocess.run([*pip, "--no-deps", f"rknn-toolkit2=={export_rknn.TOOLKIT}"], check=True)
     folder = tmp_path_factory.mktemp("photographs")
     subprocess.run([*pip, "--no-deps", "--target", str(folder / "package"), "scikit-image"], check=True)
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg"):
@@ -311,10 +312,10 @@ def test_the_demo_becomes_a_program_for_every_npu(toolkit: tuple[str, Path], tmp
         assert contract["fused_attention"] == (soc != "rk3576")
         assert contract["input"] == {"dtype": "uint8", "layout": "NHWC", "shape": [1, 64, 64, 3]}
         assert contract["rknn_sha256"] == machine.sha256_of(home / "model.rknn")
-        assert contract["batch_sizes"] == [1] and contract["toolkit"] == export.TOOLKIT
+        assert contract["batch_sizes"] == [1] and contract["toolkit"] == export_rknn.TOOLKIT
         program = home / "model.rknn"  # which says by itself what doctor.py reads there
         assert doctor._search(program, rb'"target_platform":\["(\w+)"') == soc
-        assert doctor._search(program, rb'"version":"(\d+\.\d+\.\d+)"') == export.TOOLKIT
+        assert doctor._search(program, rb'"version":"(\d+\.\d+\.\d+)"') == export_rknn.TOOLKIT
     assert re.search(r"rk3588: .* on the CPU: nothing", said)
     # The golden vector is what ONNX Runtime makes of the golden picture, so a board can be told right from wrong.
     golden, cpu = made["rk3588"]["golden"], load(DEMO)
