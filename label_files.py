@@ -207,7 +207,7 @@ def check_size(choices: Choices) -> None:
 # --- the folder -------------------------------------------------------------------------------------------------
 
 
-class OwnSet(ChoiceSet):
+class OperatorSet(ChoiceSet):
     """A label set of the operator's own."""
 
     def __init__(self, name: str, file: SetFile, vectors: NDArray[Any], logit_scale: float) -> None:
@@ -231,11 +231,11 @@ class _Reloaded(Exception):
 class State:
     """Of one name: the set that is used, if any, and what there is to be said about its file."""
 
-    own: OwnSet | None = None
+    own: OperatorSet | None = None
     note: str = ""
 
 
-class OwnSets:
+class OperatorSets:
     """The sets that a folder's files make: read at the start, and again when `reload` is called."""
 
     def __init__(self, folder: Path, maker: Maker, templates: Sequence[str]) -> None:
@@ -243,7 +243,7 @@ class OwnSets:
         self._states: Mapping[str, State] = {}  # replaced, never changed
         self._reload = threading.Event()
 
-    def get(self, name: str) -> OwnSet:
+    def get(self, name: str) -> OperatorSet:
         """Raises LabelError, for the client."""
         states = self._states
         if name not in states:
@@ -339,7 +339,7 @@ class OwnSets:
                     if not compute:
                         return
                     vectors = self._maker.vectors(name, file.choices, encode, progress)
-                own = OwnSet(name, file, vectors, self._maker.logit_scale)
+                own = OperatorSet(name, file, vectors, self._maker.logit_scale)
                 log.info("label set %s: %d labels", name, own.size)
         except _Reloaded:
             raise

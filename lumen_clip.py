@@ -43,7 +43,7 @@ from discovery import Advertiser
 from engine import Engine
 from errors import BackendError, LabelError, SettingError
 from journal import Journal
-from label_files import PROMPTS, Maker, OwnSets, SceneSet, read_scenes
+from label_files import PROMPTS, Maker, OperatorSets, SceneSet, read_scenes
 from labels import LabelSet
 from machine import clock
 from model_files import Backend, Encode, Say, encoder_of
@@ -236,7 +236,7 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
     loader: SpeciesLoader | None = None
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
     sets: dict[str, LabelSet | Species] = {}
-    own = None
+    operator_sets = None
     scenes = read_scenes(settings.lumen_scenes)  # before anything that takes long
     notices: list[str] = []
     for name, options in settings.models().items():
@@ -263,8 +263,10 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
                 vectors = labels.label_vectors(scenes.choices.texts(), PROMPTS, encode)
                 sets["scenes"] = SceneSet(scenes, vectors, backend.logit_scale)
             maker = Maker(folder / "labels", backend.model_id, backend.dim, backend.logit_scale)
-            own = OwnSets(settings.lumen_data_dir / "labels", maker, labels.TEMPLATES[settings.clip_templates])
-            own.read(encode, compute=False)
+            operator_sets = OperatorSets(
+                settings.lumen_data_dir / "labels", maker, labels.TEMPLATES[settings.clip_templates]
+            )
+            operator_sets.read(encode, compute=False)
             continue
         loader = SpeciesLoader(options.labels, model, folder, settings.lumen_data_dir, engine)
         if species := loader.at_once(say):
@@ -275,7 +277,9 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
                 backend.unload_text()
     if settings.lumen_semantic:
         log.info("semantic tasks: %s. %s", settings.lumen_semantic, SEMANTIC_NOTICE)
-    models = Models(engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, own, settings.lumen_semantic)
+    models = Models(
+        engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, operator_sets, settings.lumen_semantic
+    )
     return models, loader
 
 

@@ -39,8 +39,8 @@ from settings import VERSION, Settings
 from species import LABEL_FORMATS, RANKS
 from streams import OPEN_PER_PLACE, READING_S, SHUTTING_DOWN, Stream, Streams
 from tasks import (
+    CALLER_LABELS_MAX,
     IMAGE_MIMES,
-    OWN_LABELS_MAX,
     TASKS,
     TAXA_MAX,
     TEXT_BYTES_MAX,
@@ -54,18 +54,18 @@ log = logging.getLogger("lumen.service")
 
 PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
-KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # between pings that a peer must answer, and for its answer
-# Of a connection; gRPC then asks the client to open another one, and ends this one after its last stream. The photo app
-# reads the capabilities once per connection, so it learns within a minute of species that are there now.
+KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # seconds between pings to a client, and for its answer
+# Seconds after which gRPC asks the client to open a new connection; the old one ends with its last stream. The photo app
+# reads the capabilities once per connection, so it learns within a minute that species have become available.
 CONNECTION_AGE_S = 45
-NO_LIMIT = 2**31 - 1  # of a number in gRPC's options
+NO_LIMIT = 2**31 - 1  # the largest number that gRPC's options take
 CONNECTIONS_MAX = 4096
-FILES_OF_OURS = 48  # models, caches, the log, mDNS
-FAILURES_MAX = 3  # batches in a row that fail as a whole; a model that does so needs a new start
+FILES_RESERVED = 48  # open files that are no connections: models, caches, the log, mDNS
+FAILURES_MAX = 3  # batches of a tower that may fail in a row before the process ends, to start again
 
 
 class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
-    """The four RPCs, and what they share."""
+    """The four RPCs and what they share: the engine, the intake, the open streams, the models."""
 
     def __init__(self, settings: Settings, journal: Journal | None = None) -> None:
         self.settings = settings
@@ -75,37 +75,37 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.intake = Intake(settings, self.journal, self.traffic, self.engine)
         self.health = health.HealthServicer()
         self.short_calls = ShortCallLimiter()
-        self.loading = "starting"  # said to clients until the models are there
+        self.loading = "starting"  # the reason that clients are given while the models load
         self._models: Models | None = None
         self.streams = Streams(settings.lumen_max_streams, self.intake)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def serve(self, models: Models) -> None:
-        """From now on requests are answered."""
+        """Starts answering requests."""
         self._models = models
         self.engine.start()
-        if models.own and models.clip:
-            models.own.start(models.clip.encoder(self.engine))
+        if models.operator_sets and models.clip:
+            models.operator_sets.start(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def reload(self) -> None:
         """Has the operator's label sets read again."""
-        if self._models and self._models.own:
+        if self._models and self._models.operator_sets:
             log.info("reading the label sets again")
-            self._models.own.reload()
+            self._models.operator_sets.reload()
 
     def drain(self, seconds: float) -> None:
-        """Ends every stream once its requests are answered, refuses new ones, and waits so long for all of that."""
+        """Refuses new calls, and ends every stream after its requests are answered; waits up to `seconds` for that."""
         self.health.enter_graceful_shutdown()
         self.streams.drain(seconds)
 
     def check(self) -> None:
-        """Ends calls that hold a thread or memory for nothing. Called now and then by the main thread."""
+        """Ends calls that occupy a thread or memory without need. The main thread calls this every few seconds."""
         self.streams.check()
         self.short_calls.cancel_expired(time.monotonic())
 
     def make_room(self) -> int:
-        """When memory is short: ends calls whose next message has been on its way for a while; -> how many streams."""
+        """Ends calls that wait for a message; -> how many of them were streams. For when memory is short."""
         self.short_calls.cancel_expired(time.monotonic(), READING_S)
         return self.streams.make_room()
 
@@ -114,7 +114,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def trouble(self) -> str:
-        """What is wrong with the threads that do the work, or ""."""
+        """What is wrong with the threads of the engine or the decode pool, or ""."""
         engine, decoders, limit = self.engine, self.intake.decoders, self.settings.lumen_hang_s
         if not (engine.is_alive() and decoders.is_alive()):
             return "a thread of the engine or of the decoders has died"
@@ -134,7 +134,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self.health.set(name, status)
 
     def handlers(self) -> dict[str, Any]:
-        """The four RPCs for gRPC. Those that take Empty do not wait for it, so that who sends none holds nothing."""
+        """The handlers of the four RPCs. Those that take Empty do not wait for it, so that silent calls hold nothing."""
 
         def unread(method: Callable[[empty_pb2.Empty, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
             return lambda _, context: iter((method(empty_pb2.Empty(), context),))
@@ -175,7 +175,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
                 self.streams.remove(stream)
             if self.streams.draining:  # since `_ready`, so that `drain` may not have seen this stream
                 stream.close(SHUTTING_DOWN)
-            yield from stream.answers()
+            yield from stream.responses()
         finally:
             stream.over = True
             self.traffic.count_streams(-1)
@@ -191,9 +191,9 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
                 yield self._capability(name, models, (name,))
 
     def Health(self, request: empty_pb2.Empty, context: Any) -> empty_pb2.Empty:
-        """Its answer has no fields: what runs otherwise than the operator asked stands in the trailing metadata."""
+        """Empty has no fields, so the trailing metadata says what does not run as the operator asked."""
         loaded = [model.backend for name in ("clip", "bioclip") if self._models and (model := self._models.get(name))]
-        refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # ASCII: no client's, no path's text
+        refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # always ASCII
         context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
         return empty_pb2.Empty()
 
@@ -218,8 +218,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if "bioclip" in loaded:
             there = f"{len(models.species):,} species" if models.species else "none"
             extra["bioclip_labels"] = str(models.progress or there)
-        if "clip" in loaded and models.own:
-            extra |= models.own.facts()
+        if "clip" in loaded and models.operator_sets:
+            extra |= models.operator_sets.facts()
         return pb.Capability(
             service_name=service,
             model_ids=[back.model_id for back in backs.values()],
@@ -245,8 +245,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if task.species:
             limits |= {"label_formats": ",".join(LABEL_FORMATS), "ranks": ",".join((*RANKS, "auto"))}
             limits["within_max"] = str(TAXA_MAX)
-        if task.own_labels:
-            limits["labels_max"] = str(OWN_LABELS_MAX)
+        if task.caller_labels:
+            limits["labels_max"] = str(CALLER_LABELS_MAX)
         tensor_id = backend.preprocess.tensor_id if task.tensor else ""
         mimes = TEXT_MIMES if task.takes == "text" else IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
         return pb.IOTask(
@@ -260,17 +260,19 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
 
 def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int]:
-    """Binds the port and serves; -> (server, the port). Raises OSError in one line if the port cannot be had, and
-    SettingError if the TLS or token files cannot be used."""
+    """Binds the port and starts the server; -> (server, port).
+
+    Raises OSError with one line if the port cannot be bound, and SettingError if the TLS or token files are not valid.
+    """
     credentials, token = tls_credentials(daemon.settings), read_token(daemon.settings, host)
     family, address = (socket.AF_INET6, f"[{host}]:{port}") if ":" in host else (socket.AF_INET, f"{host}:{port}")
-    with socket.socket(family) as probe:  # says why a port cannot be had; gRPC does not
+    with socket.socket(family) as probe:  # gives the reason if it cannot be bound; gRPC does not
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
-    # Beside the streams: calls that are over in a moment, and as many that are just being refused.
+    # For streams, for short calls, and for as many calls that are being rejected.
     threads = OPEN_PER_PLACE * daemon.settings.lumen_max_streams + 2 * SHORT_CALLS_MAX
     message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
     server = grpc.server(
@@ -278,31 +280,32 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
         maximum_concurrent_rpcs=threads,
         interceptors=[TokenInterceptor(token, daemon.traffic.count_rejected)] if token else [],
         options=[
-            ("grpc.so_reuseport", 0),  # two daemons on one port would share it without a word
+            ("grpc.so_reuseport", 0),  # otherwise two daemons on one port would share its connections
             ("grpc.max_receive_message_length", message_bytes),
             ("grpc.max_send_message_length", message_bytes),
-            # The Lumen SDK pings every 10 s; the defaults would end its connection with too_many_pings.
+            # The Lumen SDK sends a ping every 10 s. The defaults would end its connection with too_many_pings.
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_connection_age_ms", 1000 * CONNECTION_AGE_S),
             ("grpc.max_connection_age_grace_ms", NO_LIMIT),
-            # A peer that is gone is noticed within 40 s; without ping_timeout_ms it takes 90.
+            # A lost connection is noticed within 40 s; without ping_timeout_ms it would take 90 s.
             ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_S),
             ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_PATIENCE_S),
             ("grpc.http2.ping_timeout_ms", 1000 * KEEPALIVE_PATIENCE_S),
-            # Of a connection. More than all may use; without it streams that are opened and reset pile up in gRPC.
+            # Per connection, and more than all connections need. Without it, calls that are opened and reset at once
+            # accumulate in gRPC.
             ("grpc.max_concurrent_streams", 4 * threads),
-            ("grpc.max_allowed_incoming_connections", machine.files_for(CONNECTIONS_MAX, FILES_OF_OURS)),
-            ("grpc.server_handshake_timeout_ms", 20_000),  # and not two minutes, for connections that say nothing
-            # Nobody packs photographs; what 60 kB can swell to, before we see it, is 64 MB.
+            ("grpc.max_allowed_incoming_connections", machine.files_for(CONNECTIONS_MAX, FILES_RESERVED)),
+            ("grpc.server_handshake_timeout_ms", 20_000),  # for silent connections; the default is two minutes
+            # No client compresses photographs, and 60 kB could become 64 MB before we see it.
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
     short = short_call_handlers(daemon.short_calls, daemon.health, SERVICE)
     for name, handlers in (SERVICE, daemon.handlers()), *short.items():
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
-        # A queue for each method, so that a flood of one does not stand in the way of Health.
+        # A queue for each method, so that many calls of one method do not delay Health.
         server.add_registered_method_handlers(name, handlers)  # type: ignore[attr-defined]
     try:
         bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)

@@ -29,21 +29,22 @@ from tasks import Models, Request
 
 log = logging.getLogger("lumen.streams")
 
-WINDOW = 32  # requests of one stream in work; then its reader waits, and the client with it
-CHUNK_IDLE_S = 30  # between two chunks of one request
-STREAM_IDLE_S = 300  # of a stream that has nothing in work
-READER_IDLE_S = 60  # of a client that does not read its answer
-WANTED_BYTES_S = 2  # of waiting for memory, after which the oldest incomplete request is ended
-UPLOAD_S = 20  # for which a request in chunks may be incomplete while others wait for memory
-WANTED_IDLE_S = 30  # of a stream that has nothing in work, when all places are taken and somebody wants one
-ANSWERED_S = 1  # after its last answer a stream may be about to end; so long a new stream waits for its place
-READING_S = 0.5  # of a message that is on its way, when memory is short
-OPEN_PER_PLACE = 2  # streams, those included that need no place; see `Stream.needs_place`
+WINDOW = 32  # maximum requests in progress per stream; beyond it the server stops reading (backpressure)
+# Seconds after which a stream is ended:
+CHUNK_IDLE_S = 30  # without the next chunk of an incomplete request
+STREAM_IDLE_S = 300  # without a request in progress
+WANTED_IDLE_S = 30  # the same, while another stream waits for a place
+READER_IDLE_S = 60  # in which the client does not read a response
+UPLOAD_S = 20  # in which a request is incomplete, while others have waited WANTED_BYTES_S for memory
+WANTED_BYTES_S = 2
+READING_S = 0.5  # in which a message has not arrived completely, while memory is short
+ANSWERED_S = 1  # seconds for which a new stream waits for the place of one that was just answered and may end now
+OPEN_PER_PLACE = 2  # limit on all open streams, for each place; see `Stream.needs_place`
 
 
 @dataclass(frozen=True)
 class Closing:
-    """The last thing in a stream's line of jobs: how it ends."""
+    """The last entry in a stream's queue of jobs: the status with which it ends."""
 
     code: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
@@ -53,7 +54,7 @@ SHUTTING_DOWN = Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting dow
 
 
 class Stream:
-    """One Infer call: a reader thread makes jobs of its messages, its own thread answers them in their order."""
+    """One Infer call. A reader thread turns its messages into jobs; its own thread sends the responses in order."""
 
     _numbers = itertools.count()
 
@@ -65,21 +66,21 @@ class Stream:
         self.connection: str = context.peer()  # its address and port
         self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
-        self._in_work: set[Job] = set()
+        self._in_progress: set[Job] = set()
         self._window = threading.Semaphore(WINDOW)
         self._assembler = Assembler(intake.request_bytes_max)
-        self._line = threading.Lock()  # of who puts what into the line of jobs
-        self._closed = False  # a closing stands in it
+        self._queueing = threading.Lock()  # guards the order of `_jobs`
+        self._closed = False  # `_jobs` contains a Closing
         self._gone = False  # the client has left or the call is over
-        self._held = 0  # bytes taken from the budget for chunks that wait for the rest of their requests
+        self._held = 0  # bytes taken from the budget for incomplete requests
         self._idle_since = clock.now()
         self._reading_since: float | None = None  # when the reader began to wait for a message
-        self._yielding_since: float | None = None  # the answer that gRPC has not taken from us yet
-        self._answered_since: float | None = None  # when the last request in work was answered
-        self._half_closed = False  # the client sends no more
-        self.over = False  # its thread has gone
+        self._yielding_since: float | None = None  # when gRPC was given a response that it has not taken yet
+        self._answered_since: float | None = None  # when the last request in progress was answered
+        self._half_closed = False  # the client sends no more requests
+        self.over = False  # its thread has ended
 
-    def answers(self) -> Iterator[pb.InferResponse]:
+    def responses(self) -> Iterator[pb.InferResponse]:
         if not self._context.add_callback(self._leave):
             return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
@@ -92,7 +93,7 @@ class Stream:
                     return
                 self._intake.finished(job, OUTCOMES[response.error.code])
                 self._yielding_since = clock.now()
-                self._in_work.discard(job)
+                self._in_progress.discard(job)
                 self._answered_since = self._yielding_since
                 if not self.needs_place():
                     self._streams.place_may_be_free()
@@ -106,18 +107,18 @@ class Stream:
         finally:
             log.debug("a stream is over after %d answers%s", answered, ", cut off" if self._gone else "")
             self._leave()
-            for job in list(self._in_work):
+            for job in list(self._in_progress):
                 self._intake.finished(job, "cancelled")
 
     def check(self, now: float) -> None:
-        """Ends a stream that holds a thread for nothing. Called now and then by the daemon's main thread."""
+        """Ends a stream that occupies threads without need. The main thread calls this every few seconds."""
         silent = now - self._idle_since
         if self._yielding_since is not None:
             if now - self._yielding_since > READER_IDLE_S and not self._gone:
                 log.info("a stream ended: its client does not read")
                 self._gone = True
                 self._context.cancel()
-        elif self._in_work:
+        elif self._in_progress:
             return
         elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
@@ -125,38 +126,39 @@ class Stream:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
 
     def needs_place(self) -> bool:
-        """Whether the stream counts for LUMEN_MAX_STREAMS: not once all is answered and the client sends no more.
+        """Whether the stream counts for LUMEN_MAX_STREAMS.
 
-        A client that has its answer may open its next stream before gRPC has ended this one.
+        It does not count any more when all requests are answered and the client sends no more. Such a client may open
+        its next stream before gRPC has ended this one.
         """
-        done = self._half_closed and not self._in_work
+        done = self._half_closed and not self._in_progress
         return not (done or self._gone)
 
     def may_end(self, now: float) -> bool:
-        """Whether all was answered just now, so that the client may be about to close the stream."""
-        return not self._in_work and self._answered_since is not None and now - self._answered_since < ANSWERED_S
+        """Whether the last request was answered just now, so that the client may be about to end the stream."""
+        return not self._in_progress and self._answered_since is not None and now - self._answered_since < ANSWERED_S
 
     def uploading(self, now: float) -> float:
-        """Seconds since the oldest of its unfinished requests began; negative if there is none."""
+        """Seconds since the oldest incomplete request began; negative if there is none."""
         return now - self._assembler.since()
 
     def silent(self, now: float) -> float:
-        """Seconds for which the stream has had nothing in work."""
-        return 0.0 if self._in_work or self._yielding_since is not None else now - self._idle_since
+        """Seconds for which the stream has had no request in progress."""
+        return 0.0 if self._in_progress or self._yielding_since is not None else now - self._idle_since
 
     def reading(self, now: float) -> float:
-        """Seconds for which a message has been on its way, or none has been."""
+        """Seconds for which the reader has been waiting for a message."""
         return 0.0 if self._reading_since is None else now - self._reading_since
 
     def close(self, closing: Closing) -> None:
-        """Answers what is in work, then ends the stream. What comes from now on is not begun: the end answers it."""
-        with self._line:
+        """Ends the stream after the requests in progress are answered. Later requests are not begun."""
+        with self._queueing:
             self._closed = True
             self._jobs.put(closing)
 
     def _leave(self) -> None:
         self._gone = True
-        for job in list(self._in_work):
+        for job in list(self._in_progress):
             job.answer.cancel()
         self._window.release()
         self._jobs.put(Closing())
@@ -173,7 +175,7 @@ class Stream:
                     closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
                     break
                 self._take(message)
-                del message  # else it stays until the next one comes
+                del message  # otherwise it stays in memory until the next one arrives
                 if self._gone:
                     break
                 self._reading_since = clock.now()
@@ -198,7 +200,7 @@ class Stream:
             self._jobs.put(closing)
 
     def _take(self, message: pb.InferRequest) -> None:
-        """One message into the assembler, and the request that it completes to work. Raises Overload."""
+        """Adds a message to its request, and starts the request if it is complete. Raises Overload."""
         payload = message.payload  # each access makes a copy
         message.ClearField("payload")
         room, has_begun = self._assembler.room_for(message, payload)
@@ -217,24 +219,24 @@ class Stream:
         self._held = kept
 
     def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
-        """Puts a request in line for its answer, and to work; one that failed already has an error instead."""
+        """Queues a request for its response and starts it. A request that already failed has an error instead."""
         self._window.acquire()
         job = self._intake.job(correlation_id, self._flow, request)
-        with self._line:
+        with self._queueing:
             if self._closed:
                 job.answer.cancel()
             else:
-                self._in_work.add(job)
+                self._in_progress.add(job)
                 self._jobs.put(job)
-        if self._gone:  # `_leave` may not have seen this job
+        if self._gone:  # `_leave` may have run before this job was added
             job.answer.cancel()
         if error:
             job.finish(error)
         if request:
-            self._intake.begin(job, request, self._models, alone=self._in_work == {job})
+            self._intake.begin(job, request, self._models, alone=self._in_progress == {job})
 
     def _response(self, job: Job) -> pb.InferResponse:
-        """Waits for a job's answer. Raises CancelledError when the client has left."""
+        """Waits for the answer to a job. Raises CancelledError if the client has left."""
         if error := job.answer.exception():
             return _error_response(job, error)
         answer = job.answer.result()
@@ -262,7 +264,7 @@ OUTCOMES = {
 
 
 def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
-    """An error has an empty result and result_mime, so that no client takes it for an answer."""
+    """The response with an error. Its result and result_mime are empty, so that no client reads it as an answer."""
     if isinstance(error, BadInput):
         code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
     elif isinstance(error, NotReady):
@@ -276,12 +278,12 @@ def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
 
 
 class Streams:
-    """The open Infer streams: how many there may be, and which of them are ended."""
+    """The open Infer streams: admission, and the end of streams that occupy memory or places without need."""
 
     def __init__(self, most: int, intake: Intake) -> None:
-        """`most`: streams that need a place at the same time; see `Stream.needs_place`."""
+        """`most`: the number of places; see `Stream.needs_place`."""
         self._most, self._intake = most, intake
-        self._streams: set[Stream] = set()  # a stream stays until gRPC has sent its status
+        self._streams: set[Stream] = set()  # each until gRPC has sent its status
         self._changed = threading.Condition()
         self.draining = False
 
@@ -289,9 +291,9 @@ class Streams:
         return len(self._streams)
 
     def admit(self, stream: Stream) -> bool:
-        """Gives the stream a place, if there is one now or if one may become free in a moment.
+        """Admits a stream if there is a place, or if one becomes free within ANSWERED_S.
 
-        The first stream of a connection may exceed the limit, so that one client cannot take all places from others.
+        The first stream of a connection may exceed the limit, so that one client cannot occupy all places.
         """
         with self._changed:
             if not self._has_place(stream):
@@ -310,7 +312,7 @@ class Streams:
         return (first or len(taken) < most) and still_open < OPEN_PER_PLACE * most
 
     def _end_a_silent_stream(self, now: float) -> bool:
-        """Ends the stream that has had nothing in work for longest, if that is long."""
+        """Ends the stream that has been silent for longest, if that is at least WANTED_IDLE_S."""
         silent = max(self._streams, key=lambda stream: stream.silent(now))
         if silent.silent(now) < WANTED_IDLE_S:
             return False
@@ -319,7 +321,7 @@ class Streams:
         return True
 
     def place_may_be_free(self) -> None:
-        """To be called when a stream no longer needs its place."""
+        """A stream calls this when it no longer needs its place."""
         with self._changed:
             self._changed.notify_all()
 
@@ -329,7 +331,7 @@ class Streams:
             self._changed.notify_all()
 
     def drain(self, seconds: float) -> None:
-        """Ends every stream once its requests are answered, refuses new ones, and waits so long for all of that."""
+        """Ends every stream after its requests are answered, and waits up to `seconds` for that."""
         self.draining = True
         for stream in list(self._streams):
             stream.close(SHUTTING_DOWN)
@@ -337,7 +339,7 @@ class Streams:
             self._changed.wait_for(lambda: not self._streams, seconds)
 
     def check(self) -> None:
-        """Ends streams that hold memory or a place for nothing. Called now and then."""
+        """Ends streams that occupy memory or a place without need."""
         now = clock.now()
         streams = list(self._streams)
         for stream in streams:
@@ -348,10 +350,10 @@ class Streams:
             oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
 
     def make_room(self) -> int:
-        """When memory is short: ends the streams whose next message has been on its way for a while; -> how many.
+        """Ends the streams that have been waiting for a message for READING_S; -> how many. For when memory is short.
 
-        gRPC holds up to LUMEN_MAX_REQUEST_MB of each before we see a byte of it, and has no limit over all. Whatever is
-        in work is answered first.
+        gRPC holds up to LUMEN_MAX_REQUEST_MB of each message before we see a byte of it, and has no limit over all
+        messages. Requests in progress are answered first.
         """
         now = clock.now()
         slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]

@@ -1,7 +1,7 @@
-"""What the daemon can be asked: the task table, the options of a request, and how each task is done.
+"""The task table, the options of a request, and how each task is done.
 
-A task is a generator: it yields the steps it needs and returns its answer (see `engine`). TASKS is the one table that
-routing, validation and capabilities read, so they cannot drift apart.
+A task is a generator: it yields the steps that it needs and returns its answer; see `engine`. TASKS is the only table
+that routing, validation and capabilities read, so they always agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import model_files
 import preprocess
 from engine import TENSOR_MIME, Answer, Engine, Job, Line, Steps
 from errors import BadInput, LabelError, NotReady
-from label_files import OwnSet, OwnSets, SceneSet
+from label_files import OperatorSet, OperatorSets, SceneSet
 from labels import LabelSet
 from model_files import Backend, Encode
 from preprocess import Preprocess
@@ -30,24 +30,25 @@ from species import LABEL_FORMATS, RANKS, Ask, Species
 from tokenizer import true_length
 from tree_of_life import Progress
 
-TOPK_MAX = 1000  # of any classification; what is asked beyond it is clamped
-OWN_LABELS_MAX = 256  # labels a caller may bring
-TEXTS_KEPT = 4096  # text vectors that a model remembers (2 to 3 KB each): searches and labels come again and again
-MIN_SCORE = 0.35  # of a rank that `rank=auto` settles for; LrGeniusAI's rule
-TAXA_MAX = 10_000  # of `within`
-LABEL_COST = 4096  # bytes of a caller's label, beside its text: token ids and a vector
-# Tokens. Shorter texts run more at once, up to four times as many: small matrices take longer for each text (ViT-B-32
-# and ONNX Runtime, 7 tokens: 280 a second by 8, 325 by 32), and such a batch is no more work than one of texts of 28.
+TOPK_MAX = 1000  # labels of a classification; larger numbers are reduced to this
+CALLER_LABELS_MAX = 256  # labels in the meta `labels` of a request
+TEXTS_KEPT = 4096  # text vectors that are cached for each model, 2 to 3 KB each: clients repeat searches and labels
+MIN_SCORE = 0.35  # the default `min_score` of `rank=auto`, as in LrGeniusAI
+TAXA_MAX = 10_000  # names in `within`
+LABEL_COST = 4096  # bytes of a caller's label, in addition to its text: token ids and a vector
+# Tokens. Batches of shorter texts are larger, up to four times: small matrices are less efficient (ViT-B-32 with ONNX
+# Runtime, 7 tokens: 280 texts a second in batches of 8, 325 in batches of 32), and such a batch takes no longer than
+# one of texts with 28 tokens.
 SHORT_TEXT = 28
-BACKGROUND_BATCH = 4  # prompts; a search that comes meanwhile waits for them
-TEXT_BYTES_MAX = 65_536  # a tower reads 77 tokens; this bounds the cleaning
+BACKGROUND_BATCH = 4  # prompts; a search that arrives meanwhile waits for them
+TEXT_BYTES_MAX = 65_536  # bytes of a text. A tower reads only 77 tokens; this limits the time for cleaning.
 
 
 class Model:
-    """A backend with its lines.
+    """A backend with its queues.
 
-    Prompts are texts that no user waits for as for a search: those of a request wait among the images, and those of a
-    label set that is built in the background come after all requests.
+    Prompts are texts that are less urgent than a search. Prompts of a request wait among the images. Prompts of a label
+    set that is built in the background run after all requests.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Model:
             return rows_of(backend.encode_text(np.stack(items)), len(items))
 
         def rows_of(vectors: model_files.Vectors, count: int) -> Sequence[Any]:
-            if vectors.shape != (count, backend.dim):  # a fault of a runtime's, which would mix up answers
+            if vectors.shape != (count, backend.dim):  # a fault of the runtime, which would mix up the answers
                 raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
             return list(vectors)
 
@@ -88,20 +89,20 @@ class Model:
         self.background = engine.add(
             Line(f"{name} background prompts", texts, BACKGROUND_BATCH, Line.BACKGROUND, tower=tower)
         )
-        self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; the engine's own thread's alone
+        self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; only the engine's own thread uses it
 
     def facts(self) -> dict[str, str]:
-        """Meta of every answer."""
+        """The meta that every answer has."""
         return {"model_id": self.backend.model_id, "space": self.backend.space}
 
     def embed(self, tokens: Any, line: Line) -> Generator[Any, Any, list[Any]]:
-        """Step: the vectors of token rows, int64 `[n, context_length]`; those at hand are not computed again."""
+        """Step: the vectors of token rows, int64 `[n, context_length]`. Cached ones are not computed again."""
         keys = [np.trim_zeros(row, "b").tobytes() for row in tokens]
         found = {key: self._known[key] for key in keys if key in self._known}
         missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
         if missing:
             rows = yield line, list(missing.values())
-            # Copies: a row of a batch keeps the whole batch in memory for as long as it is remembered.
+            # Copies: a row of a batch would keep the whole batch in memory.
             found.update((key, np.array(row)) for key, row in zip(missing, rows, strict=True))
         for key in keys:
             self._known[key] = found[key]
@@ -111,13 +112,13 @@ class Model:
         return [found[key] for key in keys]
 
     def encoder(self, engine: Engine) -> Encode:
-        """Encodes prompts in the background, for a thread that waits for them while the daemon serves."""
+        """Returns a function that encodes prompts in the background while the daemon serves. It blocks its thread."""
 
         def encode(texts: list[str]) -> model_files.Vectors:
             tokens, rows = self.backend.tokenize(texts), []
 
             def steps() -> Steps:
-                rows.extend((yield self.background, list(tokens)))  # not remembered: nobody asks for them again
+                rows.extend((yield self.background, list(tokens)))  # not cached: they are needed once
                 return Answer("", b"", {})
 
             job = Job("", "", 0)
@@ -130,7 +131,7 @@ class Model:
 
 
 class Models:
-    """All that the tasks work with; `clip` or `bioclip` is None when its backend is "none"."""
+    """The models and label sets that the tasks use. `clip` or `bioclip` is None if its backend is "none"."""
 
     def __init__(
         self,
@@ -139,22 +140,22 @@ class Models:
         bioclip: Model | None,
         sets: Mapping[str, LabelSet | Species],  # "classes", "scenes", "species"
         batch_size: int,
-        own: OwnSets | None = None,
+        operator_sets: OperatorSets | None = None,
         semantic: str = "",
     ) -> None:
         """`semantic`: the model of the `semantic_` tasks, "clip" or "bioclip", or "" for none."""
-        self.clip, self.bioclip, self.own, self.semantic = clip, bioclip, own, semantic
+        self.clip, self.bioclip, self.operator_sets, self.semantic = clip, bioclip, operator_sets, semantic
         self.species: Species | None = None
-        self.progress: Progress | None = None  # of species that are not there yet
+        self.progress: Progress | None = None  # of species that are not available yet
         self._engine, self._batch_size = engine, batch_size
         self._lines = {name: self._line(name, labelset) for name, labelset in sets.items()}
-        self._own_line = engine.add(Line("own sets scoring", self._own_scorer, batch_size, Line.SCORING))
+        self._operator_line = engine.add(Line("own sets scoring", self._operator_scorer, batch_size, Line.SCORING))
         self._scenes = sets.get("scenes")
         if isinstance(species := sets.get("species"), Species):
             self.species = species
 
     def add_species(self, species: Species) -> None:
-        """For a daemon that serves already."""
+        """Adds species while the daemon serves."""
         self._lines["species"] = self._line("species", species)
         self.species, self.progress = species, None
 
@@ -168,8 +169,8 @@ class Models:
         return self._engine.add(Line(f"{name} scoring", self._scorer(labelset), self._batch_size, Line.SCORING))
 
     @staticmethod
-    def _own_scorer(items: list[Any]) -> Sequence[Any]:
-        return [own.answer(vector, k, min_score) for vector, own, k, min_score in items]
+    def _operator_scorer(items: list[Any]) -> Sequence[Any]:
+        return [chosen.answer(vector, k, min_score) for vector, chosen, k, min_score in items]
 
     @staticmethod
     def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
@@ -187,7 +188,7 @@ class Models:
         return {"clip": self.clip, "bioclip": self.bioclip}.get(self.name_of(name))
 
     def name_of(self, name: str) -> str:
-        """The model behind a name of the task table: "clip", "bioclip", or "" if "semantic" is switched off."""
+        """The model behind a name in the task table: "clip", "bioclip", or "" if "semantic" is switched off."""
         return self.semantic if name == "semantic" else name
 
     def ask(self, name: str) -> Model:
@@ -197,42 +198,42 @@ class Models:
         return model
 
     def offered(self) -> list[Task]:
-        """The tasks that work now; see `NotReady`."""
+        """The tasks that are available now."""
         there = [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
         return [task for task in there if self.species or not task.only_species]
 
     @property
     def scenes(self) -> SceneSet:
-        """The set of a task that is offered."""
+        """The scenes. Only for tasks that are offered."""
         assert isinstance(self._scenes, SceneSet)
         return self._scenes
 
     def best(self, labelset: str, vector: Any, ask: int | Ask) -> Generator[Any, Any, Any]:
-        """Step: the k best labels of a built-in set, or what is asked of the species."""
+        """Step: the k best labels of a built-in set, or the best species for `ask`."""
         return (yield self._lines[labelset], [(vector, ask)])[0]
 
-    def best_of_set(self, own: OwnSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
-        """Step: the best of an operator's set, and the score of none of these."""
-        return (yield self._own_line, [(vector, own, request.topk, request.min_score)])[0]
+    def best_of_operator_set(self, chosen: OperatorSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
+        """Step: the best labels of an operator's set, and the score of "none of these"."""
+        return (yield self._operator_line, [(vector, chosen, request.topk, request.min_score)])[0]
 
-    def best_of_own(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
-        """Step: the best of the labels that the caller brought."""
+    def best_of_caller_labels(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
+        """Step: the best of the labels in the request."""
         clip = self.ask("clip")
         vectors = yield from clip.embed(request.tokens, clip.prompts)
-        own = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
-        return own.top(own.probabilities(vector[None])[0], min(request.topk, len(own)))
+        labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
+        return labelset.top(labelset.probabilities(vector[None])[0], min(request.topk, len(labelset)))
 
 
 @dataclass
 class Request:
-    """One whole request. The assembler fills the first part, `read_meta` the second, `prepare` the third."""
+    """A complete request. `chunks` fills the first part, `read_meta` the second, `prepare` the third."""
 
     correlation_id: str
     task: str
     mime: str
     meta: Mapping[str, str]
     payload: bytes
-    held: int = 0  # bytes of it all, that are set aside for it until it is prepared
+    held: int = 0  # bytes that are reserved for the request until it is prepared
 
     topk: int = 0
     labels: tuple[str, ...] = ()
@@ -242,25 +243,25 @@ class Request:
     rank: str = "species"
     min_score: float = 0.0
     within: tuple[str, ...] = ()  # taxa
-    as_tensor: bool = False  # the answer, rather than JSON
+    as_tensor: bool = False  # whether the answer is raw float32 instead of JSON
 
-    rows: Any = None  # of the species within those taxa, int64 in order; None: all
+    rows: Any = None  # rows of the species within those taxa, int64 in order; None: all
     unknown_taxa: int = 0
-    own: OwnSet | None = None  # what `label_set` names
+    chosen_set: OperatorSet | None = None  # the set that `label_set` names
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
-    tokens: Any = None  # int64 [n, context_length]: the text, or the caller's labels
+    tokens: Any = None  # int64 [n, context_length]: the text, or the labels of the request
 
 
 def clip_classify(models: Models, request: Request) -> Steps:
     clip = models.ask("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
-    if request.own:
-        best, none = yield from models.best_of_set(request.own, vector, request)
+    if request.chosen_set:
+        best, none = yield from models.best_of_operator_set(request.chosen_set, vector, request)
         answer = _labels_answer(best, clip, "clip_classification")
-        answer.meta.update(label_set=request.own.name, none_score=f"{none:.6f}")
+        answer.meta.update(label_set=request.chosen_set.name, none_score=f"{none:.6f}")
         return answer
     if request.labels:
-        best = yield from models.best_of_own(vector, request)
+        best = yield from models.best_of_caller_labels(vector, request)
     else:
         best = yield from models.best("classes", vector, request.topk)
     return _labels_answer([pair for pair in best if pair[1] >= request.min_score], clip, "clip_classification")
@@ -313,12 +314,12 @@ def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> 
 def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
     meta = {**model.facts(), "dim": str(len(vector))}
     if request.as_tensor:
-        # The Lumen SDK knows no layout for a vector; its own tests call one [1, dim] in NCHW.
+        # The Lumen SDK has no layout for a vector. Its own tests use [1, dim] in NCHW.
         form = {"dtype": "fp32", "shape": f"[1,{len(vector)}]", "layout": "NCHW", "format": "contiguous"}
         form |= {"byte_order": "little"}
         meta |= {"lumen.output.kind": "tensor"} | {f"lumen.output.tensor.{key}": value for key, value in form.items()}
         return Answer("", vector.astype("<f4").tobytes(), meta)
-    # A copy: an image's row would keep its whole batch until the client reads.
+    # A copy: a row would keep its whole batch in memory until the client reads the response.
     content = {"vector": vector.copy(), "dim": len(vector), "model_id": model.backend.model_id}
     return Answer("embedding_v1", content, meta)
 
@@ -331,17 +332,17 @@ TEXT_MIMES = ("text/plain", "text/markdown", "text/html")
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: what a task takes, what it gives, and its defaults and limits."""
+    """A row of the task table: input, output, defaults and limits."""
 
     name: str
     run: Callable[[Models, Request], Steps]
-    models: tuple[str, ...]  # all must be loaded; capabilities list the task under the first
+    models: tuple[str, ...]  # all must be loaded; the capability of the first one lists the task
     takes: str  # "image" or "text"
-    topk: int = 0  # default; 0: the task has none
-    own_labels: bool = False
+    topk: int = 0  # the default; 0: not a classification
+    caller_labels: bool = False
     species: bool = False  # takes `label_format`, `rank`, `min_score` and `within`
-    only_species: bool = False  # cannot be answered without them
-    tensor: bool = False  # takes ready-made tensors, where the model's recipe has an id
+    only_species: bool = False  # the task is not available until the species are
+    tensor: bool = False  # takes ready-made tensors, if the model's preprocessing has an id
 
     @property
     def schema(self) -> str:
@@ -351,7 +352,7 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("clip_classify", clip_classify, ("clip",), "image", topk=5, own_labels=True),
+        Task("clip_classify", clip_classify, ("clip",), "image", topk=5, caller_labels=True),
         Task("clip_embed", _embed_text("clip"), ("clip",), "text"),
         Task("clip_image_embed", _embed_image("clip"), ("clip",), "image"),
         Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, species=True),
@@ -367,7 +368,7 @@ TASKS = {
         ),
         Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
         Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
-        # What newer photo apps search with; see LUMEN_SEMANTIC.
+        # Newer photo apps search with these tasks; see LUMEN_SEMANTIC.
         Task("semantic_image_embed", _embed_image("semantic"), ("semantic",), "image"),
         Task("semantic_text_embed", _embed_text("semantic"), ("semantic",), "text"),
     )
@@ -376,7 +377,7 @@ TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
 
 
 def find_task(models: Models, name: str) -> Task:
-    """The task that a request names. Raises BadInput, or NotReady if it will work later."""
+    """The task that a request names. Raises BadInput, or NotReady if the task will be available later."""
     available = models.offered()
     for task in available:
         if task.name == name:
@@ -388,7 +389,7 @@ def find_task(models: Models, name: str) -> Task:
 
 
 def read_meta(task: Task, request: Request) -> None:
-    """Checks the request against its task's row and fills its options. Raises BadInput, naming the field."""
+    """Checks a request against the row of its task and fills in its options. Raises BadInput, which names the field."""
     base = request.mime.partition(";")[0].strip().lower()
     fits = base.startswith("text/") if task.takes == "text" else base.startswith("image/") or base == TENSOR_MIME
     if base and not fits:
@@ -399,7 +400,7 @@ def read_meta(task: Task, request: Request) -> None:
     meta = request.meta
     if task.topk:
         request.topk = next((_topk(key, meta[key]) for key in TOPK_KEYS if key in meta), task.topk)
-    if task.own_labels:
+    if task.caller_labels:
         _read_label_meta(request)
     if task.takes == "text" or request.labels:
         default = "a photo of a {}." if request.labels else "{}"
@@ -422,7 +423,7 @@ def _read_label_meta(request: Request) -> None:
     if "labels" in meta:
         if request.label_set:
             raise BadInput("meta label_set: it is given with labels; allowed: one of the two")
-        request.labels = _own_labels(meta["labels"])
+        request.labels = _caller_labels(meta["labels"])
 
 
 def _read_species_meta(request: Request) -> None:
@@ -458,10 +459,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _json_strings(text: str, limit: int) -> list[str] | None:
-    """A JSON list of 1 to `limit` strings, or None for anything else.
+    """Parses a JSON list of 1 to `limit` strings. Returns None for anything else, also for lone surrogates.
 
-    Reads string by string, because a megabyte of other JSON would take the interpreter from all other threads for a
-    while. A lone surrogate is JSON, but no text: None as well.
+    It parses one string at a time, because parsing a megabyte of other JSON would block all other threads.
     """
 
     def skip(at: int) -> int:
@@ -486,7 +486,7 @@ def _json_strings(text: str, limit: int) -> list[str] | None:
 
 
 def _taxa(text: str) -> tuple[str, ...]:
-    """A JSON list of names, or names with commas between them."""
+    """Parses a JSON list of names, or names separated by commas. Raises BadInput."""
     names = _json_strings(text, TAXA_MAX) if text.lstrip().startswith("[") else text.split(",", TAXA_MAX)
     if names is None or not 1 <= len(names) <= TAXA_MAX or not all(0 < len(name.strip()) <= 500 for name in names):
         raise BadInput(
@@ -501,23 +501,23 @@ def _topk(key: str, text: str) -> int:
     digits = number.lstrip("0") if number.isascii() and number.isdigit() else ""
     if not digits:
         raise BadInput(f"meta {key}: {text[:80]!r}; allowed: a whole number from 1 (at most {TOPK_MAX} are returned)")
-    # int() is only for short texts: it raises beyond 4,300 digits, leading zeros included.
+    # int() raises for texts of more than 4,300 digits, leading zeros included.
     return TOPK_MAX if len(digits) > len(str(TOPK_MAX)) else min(int(digits), TOPK_MAX)
 
 
-def _own_labels(text: str) -> tuple[str, ...]:
-    found = _json_strings(text, OWN_LABELS_MAX)
+def _caller_labels(text: str) -> tuple[str, ...]:
+    found = _json_strings(text, CALLER_LABELS_MAX)
     if not found or not all(label.strip() and len(label) <= 1000 for label in found):
         raise BadInput(
-            f"meta labels: allowed: a JSON list of 1 to {OWN_LABELS_MAX} texts, none blank or over 1000 characters"
+            f"meta labels: allowed: a JSON list of 1 to {CALLER_LABELS_MAX} texts, none blank or over 1000 characters"
         )
     return tuple(dict.fromkeys(found))
 
 
 def prepared_bytes(task: Task, request: Request, models: Models) -> int:
-    """What `prepare` leaves in memory until the request is answered; before it has run, the most that this can be.
+    """The bytes that `prepare` leaves in memory until the response; before it has run, the most that this can be.
 
-    Of a text it is next to nothing.
+    0 for a text, which leaves hardly anything.
     """
     if task.takes == "text":
         return 0
@@ -529,9 +529,9 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
 
 
 def prepare(task: Task, request: Request, models: Models, settings: Settings, room: preprocess.Room) -> None:
-    """Turns the payload into what the models take: pixels for each, or token ids. Raises BadInput.
+    """Turns the payload into the input of the models: pixels for each, or token ids. Raises BadInput or NotReady.
 
-    `room` is entered with the pixels that are about to be decoded.
+    `room` is a context that is entered with the number of pixels before they are decoded.
     """
     if task.takes == "text":
         if len(request.payload) > TEXT_BYTES_MAX:
@@ -551,7 +551,7 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         if not len(request.rows):
             raise BadInput(f"meta within: no taxon of this label set: {', '.join(unknown)[:200]}")
     if request.label_set:
-        request.own = _own_set(request, models)
+        request.chosen_set = _operator_set(request, models)
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings, room)
     if request.labels:
@@ -559,17 +559,17 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         request.tokens = models.ask("clip").backend.tokenize(prompts)
 
 
-def _own_set(request: Request, models: Models) -> OwnSet:
-    """As it is now: a file that changes while the request waits is none of its business."""
+def _operator_set(request: Request, models: Models) -> OperatorSet:
+    """The set that the request names, as it is now; a later reload does not affect this request. Raises BadInput."""
     try:
-        if models.own is None:
+        if models.operator_sets is None:
             raise LabelError("there are no label sets here")
-        own = models.own.get(request.label_set)
+        chosen = models.operator_sets.get(request.label_set)
     except LabelError as error:
         raise BadInput(f"meta label_set: {error}") from None
     if "min_score" not in request.meta:
-        request.min_score = own.threshold
-    return own
+        request.min_score = chosen.threshold
+    return chosen
 
 
 def _pixels(

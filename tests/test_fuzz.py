@@ -123,7 +123,7 @@ def test_fuzz_meta(task: str, meta: dict[str, str], payload: bytes, mime: str) -
     except errors.BadInput as error:
         assert re.match(r"(payload|payload_mime|meta [\w.-]+): ", str(error)) and len(str(error)) < 400
     else:
-        assert 0 <= request.topk <= tasks.TOPK_MAX and len(request.labels) <= tasks.OWN_LABELS_MAX
+        assert 0 <= request.topk <= tasks.TOPK_MAX and len(request.labels) <= tasks.CALLER_LABELS_MAX
 
 
 @fuzzed
