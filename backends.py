@@ -29,14 +29,14 @@ from torch_backend import TorchBackend
 
 log = logging.getLogger("lumen.backends")
 
-TUNING = 5  # the way in which it is tried
-TURNS = 3  # of the sizes
-LONGEST_BATCH_S = 0.35  # what a text query may have to wait for
-LONGEST_SPLIT_S = 1.0  # what another picture may have to wait for; a text takes the core from it
+TUNING = 5  # version of the method; a new one makes every machine tune again
+TURNS = 3  # measurements of each batch size
+LONGEST_BATCH_S = 0.35  # the longest batch on all cores, because a text has to wait for it
+LONGEST_SPLIT_S = 1.0  # the longest batch on one core, for which only other pictures have to wait
 
 
 def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
-    """Loads a model and runs both towers once, so that the first request is as fast as the rest.
+    """Loads a model and runs both towers once, so that the first request is as fast as the others.
 
     Raises BackendError with one line that names the variable to change.
     """
@@ -69,7 +69,7 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
 
 
 def self_test(backend: Backend) -> float:
-    """The worst cosine of what this machine makes of an export's golden picture and texts to OpenCLIP's vectors."""
+    """The worst cosine of this machine's vectors with OpenCLIP's, for the golden picture and texts of an export."""
     golden = backend.golden
     picture = decode_image(base64.b64decode(golden["picture"]), [backend.preprocess], 1 << 20, draft=False)
     found = [
@@ -82,7 +82,7 @@ def self_test(backend: Backend) -> float:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a machine runs a model's images best, and how fast that is on ready pixels."""
+    """How this machine runs the images of a model best, and how fast that is on decoded pixels."""
 
     arrangement: str
     batch_size: int
@@ -90,7 +90,7 @@ class Tuning:
 
 
 def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
-    """Arranges the backend as is best here, trying for a few seconds once for a machine, a model and its versions.
+    """Chooses the fastest arrangement and batch size. It measures them for a few seconds, once per machine and model.
 
     `most` bounds the batch. What was found is kept as `tuning.json` in `folder`.
     """
@@ -99,7 +99,7 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
     try:
         kept = json.loads(path.read_text())
         found = Tuning(**kept["tuning"]) if kept["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or of another format
         found = None
     if found is None:
         found = _try_out(backend, most)
@@ -115,14 +115,14 @@ def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
 
 
 def _tuning_key(backend: Backend, most: int) -> str:
-    """Everything that a tuning depends on; if any of it changes, the next start tunes again."""
+    """Everything that a tuning depends on. If any of it changes, the next start tunes again."""
     hardware = [_processor(), usable_cores(), backend.accelerator]
     model = [backend.runtime, backend.precision, backend.space]
     return json.dumps([TUNING, *hardware, *model, most, *_versions()])
 
 
 def _try_out(backend: Backend, most: int) -> Tuning:
-    """The fastest that takes no longer than others may have to wait; of nearly equal ones the smallest batch.
+    """The fastest arrangement and batch size within the time limits; of nearly equal ones the smallest batch.
 
     Sizes take turns, for a machine is seldom as fast now as it was a second ago. Another arrangement than the first
     has to be a tenth faster: the trial runs alone, and where decoding competes for the cores, threads that wait for
@@ -130,12 +130,12 @@ def _try_out(backend: Backend, most: int) -> Tuning:
     """
     sizes = sorted({size for size in (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32) if size < most} | {most})
     found: list[Tuning] = []
-    for arrangement in reversed(backend.arrangements()):  # ends with the first, so that it is in use
+    for arrangement in reversed(backend.arrangements()):  # the first one is last, so that it is in use at the end
         backend.arrange(arrangement)
         longest = LONGEST_BATCH_S if backend.workers == 1 else LONGEST_SPLIT_S
         taken: dict[int, list[float]] = {}
         for size in sizes:
-            seconds = min(seconds_of_a_batch(backend, size) for _ in range(2))  # the first makes room
+            seconds = min(seconds_of_a_batch(backend, size) for _ in range(2))  # the first run allocates memory
             if seconds <= longest or size == 1:
                 taken[size] = [seconds]
             if seconds > longest:
@@ -153,8 +153,10 @@ def _try_out(backend: Backend, most: int) -> Tuning:
 
 
 def seconds_of_a_batch(backend: Backend, size: int) -> float:
-    """The mean, with a batch in each worker. On a core of its own core time is what counts: other programs, which
-    are busy while a machine boots, take none of it."""
+    """The mean duration of a batch, while each worker runs one.
+
+    If each has a core, core time is measured instead, which other programs do not affect while a machine boots.
+    """
     side = backend.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     clock = time.perf_counter if backend.workers == 1 else time.thread_time
@@ -169,7 +171,7 @@ def seconds_of_a_batch(backend: Backend, size: int) -> float:
 
 
 def _processor() -> str:
-    """What kind of cores these are; `platform` alone knows no more than the instruction set."""
+    """The model of the processor; `platform` knows only the instruction set."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -179,7 +181,7 @@ def _processor() -> str:
 
 
 def _versions() -> list[str]:
-    """Names and versions of the installed runtimes; ONNX Runtime has a package of its own for CUDA."""
+    """Names and versions of the installed runtimes."""
     versions = []
     for name in ("onnxruntime", "onnxruntime-gpu", "torch", "rknn-toolkit-lite2"):
         try:

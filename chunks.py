@@ -1,6 +1,6 @@
-"""Chunks of one stream -> whole requests, and the bounds of what all streams may hold.
+"""Joins the chunks of a stream to complete requests, within limits.
 
-Nothing here is bounded by a number that a client sent, and nothing knows gRPC's calls or what a request asks.
+No limit here depends on a number that a client sent.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from gen import ml_service_pb2 as pb
 from machine import clock
 from tasks import Request
 
-CHUNKS_MAX = 65_536  # of one request
-OPEN_IDS_MAX = 64  # unfinished requests on one stream
-CHUNKS_RESERVED = 1024  # for so many chunks a request has room as soon as it begins
-UNFINISHED_MAX = 2  # times the size that one request may have: bytes of unfinished requests on one stream
+CHUNKS_MAX = 65_536  # chunks of one request
+OPEN_IDS_MAX = 64  # incomplete requests on one stream
+CHUNKS_RESERVED = 1024  # chunks for which memory is reserved when a request begins
+UNFINISHED_MAX = 2  # limit on the bytes of all incomplete requests on one stream, in maximum request sizes
 ID_MAX = 1000  # characters of a correlation id
-ENVELOPE_MAX = 4 << 20  # bytes of a message beside its payload: 256 labels of 1,000 characters, and room to spare
-META_MAX = 256  # entries
-CHUNK_COST = 512  # bytes that keeping a chunk takes, were it empty
+ENVELOPE_MAX = 4 << 20  # bytes of a message without its payload: 256 labels of 1,000 characters, and some reserve
+META_MAX = 256  # entries of meta
+CHUNK_COST = 512  # bytes that a stored chunk takes in addition to its payload
 
 
 @dataclass
 class Unfinished:
-    """A request of which chunks are missing."""
+    """An incomplete request."""
 
-    request: Request  # as its first chunk told; the payload is still empty
+    request: Request  # as in its first chunk; the payload is still empty
     total: int
-    reserved: int  # bytes of the payload, as its first chunk lets one expect
+    reserved: int  # bytes of the payload that the first chunk lets one expect
     since: float = field(default_factory=clock.now)
-    size: int = 0  # bytes of the payloads
+    size: int = 0  # bytes of the payload that have arrived
     parts: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # seq -> offset, payload
 
     def payload(self) -> int:
-        """Bytes of the payload: what has come, or what is expected if that is more."""
+        """Bytes of the payload: those that have arrived or those that are expected, whichever is more."""
         return max(self.size, self.reserved)
 
     def held(self) -> int:
-        """Bytes that are set aside, with what keeping the chunks takes."""
+        """Bytes that are reserved for the request, the cost of its chunks included."""
         return self.request.held + self.payload() + max(len(self.parts), self.reserved_chunks()) * CHUNK_COST
 
     def reserved_chunks(self) -> int:
@@ -49,10 +49,10 @@ class Unfinished:
 
 
 class Assembler:
-    """Chunks of one stream -> whole requests, keyed by the literal correlation id, which may be empty.
+    """Joins the chunks of one stream. The key is the literal correlation id, which may be empty.
 
-    Bounded in bytes and in count, never by a number that the client sent. An id that failed is answered once; the
-    rest of its chunks is ignored until a chunk with seq 0 begins it anew.
+    A request that fails is answered once. The rest of its chunks are ignored, until a chunk with seq 0 begins a new
+    request with the same id.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -61,7 +61,7 @@ class Assembler:
         self._failed: OrderedDict[str, None] = OrderedDict()
 
     def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
-        """The request that this message completes, or None. `payload` was taken out of the message: it holds a copy.
+        """Adds a message, whose payload was moved to `payload`. Returns the request that it completes, or None.
 
         Raises BadInput.
         """
@@ -85,19 +85,18 @@ class Assembler:
         return list(self._open)
 
     def since(self) -> float:
-        """When the oldest unfinished request began, by `machine.clock`; without end if there is none."""
+        """When the oldest incomplete request began, by `machine.clock`; infinity if there is none."""
         return min((request.since for request in list(self._open.values())), default=math.inf)
 
     def held(self) -> int:
-        """Bytes that are set aside for unfinished requests."""
+        """Bytes that are reserved for incomplete requests."""
         return sum(request.held() for request in self._open.values())
 
     def room_for(self, message: pb.InferRequest, payload: bytes) -> tuple[int, bool]:
-        """Bytes to be set aside before a message is added, whose payload was taken out of it; and whether it belongs to
-        a request that has begun.
+        """(bytes to reserve before a message is added, whether it belongs to a request that has begun).
 
-        With its first chunk a request gets what the whole needs if all chunks are as large, so that uploads which have
-        begun do not wait for each other.
+        With its first chunk, a request reserves what the whole needs if all chunks are as large as the first. So
+        uploads that have begun do not wait for each other.
         """
         if waiting := self._open.get(message.correlation_id):
             chunk = CHUNK_COST if len(waiting.parts) >= waiting.reserved_chunks() else 0
@@ -152,7 +151,7 @@ class Assembler:
 
     @staticmethod
     def _check_envelope(message: pb.InferRequest) -> int:
-        """-> bytes of all but the payload."""
+        """Returns the bytes of all fields but the payload."""
         size: int = message.ByteSize()
         if size > ENVELOPE_MAX:
             raise BadInput(f"meta: {size} bytes beside the payload; allowed: {ENVELOPE_MAX}")

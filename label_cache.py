@@ -1,15 +1,15 @@
-"""The file of a label set's text vectors: built once, kept whole or not at all, mapped into memory.
+"""The cache file of a label set's text vectors: built once, complete or absent, mapped into memory.
 
-`text_vectors.npz` is an ordinary uncompressed npz. Its members begin at multiples of 64 bytes, so a large one is mapped
-from where it lies instead of being read: processes share its pages, and memory that is wanted elsewhere takes them.
+`text_vectors.npz` is an ordinary uncompressed npz. Its members begin at multiples of 64 bytes, so a large one can be
+mapped. Processes then share its pages, and the kernel can drop them when memory is short.
 
-    vecs      float32, or float16 if that is over HALF_PRECISION_BYTES: [n, dim], rows of unit length
-    meta      JSON: what the vectors depend on, see `CacheKey`
-    names     UTF-8, one after the other, and `offsets`, int64 [n + 1]; where the set brings its own names
-    depth     uint8 [n]: of lineages in order, the first of their ranks in which a row differs from the one before
+    vecs      float32 [n, dim], or float16 if that would exceed HALF_PRECISION_BYTES; rows of unit length
+    meta      JSON with what the vectors depend on; see `CacheKey`
+    names     UTF-8, without separators, and `offsets`, int64 [n + 1]; only if the set contains its names
+    depth     uint8 [n], only of lineages: the first rank in which a row differs from the previous one
 
-Nothing here is unpickled, and every file is written beside its final name and then renamed, so a kill at any moment
-leaves the old file or the new one.
+Nothing is unpickled. Files are written under a temporary name and then renamed, so a kill at any moment leaves the old
+file or the new one.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ Progress = Callable[[int, int], None]  # (labels done, labels in all)
 CACHE_FORMAT = 1
 FILE = "text_vectors.npz"
 NOTE = "text_vectors.checked.json"
-SHARD_LABELS = 2048  # computed labels that are kept together; what a kill may cost
-HALF_PRECISION_BYTES = 256 << 20  # a larger float32 matrix is stored as float16 and mapped; logits move by 0.0025
+SHARD_LABELS = 2048  # labels that are saved together while a set is built; a kill costs at most so many
+HALF_PRECISION_BYTES = 256 << 20  # larger float32 matrices are stored as float16 and mapped; logits change by 0.0025
 BLOCK = 8192  # rows that are converted at a time: 25 MB of float32 at 768 dimensions
-PROBE_LABELS = 4  # labels encoded again to see whether a cache still belongs to the model
+PROBE_LABELS = 4  # labels that are encoded again to check whether a cache belongs to the model
 PROBE_COSINE = 0.9999
 ALIGNMENT = 64  # bytes
 
 
 class Names(Sequence[str]):
-    """Names that stay in the file: only those that are asked for become strings."""
+    """Names that stay in the file. Only those that are accessed become strings."""
 
     def __init__(self, text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
-        """`offsets`: where each begins in the text, and where the last one ends."""
+        """`offsets`: where each name begins in the text, and where the last one ends."""
         self.text, self.offsets = text, offsets
 
     @classmethod
@@ -65,7 +65,7 @@ class Names(Sequence[str]):
         return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
 
     def only(self, these: NDArray[np.bool_]) -> Names:
-        """Those that are true in `these`, bool `[n]`."""
+        """The names for which `these`, bool `[n]`, is true."""
         lengths = np.diff(self.offsets)
         text = self.text[np.repeat(these, lengths)]
         return Names(text, np.concatenate([[0], np.cumsum(lengths[these])]))
@@ -87,7 +87,7 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class TextVectors:
-    """The vectors of a label set, and what lies beside them in their file."""
+    """The vectors of a label set, and the other members of their file."""
 
     vecs: NDArray[Any]  # float32 or float16 [n, dim]
     names: Names | None = None
@@ -97,7 +97,7 @@ class TextVectors:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that the text vectors of a label set depend on, apart from the weights, which the probe sees to."""
+    """What the text vectors of a label set depend on. The weights are not part of it; `fits` checks them."""
 
     model_id: str
     recipe: str
@@ -125,10 +125,10 @@ def save(
     depth: NDArray[np.uint8] | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `text_vectors.npz`, and what `meta` says of it as JSON for people. Raises OSError.
+    """Writes `text_vectors.npz`, and a copy of its meta as JSON for people. Raises OSError.
 
-    `rows`: blocks of unit rows, in all `[key.count, key.dim]`; never more than one of them is in memory. `more` goes
-    into the meta. One rename makes the whole true.
+    `rows`: blocks of unit rows, `[key.count, key.dim]` together; only one block is in memory at a time. `more` is added
+    to the meta. One rename makes the file visible.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
@@ -154,12 +154,12 @@ def save(
 
 
 def is_large(count: int, dim: int) -> bool:
-    """Whether a set of that size is stored in half precision and mapped."""
+    """Whether a set of this size is stored as float16 and mapped."""
     return count * dim * 4 > HALF_PRECISION_BYTES
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what a process that was killed has left; another may be at work."""
+    """Removes old temporary files of killed processes. Another process may be writing newer ones."""
     for left in folder.glob(".text_vectors.*.tmp"):
         if time.time() - left.stat().st_mtime > 3600:
             left.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ def _sweep(folder: Path) -> None:
 
 @contextmanager
 def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """A member to write an array into, which begins at a multiple of ALIGNMENT in the file."""
+    """A member to write an array into. It begins at a multiple of ALIGNMENT in the file."""
     assert archive.fp is not None
     header = io.BytesIO()  # itself a multiple of ALIGNMENT
     facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -190,9 +190,10 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
 
 
 def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None = None) -> TextVectors | None:
-    """What `path` holds if its meta has what is `wanted`, or None. Raises FileNotFoundError, and DamagedCache.
+    """Loads `path` if its meta contains `wanted`, otherwise returns None. Raises FileNotFoundError and DamagedCache.
 
-    A large file is mapped, and its checksums are read but once: `note` remembers that, by default beside it.
+    A large file is mapped, and its checksums are verified only once. The file `note` records that; by default it is
+    beside `path`.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -206,12 +207,12 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None 
         return _text_vectors(arrays, meta)
     except (FileNotFoundError, DamagedCache):
         raise
-    except Exception as error:  # zipfile, json, numpy and tokenize each raise their own kinds on damaged bytes
+    except Exception as error:  # zipfile, json, numpy and tokenize raise various exceptions for damaged bytes
         raise DamagedCache(f"{type(error).__name__}: {error}") from error
 
 
 def meta_of(path: Path) -> dict[str, Any]:
-    """What `path` says it was made for, or {} if that cannot be read. Its checksums are not compared."""
+    """The meta of `path`, or {} if it cannot be read. Checksums are not verified."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             meta: dict[str, Any] = json.loads(_array(file, path, archive.getinfo("meta.npy")).tobytes())
@@ -236,7 +237,7 @@ def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> Text
 
 
 def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
-    """A member where it lies: mapped, and never unpickled."""
+    """A member as an array, mapped if the file is large."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise DamagedCache(f"{info.filename} is compressed")
     file.seek(info.header_offset)
@@ -250,15 +251,17 @@ def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if fortran or dtype.hasobject or file.tell() + size != begin + info.file_size:
         raise DamagedCache(f"{info.filename}: {dtype} of shape {shape}")
-    if path.stat().st_size <= HALF_PRECISION_BYTES:  # not mapped: who truncates a mapped file ends the process
+    if (
+        path.stat().st_size <= HALF_PRECISION_BYTES
+    ):  # not mapped, because truncating a mapped file would end the process
         return np.frombuffer(file.read(size), dtype).reshape(shape)
     return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
 def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
-    """Compares a file with its checksums, unless `note` says that this was done since the file was written.
+    """Verifies the checksums of a file, unless `note` says that this was done since the file was written.
 
-    Reading gigabytes takes a small board long. A note that is missing or cannot be read only costs that time.
+    Reading gigabytes takes long on a small board. Without a note, or if it is damaged, it costs that time again.
     """
     status = path.stat()
     seen = [str(path.resolve()), status.st_size, status.st_mtime_ns]
@@ -284,7 +287,10 @@ def _read_note(note: Path) -> Any:
 
 
 def checked(vecs: NDArray[Any], count: int, dim: int) -> NDArray[Any]:
-    """The vectors, if they are such. Of a large set a sample is looked at. Raises DamagedCache."""
+    """Returns the vectors if their shape, dtype and lengths are right; of a large set only a sample is checked.
+
+    Raises DamagedCache.
+    """
     if vecs.shape != (count, dim) or vecs.dtype not in (np.float16, np.float32):
         raise DamagedCache(f"shape {vecs.shape}, {vecs.dtype}; expected {(count, dim)}")
     every = max(1, count // BLOCK) if is_large(count, dim) else 1
@@ -307,12 +313,12 @@ def cached_vectors(
     progress: Progress = lambda done, total: None,
     depth: NDArray[np.uint8] | None = None,
 ) -> TextVectors:
-    """The text vectors of a label set, from `folder` or built and kept there.
+    """The text vectors of a label set, from the cache in `folder`, or computed and saved there.
 
-    A cache is used if its key fits and a few labels, encoded again, give what it holds; so new weights, another
-    tokenizer or another precision are seen without reading gigabytes of weights. `older` are files of earlier
-    layouts, which are taken over on the same terms. A folder that cannot be written costs a warning, not the start.
-    `depth`: of lineages, see `species.depths`; then the file holds the names as well.
+    A cache is used if its key is the same and if a few labels, encoded again, give the same vectors. This detects new
+    weights, another tokenizer or another precision without reading gigabytes of weights. `older`: files of earlier
+    layouts, which are converted under the same conditions. If the folder cannot be written, a warning is logged.
+    `depth`: for lineages; see `species.depths`. The file then contains the names as well.
     """
     found = load_or_none(folder / FILE, key.meta())
     if found is not None and fits(found.vecs, names, recipe, encode):
@@ -334,12 +340,12 @@ def cached_vectors(
         if is_large(key.count, key.dim):
             blocks = _build(names, recipe, encode, key, folder, progress)
         return TextVectors(np.concatenate(list(blocks)), depth=depth)
-    shutil.rmtree(folder / ".building", ignore_errors=True)  # of other keys too, which nobody asks for any more
+    shutil.rmtree(folder / ".building", ignore_errors=True)  # also the parts of other keys, which are obsolete
     return load(folder / FILE, key.meta()) or TextVectors(np.concatenate(list(blocks)), depth=depth)
 
 
 def load_or_none(path: Path, wanted: Mapping[str, Any]) -> TextVectors | None:
-    """As `load`; a damaged file is a line in the log."""
+    """Like `load`, but returns None for a missing or damaged file. A damaged one is logged."""
     try:
         return load(path, wanted)
     except FileNotFoundError:
@@ -352,9 +358,9 @@ def load_or_none(path: Path, wanted: Mapping[str, Any]) -> TextVectors | None:
 def _build(
     names: Sequence[str], recipe: Recipe, encode: Encode, key: CacheKey, folder: Path, progress: Progress
 ) -> Iterator[NDArray[np.float32]]:
-    """Computes the vectors in shards, which a later build takes over if this one is stopped: a kill costs the last.
+    """Computes the vectors in shards. If the build is killed, a later one uses the shards that are saved.
 
-    `progress` may raise to stop the build; then nothing that is computed is lost.
+    `progress` may raise to stop the build. Then the incomplete shard is saved as well.
     """
     from tqdm import tqdm
 
@@ -378,14 +384,14 @@ def _build(
                         done = at + len(part)
                         bar.update(len(part))
                         progress(start + done, len(names))
-                finally:  # a shard that an exception interrupts is kept as far as it goes
+                finally:  # also if an exception interrupts the shard
                     if done and len(names) > SHARD_LABELS:
                         shards.save(start, rows[:done])
             yield rows
 
 
 class _Shards:
-    """Parts of a cache that is being built, each a file that is whole or not there; see `save`."""
+    """Parts of a cache that is being built. Each is a file, complete or absent."""
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
         self._folder, self._dim = folder, key.dim
@@ -393,10 +399,10 @@ class _Shards:
         self._warned = False
 
     def load(self, start: int, count: int) -> NDArray[Any] | None:
-        """The first 1 to `count` rows of a shard, or None if there are none that can be read."""
+        """The rows of a shard that were saved, up to `count`, or None if there are none."""
         path = self._folder / f"{self._name}-{start}.npz"
         try:
-            with np.load(path, allow_pickle=False) as file:  # whose members have checksums, as an npy has not
+            with np.load(path, allow_pickle=False) as file:  # an npz has checksums, an npy has none
                 rows: NDArray[Any] = file["rows"]
         except FileNotFoundError:
             return None
@@ -421,7 +427,7 @@ class _Shards:
 def fits(
     vectors: NDArray[Any], names: Sequence[str], recipe: Recipe, encode: Encode, floor: float = PROBE_COSINE
 ) -> bool:
-    """Whether a few labels, encoded again, give the vectors at hand."""
+    """Whether a few labels, encoded again, give the same vectors."""
     rows = np.unique(np.linspace(0, len(names) - 1, PROBE_LABELS).astype(int))
     fresh = label_vectors([names[i] for i in rows], recipe, encode)
     cosines = np.sum(vectors[rows].astype(np.float32) * fresh, axis=1)
@@ -432,7 +438,7 @@ def fits(
 
 
 def _load_older(path: Path, key: CacheKey) -> NDArray[Any] | None:
-    """`vecs` of an older npz; its `names` are pickled objects and are never looked at."""
+    """`vecs` of an npz of an earlier layout. Its `names` are pickled objects, which are not read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return checked(file["vecs"], key.count, key.dim)

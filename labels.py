@@ -1,6 +1,6 @@
 """Label sets: names, prompts, scoring and top-k.
 
-Knows nothing of models or gRPC: whoever builds a label set hands in a function that turns texts into vectors.
+This file knows nothing of gRPC. A function that turns texts into vectors is passed in by its callers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from model_files import Encode, Say, Vectors, fetch_file
 
 log = logging.getLogger("lumen.labels")
 
-ENCODE_BATCH = 32  # prompts a forward
+ENCODE_BATCH = 32  # prompts per forward pass
 SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
-BLOCK_ROWS = (128, 512)  # turned to float32 at a time: 0.4 to 1.6 MB at 768 dimensions, as a core's cache allows
-SPAN_ROWS = 8192  # a call of the graph; a core that is done takes the next
-SINGLY = 4  # queries: up to here one product each is faster than one for all, which pays for eight
-TOP_BLOCK = 256  # values of which the search for the best looks at the largest first
+# Rows that are converted to float32 at a time, at least and at most: 0.4 to 1.6 MB at 768 dimensions.
+BLOCK_ROWS = (128, 512)
+SPAN_ROWS = 8192  # rows per call of the graph
+SINGLY = 4  # up to so many queries, one product for each is faster than one product for all
+TOP_BLOCK = 256  # values per block in the search for the largest
 
-# `open_clip/zero_shot_metadata.py` has these as OPENAI_IMAGENET_TEMPLATES and SIMPLE_IMAGENET_TEMPLATES, most of
-# them once with "a" and once with "the". "a" before vowels is kept: published accuracy was had with it.
+# OPENAI_IMAGENET_TEMPLATES and SIMPLE_IMAGENET_TEMPLATES of `open_clip/zero_shot_metadata.py`. Most exist once with "a"
+# and once with "the". "a" before vowels is kept, because published accuracies were measured with it.
 _PAIRS = """a bad photo of|a black and white photo of|a blurry photo of|a bright photo of|a close-up photo of
 a cropped photo of|a dark photo of|a doodle of|a drawing of|a good photo of|a jpeg corrupted photo of
 a low resolution photo of|a painting of|a photo of|a pixelated photo of|a rendering of|a rendition of|a sculpture of
@@ -118,21 +119,21 @@ class Recipe:
 
 
 def imagenet_recipe(templates: int) -> Recipe:
-    """The label's first synonym in 1, 7 or 80 templates."""
+    """The first synonym of a label, in 1, 7 or 80 templates."""
     chosen = TEMPLATES[templates]
     return Recipe(f"imagenet-{templates}", lambda label: [t.format(label.split(",")[0].strip()) for t in chosen])
 
 
 def names_recipe(templates: int) -> Recipe:
-    """The label as it stands, commas and all, in the same templates: for names that are not synsets."""
+    """The complete label, commas included, in the same templates. For names that are not synsets."""
     return Recipe(f"names-{templates}", lambda label: [t.format(label.strip()) for t in TEMPLATES[templates]])
 
 
 def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vectors:
-    """float32 `[n, dim]`: a label's prompt vectors are averaged and brought back to unit length, as OpenCLIP does."""
+    """float32 `[n, dim]`: the vectors of a label's prompts, averaged and normalized to unit length as in OpenCLIP."""
     prompts = [recipe.prompts(label) for label in labels]
     flat = [prompt for group in prompts for prompt in group]
-    # Prompts of one length share a forward, which then runs at that length.
+    # Prompts of similar length share a forward pass, which runs at the length of the longest.
     order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
     rows: dict[int, NDArray[np.float32]] = {}
     for start in range(0, len(order), ENCODE_BATCH):
@@ -147,7 +148,7 @@ def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vect
 
 
 class Cosines:
-    """Of a set's unit rows with queries, in float32. The float16 rows of a large set are read by all cores at once."""
+    """Cosines of a label set's rows with queries, in float32. All cores read the float16 rows of a large set."""
 
     def __init__(self, vectors: NDArray[Any]) -> None:
         """`vectors`: float32 or float16 `[n, dim]`."""
@@ -185,16 +186,17 @@ class Cosines:
 
 
 def rows_of_a_block(dim: int, cache: int) -> int:
-    """How many float32 rows, a power of two, fill at most half of a cache of so many bytes; but within `BLOCK_ROWS`.
+    """How many float32 rows, a power of two, fill at most half of a cache of `cache` bytes; within BLOCK_ROWS.
 
-    Larger blocks are faster while they stay in it: 1.6 times for one query, 1.35 for eight, on cores with 16 MB each.
+    Larger blocks are faster as long as they fit into the cache: 1.6 times for one query and 1.35 times for eight, on
+    cores with 16 MB each.
     """
     rows = max(1, cache // 2 // (4 * dim))
     return min(max(1 << rows.bit_length() - 1, BLOCK_ROWS[0]), BLOCK_ROWS[1])
 
 
 class LabelSet:
-    """Labels with their text vectors, scored by softmax of logit scale times cosine over the whole set."""
+    """Labels with their text vectors. Scores are the softmax of logit scale x cosine over the whole set."""
 
     def __init__(self, names: Sequence[str], vectors: NDArray[Any], logit_scale: float) -> None:
         self.names = names
@@ -207,7 +209,7 @@ class LabelSet:
     def probabilities(self, queries: Vectors) -> NDArray[np.float32]:
         """float32 `[b, dim]` unit rows -> float32 `[b, n]`, rows that sum to 1."""
         scores = self._cosines(queries)
-        for row in scores:  # one at a time stays in the cache
+        for row in scores:  # a single row stays in the cache
             softmax(row, self._logit_scale)
         return scores
 
@@ -219,7 +221,7 @@ class LabelSet:
 
 
 def softmax(cosines: NDArray[np.float32], logit_scale: np.float32) -> NDArray[np.float32]:
-    """Of logit scale times cosine, float32 `[n]`, in place."""
+    """Softmax of logit scale x cosine, float32 `[n]`, in place."""
     cosines *= logit_scale
     cosines -= cosines.max()
     np.exp(cosines, out=cosines)
@@ -228,9 +230,9 @@ def softmax(cosines: NDArray[np.float32], logit_scale: np.float32) -> NDArray[np
 
 
 def top(probabilities: NDArray[np.float32], k: int, label_of: Callable[[int], str]) -> list[tuple[str, float]]:
-    """The k best of float32 `[n]` as (label, probability), best first. A text stands once, with its best score.
+    """The k best of float32 `[n]` as (label, probability), best first. Each text appears once, with its best score.
 
-    Distinct rows can read the same ("crane" is two ImageNet classes), and clients key their tables by the text.
+    Different rows can have the same text ("crane" is two ImageNet classes), and clients use the text as a key.
     """
     found: dict[str, float] = {}
     candidates = k
@@ -244,15 +246,15 @@ def top(probabilities: NDArray[np.float32], k: int, label_of: Callable[[int], st
 
 
 def score(probability: np.floating[Any]) -> float:
-    """What float32 adds up may be a little over 1."""
+    """A probability as a number from 0 to 1. Sums in float32 may be slightly above 1."""
     return min(max(float(probability), 0.0), 1.0)
 
 
 def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """The positions of the `count` largest values, and of some more; unsorted.
+    """The positions of the `count` largest values and possibly some more, unsorted.
 
-    Blocks have `count` different values among their maxima, so the least of the `count` largest maxima bounds the rest
-    away: two passes over the values, of which the second finds hardly any.
+    The `count` largest maxima of blocks are `count` different values. So every value that is below the smallest of them
+    can be ignored. This takes two passes over the values instead of a partial sort.
     """
     maxima = np.maximum.reduceat(values, np.arange(0, len(values), TOP_BLOCK))
     if count >= len(maxima):

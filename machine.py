@@ -1,4 +1,4 @@
-"""What the daemon asks of the machine it runs on: cores, priority, memory, files that are whole."""
+"""The machine: cores, memory, thread priorities, board, GPUs; hashes; files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DEVICE_TREE = Path("/proc/device-tree/compatible")
 
 
 def control_groups(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
-    """The folders of this process's control group (v2) and of those it lies in, whose limits hold as well."""
+    """The folders of this process's control group (v2) and of its parents, whose limits apply as well."""
     try:
         group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::")).strip("/")
-    except (OSError, StopIteration):  # no Linux, or control groups of version 1
+    except (OSError, StopIteration):  # not Linux, or control groups of version 1
         return []
     folder = cgroups / group
     return [path for path in (folder, *folder.parents) if cgroups in (path, *path.parents)]
 
 
 def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
-    """The cores that this process may use: those of its affinity, or fewer by the quota of its control groups."""
+    """The number of cores that this process may use, by its affinity and the quota of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for path in control_groups(cgroups, own):
         try:
@@ -46,11 +46,11 @@ def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
 
 
 def cache_of_a_core(caches: Path = CACHES) -> int:
-    """Bytes of the largest cache that the first core has, or of its part of one that cores share; 0 where unknown."""
+    """Bytes of the largest cache of the first core, or of its part of a shared cache; 0 if unknown."""
     parts = [0]
-    with suppress(OSError):  # a /sys that is closed to us
+    with suppress(OSError):  # /sys may not be readable
         for cache in caches.glob("index*"):
-            with suppress(OSError, ValueError):  # some ARM kernels say less
+            with suppress(OSError, ValueError):  # some ARM kernels report less
                 kilobytes = int((cache / "size").read_text().strip().removesuffix("K"))
                 sharing = int((cache / "shared_cpu_map").read_text().replace(",", ""), 16).bit_count()
                 parts.append((kilobytes << 10) // max(1, sharing))
@@ -58,7 +58,7 @@ def cache_of_a_core(caches: Path = CACHES) -> int:
 
 
 class RunningClock:
-    """A monotonic clock, in seconds, that does not count the time for which the whole process stood still.
+    """A monotonic clock, in seconds, that does not count time for which the whole process was stopped.
 
     SIGSTOP, a paused container and a paused virtual machine stop all threads at once. Limits on how long something may
     take would otherwise end healthy work when the process goes on. One thread has to call `tick` regularly: a tick that
@@ -73,7 +73,7 @@ class RunningClock:
         return time.monotonic() - self._stood_still
 
     def tick(self, interval: float) -> None:
-        """To be called every `interval` seconds; a delay of more than a quarter of that is not counted."""
+        """Call this every `interval` seconds. A delay of more than a quarter of it does not count."""
         now = time.monotonic()
         if self._ticked is not None:
             late = now - self._ticked - interval
@@ -86,7 +86,7 @@ clock = RunningClock()
 
 
 def nvidia_gpus(folder: Path = NVIDIA_GPUS) -> str:
-    """The models of the NVIDIA GPUs as the driver names them, with commas between them, or "" where there are none.
+    """The models of the NVIDIA GPUs as the driver names them, separated by commas, or "" if there are none.
 
     Read from /proc, so that neither torch nor `nvidia-smi` is needed.
     """
@@ -99,7 +99,7 @@ def nvidia_gpus(folder: Path = NVIDIA_GPUS) -> str:
 
 
 def board_target() -> str:
-    """The target in `NPU_CORES` whose programs this board runs, or "" if it is no Rockchip board that we know."""
+    """The target in `NPU_CORES` whose programs this board runs, or "" if the board is not known."""
     try:
         return npu_target(DEVICE_TREE.read_bytes().decode("ascii", "replace"))
     except OSError:  # no device tree, or a container that hides it
@@ -107,17 +107,16 @@ def board_target() -> str:
 
 
 def npu_target(names: str) -> str:
-    """Of the names that a device tree lists, such as `rockchip,rk3588s`; see `board_target`."""
-    if "rk3582" in names:  # sold with a part of an RK3588's cores
+    """The target for the names in a device tree, such as `rockchip,rk3588s`; see `board_target`."""
+    if "rk3582" in names:  # an RK3588 with fewer cores
         return "rk3588"
     return next((target for target in NPU_CORES if target in names), "")
 
 
 def lower_thread_priority(steps: int) -> None:
-    """Lowers the calling thread's priority by so many steps of `nice`, where a thread has one of its own.
+    """Lowers the calling thread's priority by `steps` of `nice`. Only on Linux, where threads have own priorities.
 
-    Whoever waits for a short answer (Health, a text) then need not wait for a core as well; pictures that are decoded
-    ahead come last.
+    Short answers (Health, a text) then do not wait for a core that decodes or runs pictures.
     """
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + steps)
@@ -125,7 +124,7 @@ def lower_thread_priority(steps: int) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is whole and on the disk."""
+    """A temporary file that replaces `path` when the body ends without an exception; complete and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
@@ -138,13 +137,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a small file so that a kill at any moment leaves the old one or the new one."""
+    """Writes a small file. A kill at any moment leaves the old content or the new one."""
     with replacing(path) as file:
         file.write(data)
 
 
 def sha256_of(*paths: Path) -> str:
-    """Of one file its sha-256; of several, or of a folder's, that of theirs in the order of their names."""
+    """The sha-256 of a file in hex. For several files or a folder: that of their hashes, sorted by path."""
     files = sorted(file for path in paths for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
     digests = []
     for path in files:
@@ -154,11 +153,10 @@ def sha256_of(*paths: Path) -> str:
 
 
 def use_one_heap() -> None:
-    """Keeps glibc from giving threads heaps of their own, up to eight for each core.
+    """Makes all threads use one heap. By default glibc creates up to eight heaps for each core.
 
-    `malloc_trim` gives back what is free at the end of the main heap, and not of any other: one more heap took 50 MB in
-    half an hour of hostile load, hardly any of it in use. Threads that wait for each other's bookkeeping cost nothing
-    that `bench.py` could show.
+    `malloc_trim` returns free memory at the end of the main heap only. A second heap grew to 50 MB in half an hour of
+    hostile load, hardly any of it in use. `bench.py` shows no cost of sharing one heap.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if option and "MALLOC_ARENA_MAX" not in os.environ:
@@ -166,15 +164,15 @@ def use_one_heap() -> None:
 
 
 def trim_memory() -> None:
-    """Has Python let go of cycles, and glibc give freed memory back to the system; left alone they keep pictures.
+    """Collects cycles of Python objects, and returns freed memory to the system.
 
-    Calls that are cancelled leave cycles, small ones to Python's own count, with what the clients had sent: 10 MB
-    after some hundreds. Done now and then, for it costs milliseconds; a limit on what malloc keeps (M_MMAP_THRESHOLD)
-    costs as much for each photograph that arrives.
+    Cancelled calls leave cycles that contain their payloads, about 10 MB after some hundreds of calls. Python's own
+    collector rarely runs for so few objects. This takes milliseconds, so it runs every few seconds. Limiting what
+    malloc keeps (M_MMAP_THRESHOLD) would cost as much for each photograph.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:  # musl has none
+    if trim:  # missing in musl
         trim(0)
 
 
@@ -203,9 +201,9 @@ def memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/mem
 
 
 def files_for(wanted: int, kept: int) -> int:
-    """How many of `wanted` files (connections, say) may be open so that `kept` are left for everything else.
+    """How many of `wanted` connections may be open so that `kept` open files are left for everything else.
 
-    Raises the process's soft limit where it may.
+    Raises the soft limit of the process if that is allowed.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + kept:

@@ -30,20 +30,20 @@ from tokenizer import Tokens
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
-Say = Callable[[str], None]  # is told in a few words what is being done
+Say = Callable[[str], None]  # receives short progress messages
 
 
 def quiet(text: str) -> None:
-    """Tells nobody."""
+    """Ignores progress messages."""
 
 
 log = logging.getLogger("lumen.model_files")
 
-PROGRESS_S = 1  # between two reports of a download
-# Training clamps the logit scale at 100, and published CLIP models end there (open_clip issue 541).
+PROGRESS_S = 1  # seconds between two progress messages of a download
+# Training limits the logit scale to 100, and published CLIP models reach that (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
-# What the default models were read at; another repository is taken at its main branch.
+# The revisions of the default models. Other repositories are used at their main branch.
 REVISIONS = {
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "1a25a446712ba5ee05982a381eed697ef9b435cf",
     "imageomics/bioclip-2": "2957b322090f9cb17ae72c71981c7218a28d81e0",
@@ -54,23 +54,23 @@ REVISIONS = {
 
 
 class Backend(Protocol):
-    """One model: two towers, and the facts that scoring and capabilities need."""
+    """A model with two towers, and its properties for scoring and capabilities."""
 
     model_id: str  # the same for images and texts
     runtime: str  # "torch", "torch-cuda", "onnxrt", "rknn"
-    precision: str  # "fp32" or "fp16"; what really runs
+    precision: str  # "fp32", "fp16" or "int8"; what really runs
     dim: int
-    logit_scale: float  # of the model itself; exp() already taken
+    logit_scale: float  # the model's own, after exp()
     preprocess: Preprocess
-    notice: str  # what whoever made the model wants its users to know, or ""
-    golden: Mapping[str, Any]  # inputs and vectors of the model's export, or {}; see `self_test`
-    self_test_cosine: float | None  # what `self_test` found here, or None if there is nothing golden
-    npu: str  # what of an NPU runs, for people, or ""
-    accelerator: str  # the name of the GPU that runs the images, or "" if a CPU or an NPU does or it is not known
-    refusal: str  # why an NPU that was asked for is not used, or ""
-    open_length: bool  # texts run at their true length, so that short ones take less than long ones
-    workers: int  # how many `encode_images` may run at once, each on a core of its own; 1: on all that there are
-    space: str  # 12 hex digits that two backends share if their vectors may lie in one index; see `space_of`
+    notice: str  # a notice from the maker of the model to its users, or ""
+    golden: Mapping[str, Any]  # inputs and expected vectors from the export, or {}; see `self_test`
+    self_test_cosine: float | None  # the result of `self_test`, or None without golden inputs
+    npu: str  # a description of the NPU in use, or ""
+    accelerator: str  # the name of the GPU that runs the images, or "" if there is none or it is unknown
+    refusal: str  # the reason why a requested NPU is not used, or ""
+    open_length: bool  # texts run at their true length, so short texts take less time
+    workers: int  # how many `encode_images` may run at once, each on one core; 1: a single one on all cores
+    space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """int64 `[n, context_length]`."""
@@ -82,17 +82,17 @@ class Backend(Protocol):
         """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
 
     def arrangements(self) -> Sequence[str]:
-        """The ways in which this machine can run a batch of images; the first is the one in use at the start."""
+        """The ways to run batches of images on this machine. The first is in use at the start."""
 
     def arrange(self, arrangement: str) -> None:
-        """Takes up one of `arrangements`: "split", a batch on each core, or "whole", one on all of them.
+        """Uses one of `arrangements`: "split", a batch on each core, or "whole", one batch on all cores.
 
-        Split batches do not wait for each other at every operator, nor for a core that decodes. At ViT-B-32 size that
-        is worth a tenth, and a third where the batch is fixed at one. A picture that comes alone has one core alone.
+        Threads of a whole batch wait for each other at every operator, and for a core that decodes. Split batches are a
+        tenth faster at ViT-B-32 size, and a third if the batch size is fixed at one. A single picture uses one core.
         """
 
     def unload_text(self) -> None:
-        """Gives the text tower's memory back until a text comes, where the tower can be had back in a second or two."""
+        """Frees the memory of the text tower until the next text, if loading it again takes only a second or two."""
 
 
 def encoder_of(backend: Backend) -> Encode:
@@ -101,10 +101,11 @@ def encoder_of(backend: Backend) -> Encode:
 
 
 def space_of(weights: str, recipe: Preprocess, precision: str) -> str:
-    """A short name that vectors share if they may be compared: same weights, preprocessing and class of precision.
+    """The name of a vector space, 12 hex digits. Vectors may be compared if their spaces are equal.
 
-    float32 and float16 are one class, for their vectors agree to a cosine of 0.9999; int8's do not. `weights` is the
-    sha-256 of the file that the model was trained into, whatever was made of it since.
+    It depends on the weights, the preprocessing and the class of precision. float32 and float16 are one class, because
+    their vectors agree to a cosine of 0.9999; int8 is another. `weights`: the sha-256 of the original weights file,
+    from which exports were made.
     """
     kind = "int8" if precision == "int8" else "float"
     return hashlib.sha256(json.dumps([weights, asdict(recipe), kind]).encode()).hexdigest()[:12]
@@ -141,7 +142,7 @@ def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
 
 
 def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
-    # find_spec, not import: importing torch raises SIGILL on some boards' CPUs.
+    # find_spec instead of import, because importing torch raises SIGILL on the CPUs of some boards.
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise options.error("BACKEND", options.backend, f"{', '.join(missing)} is not installed here")
@@ -175,11 +176,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def fetch_repository(
     options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]], say: Say, form: str = ""
 ) -> Path:
-    """The files that `choose` takes from a hub repository's list, downloaded once to `data/models/`.
+    """Downloads files of a hub repository once to `data/models/`. `choose` selects them from the list of all files.
 
-    A marker with every file's size says that the folder is whole; with it there is no network call at all. A
-    download that was cut off goes on where it stopped. `form` (default: the backend) names what `choose` takes.
-    Raises BackendError.
+    A marker file with the sizes shows that the folder is complete. With it there is no network access. An interrupted
+    download continues where it stopped. `form` (default: the backend) names the selection. Raises BackendError.
     """
     folder = options.data_dir / "models" / repo.replace("/", "--")
     marker = folder / f".complete-{form or options.backend}.json"
@@ -190,7 +190,7 @@ def fetch_repository(
     revision = REVISIONS.get(repo, "main")
     log.info("downloading %s@%s to %s", repo, revision[:12], folder)
     try:
-        # list_repo_files waits for ever on a hub that takes the connection and says nothing.
+        # list_repo_files has no timeout for a hub that accepts the connection and does not answer.
         found = HfApi().repo_info(repo, revision=revision, timeout=30, files_metadata=True).siblings or []
         files = choose([file.rfilename for file in found])
         expected = {file.rfilename: file.size or 0 for file in found if file.rfilename in files}
@@ -198,7 +198,7 @@ def fetch_repository(
             snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace_file(marker, json.dumps(sizes).encode())
-    except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
+    except Exception as error:  # the hub's client, its HTTP library and the disk raise various exceptions
         log.debug("download failed", exc_info=True)
         text = f"cannot download the model from the hub repository {repo} ({one_line(error)})"
         raise options.error("MODEL", options.model, text) from error
@@ -222,7 +222,7 @@ def fetch_file(
     *,
     check: Callable[[Path], list[str]],
 ) -> list[str]:
-    """Downloads a file of a hub dataset to `path`; -> what `check` makes of it. Raises LabelError, as `check` may."""
+    """Downloads a file of a hub dataset to `path`. Returns the result of `check`. Raises LabelError, as `check` may."""
     from huggingface_hub import hf_hub_download
 
     staging = path.parent / ".download"
@@ -230,14 +230,14 @@ def fetch_file(
     try:
         with report_download(say, filename, staging, {filename: 0}):
             staged = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=staging))
-    except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
+    except Exception as error:  # the hub's client, its HTTP library and the disk raise various exceptions
         log.debug("download failed", exc_info=True)
         text = f"cannot download {filename} of the hub dataset {repo} ({one_line(error)})"
         raise LabelError(text) from error
     try:
         names = check(staged)
     except LabelError:
-        staged.unlink()  # a later start shall ask the hub again
+        staged.unlink()  # so that a later start downloads it again
         raise
     os.replace(staged, path)
     shutil.rmtree(staging)

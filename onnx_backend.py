@@ -1,4 +1,4 @@
-"""ONNX Runtime on models in the `visual/` + `textual/` layout, which immich publishes and `export.py` writes.
+"""ONNX Runtime, on models in the `visual/` + `textual/` layout that immich publishes and `export.py` writes.
 
 `FolderBackend` is composed of an image tower and an ONNX text tower. `rknn_backend` has another image tower for it.
 """
@@ -34,12 +34,12 @@ from settings import ModelOptions
 from tokenizer import ClipTokenizer, Tokens, true_length
 
 log = logging.getLogger("lumen.onnx_backend")
-# From 1.29 on ONNX Runtime reports to its maker who runs what, unless this is set before it is imported.
+# From 1.29 on, ONNX Runtime sends usage data to its maker unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class ModelFolder:
-    """The files of a model, in a folder or from the hub, and what they say about it."""
+    """The files of a model, in a folder or downloaded from the hub, and their metadata."""
 
     def __init__(self, options: ModelOptions, say: Say, image_file: str, npu: str | None = None) -> None:
         """`image_file`: the operator's file for the image tower, or "". `npu`: the target whose programs are downloaded
@@ -48,7 +48,7 @@ class ModelFolder:
         self.options = options
         self._say, self._image_file, self._npu = say, image_file, npu
         self._form = "onnxrt" if npu is None else f"rknn-{npu}".rstrip("-")  # another board needs another program
-        self.path, self.model_id = self._resolve()  # no path when both towers are given as files
+        self.path, self.model_id = self._resolve()  # the path is None if both towers are given as files
         self.config = read_json(self.path / "config.json") if self.path else {}
         self.manifest = self._read_manifest()
         self.model_id = self.manifest.get("model_id", self.model_id)
@@ -72,7 +72,7 @@ class ModelFolder:
         return fetch_repository(options, repo, self._wanted_files, self._say, self._form), value
 
     def _read_manifest(self) -> dict[str, Any]:
-        """That of the folder. A file of a download that is damaged is fetched once more. Raises BackendError."""
+        """Reads the manifest. A damaged file of a download is downloaded once more. Raises BackendError."""
         if self.path is None:
             return {}
         try:
@@ -89,7 +89,7 @@ class ModelFolder:
             return read_manifest(self.path, self.options)
 
     def _wanted_files(self, files: list[str]) -> list[str]:
-        """Both towers and their configs, and programs for the NPU; what belongs to other runtimes stays on the hub."""
+        """Both towers, their configs, and programs for the NPU. Files for other runtimes are not downloaded."""
         if "visual/model.onnx" not in files or "textual/model.onnx" not in files:
             raise ValueError("it has no visual/model.onnx and textual/model.onnx, so it has no form for ONNX Runtime")
         return [
@@ -101,7 +101,7 @@ class ModelFolder:
         ]
 
     def tower(self, variable: str, value: str, part: str) -> Path:
-        """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises BackendError if there is none."""
+        """The ONNX file of a tower: the operator's (`value`) or the folder's. Raises BackendError if it is missing."""
         path = Path(value) if value or self.path is None else self.path / part / "model.onnx"
         if not path.is_file():
             if value:
@@ -122,7 +122,7 @@ class ModelFolder:
 
 
 def open_session(options: ModelOptions, path: Path, variable: str, threads: int) -> Any:
-    """An ONNX Runtime session. Raises BackendError, also if it would run on another provider than the one wanted."""
+    """An ONNX Runtime session. Raises BackendError, also if it would not run on the wanted provider."""
     import onnxruntime
 
     wanted = list(options.ort_providers) or ["CPUExecutionProvider"]
@@ -132,7 +132,7 @@ def open_session(options: ModelOptions, path: Path, variable: str, threads: int)
         raise options.error("ORT_PROVIDERS", ",".join(wanted), f"{missing[0]} is not available; here: {have}")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
-    # Threads that spin while they wait take the cores that decode the next pictures.
+    # Threads that spin while they wait would occupy the cores that decode the next pictures.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=wanted)
@@ -145,7 +145,7 @@ def open_session(options: ModelOptions, path: Path, variable: str, threads: int)
 
 
 def run_session(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors:
-    """Runs a batch, in pieces of the size that the graph has fixed, if it has; `cut`: token ids, at true length."""
+    """Runs a batch, in pieces if the graph has a fixed batch size. `cut`: token ids, cut to their true length."""
     tower = session.get_inputs()[0]
     size = tower.shape[0] if isinstance(tower.shape[0], int) else len(batch)
     rows = []
@@ -197,7 +197,7 @@ class OnnxImageTower:
         self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
         provider = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         self.runtime = "onnxrt" if provider == "cpu" else f"onnxrt-{provider}"
-        self.accelerator = "" if provider == "cpu" else nvidia_gpus()  # ONNX Runtime names no device
+        self.accelerator = "" if provider == "cpu" else nvidia_gpus()  # ONNX Runtime does not name the device
 
     def arrangements(self) -> Sequence[str]:
         on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
@@ -205,7 +205,7 @@ class OnnxImageTower:
 
     def arrange(self, arrangement: str) -> None:
         self.workers = usable_cores() if arrangement == "split" else 1
-        self._session: Any = None  # not two at a time
+        self._session: Any = None  # frees the memory of the old session first
         self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.workers)
 
     def encode(self, pixels: Pixels) -> Vectors:
@@ -250,7 +250,7 @@ class FolderBackend:
     """An image tower and an ONNX text tower of one folder, as a `Backend`."""
 
     def __init__(self, folder: ModelFolder, image: ImageTower, precision: str = "", refusal: str = "") -> None:
-        """`precision`: of the image tower, by default what the manifest says."""
+        """`precision`: that of the image tower; by default the manifest's."""
         manifest, config = folder.manifest, folder.config
         self.image, self.text = image, OnnxTextTower(folder)
         self.model_id, self.refusal = folder.model_id, refusal
@@ -261,7 +261,7 @@ class FolderBackend:
         self.notice = str(manifest.get("notice", ""))
         self.golden: Mapping[str, Any] = manifest.get("golden", {})
         self.self_test_cosine: float | None = None
-        # An NPU's vectors and those of its folder's ONNX tower may lie in one index.
+        # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
         self.space = folder.space(self.preprocess, str(manifest.get("precision", "fp32")))
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
@@ -286,6 +286,6 @@ class FolderBackend:
 
 
 def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:
-    """Both towers on ONNX Runtime. Raises BackendError."""
+    """Opens a model with both towers on ONNX Runtime. Raises BackendError."""
     folder = ModelFolder(options, say, options.onnx_image)
     return FolderBackend(folder, OnnxImageTower(folder))

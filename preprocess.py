@@ -1,6 +1,6 @@
-"""What pictures and texts become before a model sees them: uint8 RGB pixels, token ids.
+"""Pictures and ready-made tensors to pixels: uint8 RGB `[size, size, 3]`.
 
-Everything here may run on any thread, and is told apart from OpenCLIP's own by no bit (decoded in full) and no token.
+Pixels are bit-identical to those of OpenCLIP's transform if the picture is decoded in full. Thread-safe.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ Pixels = NDArray[np.uint8]  # [n, size, size, 3], RGB
 # OpenAI's CLIP statistics; open_clip/constants.py has the same.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-DRAFT_MARGIN = 2  # a scaled JPEG decode keeps at least this many times the model's side
-STRIP_LINES = 256  # of a picture with alpha that are laid over white at a time
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; `decode_image` applies the configured one
-PngImagePlugin.MAX_TEXT_MEMORY = 16 << 20  # characters of a PNG's texts, unpacked; Pillow's default is four times that
+DRAFT_MARGIN = 2  # scaled JPEG decoding keeps at least so many times the side of the model's input
+STRIP_LINES = 256  # lines of a picture with alpha that are blended at a time
+Image.MAX_IMAGE_PIXELS = None  # disables Pillow's limit; `decode_image` applies the configured one
+PngImagePlugin.MAX_TEXT_MEMORY = (
+    16 << 20
+)  # characters of a PNG's decompressed texts; Pillow's default is four times as much
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
 
 
@@ -39,7 +41,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") e
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes a model's input; fields and defaults are OpenCLIP's `PreprocessCfg`."""
+    """The preprocessing of a model. Fields and defaults are those of OpenCLIP's `PreprocessCfg`."""
 
     size: int = 224
     mean: tuple[float, ...] = OPENAI_MEAN
@@ -49,9 +51,9 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], size: int | None = None) -> Preprocess:
-        """Reads a `preprocess_cfg`; `size` is the model's own side in pixels and wins over the config's.
+        """Reads a `preprocess_cfg`. `size`: the side of the model's input in pixels, which overrides the config's.
 
-        Raises BackendError for a recipe that is not supported.
+        Raises BackendError if the preprocessing is not supported.
         """
         side = size if size is not None else config.get("size", cls.size)
         if isinstance(side, Sequence):
@@ -74,7 +76,7 @@ class Preprocess:
 
     @property
     def tensor_id(self) -> str:
-        """The name under which clients know this recipe, or "" (PROTOCOL: ids that the Lumen SDK can produce)."""
+        """The id of this preprocessing in the Lumen SDK, or "" if it has none."""
         return "bioclip2_224_image_v1" if self == Preprocess() else ""
 
 
@@ -82,18 +84,18 @@ Room = Callable[[int], AbstractContextManager[None]]
 
 
 def anyone(pixels: int) -> AbstractContextManager[None]:
-    """Room for any picture at once."""
+    """No limit on pixels in memory."""
     return nullcontext()
 
 
 def decode_image(
     data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool, room: Room = anyone
 ) -> dict[Preprocess, Pixels]:
-    """Decodes one picture by its content and prepares it for each recipe: uint8 RGB `[size, size, 3]`.
+    """Decodes a picture, whose format is detected from its content, for each recipe: uint8 RGB `[size, size, 3]`.
 
-    Plain RGB files decoded in full equal OpenCLIP's own transform to the last bit. `draft` lets a JPEG be decoded at
-    a fraction of its size, at least `DRAFT_MARGIN` times the largest recipe's side. `room` is entered with the number
-    of pixels while they are in memory, at 4 to 20 bytes each. Raises BadInput.
+    `draft`: a JPEG may be decoded at a fraction of its size, but at least DRAFT_MARGIN times the largest side of a
+    recipe. `room`: a context that is entered with the number of pixels while they are in memory, 4 to 20 bytes each.
+    Raises BadInput.
     """
     recipes = list(recipes)
     try:
@@ -101,7 +103,7 @@ def decode_image(
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except BadInput:
         raise
-    except Exception as error:  # Pillow's parsers raise nearly anything on hostile bytes
+    except Exception as error:  # Pillow raises various exceptions for damaged files
         log.debug("not an image: %r", error)
         raise BadInput(
             f"payload: not an image that can be read; allowed: whole files of {', '.join(IMAGE_FORMATS)}"
@@ -113,9 +115,9 @@ def decode_image(
         if draft and image.format in ("JPEG", "MPO"):
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)
             image.draft(None, (side, side))
-        # A progressive JPEG's coefficients are all in memory, whatever the scale.
+        # All coefficients of a progressive JPEG are in memory, whatever the scale.
         with room(max(image.width * image.height, width * height // 4, coded)):
-            image.load()  # before the EXIF, whose reader may load a PNG and so hide that it is damaged
+            image.load()  # before `getexif`, which may load a PNG and ignore damage
             orientation = _orientation(image)
             rgb = _to_rgb(image)
             return {recipe: _resize(rgb, recipe, orientation, max_pixels) for recipe in recipes}
@@ -127,7 +129,7 @@ def decode_image(
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8. Cameras and editors write broken EXIF; the picture is no worse for it."""
+    """The EXIF orientation, 1 to 8; 1 if the EXIF is damaged, because the picture may still be good."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception as error:
@@ -136,7 +138,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB as a viewer would show it: alpha over white, 16 bits scaled, not clipped."""
+    """Converts any Pillow mode to RGB: alpha blended over white, 16 bits scaled to 8."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
@@ -144,7 +146,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgb = Image.new("RGB", image.size)
-        for top in range(0, image.height, STRIP_LINES):  # in one go, a small file would take 600 MB
+        for top in range(0, image.height, STRIP_LINES):  # all at once, a small file could take 600 MB
             strip = image.crop((0, top, image.width, min(top + STRIP_LINES, image.height))).convert("RGBA")
             over_white = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
             rgb.paste(over_white.convert("RGB"), (0, top))
@@ -152,7 +154,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# EXIF orientation -> the operation that shows the picture upright (as Pillow's ImageOps.exif_transpose has it).
+# EXIF orientation -> the operation that makes the picture upright, as in Pillow's ImageOps.exif_transpose.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -166,7 +168,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 def _resize(image: Image.Image, recipe: Preprocess, orientation: int, max_pixels: int) -> Pixels:
-    """torchvision's Resize and CenterCrop on a PIL image, with its truncation and its banker's rounding."""
+    """torchvision's Resize and CenterCrop, with the same truncation and rounding. Raises BadInput."""
     side = recipe.size
     width, height = image.size
     if recipe.resize_mode == "squash":
@@ -179,7 +181,7 @@ def _resize(image: Image.Image, recipe: Preprocess, orientation: int, max_pixels
         raise BadInput(f"payload: the image is too narrow ({width} x {height} pixels)")
     if target != image.size:
         image = image.resize(target, _FILTERS[recipe.interpolation])
-    # Turned after the resize: the picture is small by now.
+    # After the resize, because the picture is small then.
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     left, top = (round((length - side) / 2.0) for length in image.size)
@@ -190,9 +192,9 @@ TENSOR_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.d
 
 
 def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preprocess) -> Pixels:
-    """A client's ready-made input `[1, 3, size, size]` back into the pixels it came from: uint8 `[size, size, 3]`.
+    """Converts a client's tensor `[1, 3, size, size]` back to pixels: uint8 `[size, size, 3]`.
 
-    Exact for any tensor that was `(pixel / 255 - mean) / std`. Raises BadInput, naming the meta key.
+    Exact for every tensor that is `(pixel / 255 - mean) / std`. Raises BadInput, which names the meta key.
     """
     shape = [1, 3, recipe.size, recipe.size]
     expected = {
@@ -220,7 +222,7 @@ def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preproce
         raise BadInput(f"payload: {len(payload)} bytes; a tensor {shape} has {3 * recipe.size**2 * dtype.itemsize}")
     values = np.frombuffer(payload, dtype).reshape(3, recipe.size, recipe.size).astype(np.float32)
     mean, std = (np.array(x, np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
-    with np.errstate(all="ignore"):  # the next line judges what overflowed
+    with np.errstate(all="ignore"):  # overflow is checked below
         levels = np.rint((values * std + mean) * 255)
         valid = bool(np.all((levels >= -1) & (levels <= 256)))  # false for NaN as well
     if not valid:

@@ -28,15 +28,15 @@ from settings import ModelOptions
 
 log = logging.getLogger("lumen.rknn_backend")
 
-NPU_FLOOR = 0.999  # the least cosine of what the NPU makes of a golden picture
-NPU_FORMAT = 1  # of the model.json beside a .rknn file
+NPU_FLOOR = 0.999  # the least cosine of the NPU's vector of a golden picture with the expected one
+NPU_FORMAT = 1  # version of the model.json beside a .rknn file
 
 
 def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
-    """A model whose images run on the NPU.
+    """Opens a model whose images run on the NPU.
 
-    An NPU that does not start, or whose vectors are not those of its program's golden picture, is refused: `refusal`
-    says why, and the folder's ONNX tower runs instead. Nothing short of running it proves a program right on a board.
+    The NPU is refused if it does not start, or if its vector of the golden picture is wrong. Then the folder's ONNX
+    tower runs instead, and `refusal` says why. Only running a program on the board shows that it is right there.
     Raises BackendError.
     """
     if importlib.util.find_spec("rknnlite") is None:
@@ -66,7 +66,7 @@ def onnx_tower(folder: ModelFolder) -> Path | None:
 
 
 class NPUImageTower:
-    """An image tower on the cores of the NPU; see `ImageTower`. Pictures of a batch are shared out among the cores."""
+    """An image tower on the NPU; see `ImageTower`. The pictures of a batch are distributed over its cores."""
 
     runtime = "rknn"
     accelerator = ""
@@ -82,14 +82,14 @@ class NPUImageTower:
             for context in self._contexts:
                 context.close()
             raise
-        # Vectors of the NPU and of its ONNX tower may lie in one index, so they are of the same weights.
+        # The space must be that of the ONNX tower, because vectors of both may be stored in one index.
         folder.used.append(tower.parent if (tower := onnx_tower(folder)) else self._path)
 
     def _start(self) -> None:
         path = self._path = self._program()
         contract = read_json(path.with_name("model.json"))
         self._check_contract(contract)
-        # Without a model.json it is immich's, which takes what has been normalised. The file itself does not say.
+        # Without a model.json the program is immich's, which takes normalized input. The file itself does not say so.
         self._takes_uint8 = bool(contract)
         recipes = (folder / "preprocess_cfg.json" for folder in (path.parent, *path.parents[:3]))
         recipe = contract.get("preprocess") or next(filter(None, map(read_json, recipes)), {})
@@ -119,7 +119,7 @@ class NPUImageTower:
             raise NPURefused(f"{text}; {self._options.name}_RKNN_TARGET says it by hand")
         if self._options.rknn_model:
             return Path(self._options.rknn_model)
-        assert self._folder.path is not None  # without one both towers were given as files
+        assert self._folder.path is not None  # it is None only if both towers are given as files
         path = self._folder.path / "visual" / "rknpu" / self._target / "model.rknn"
         if not path.is_file():
             raise NPURefused(
@@ -138,7 +138,7 @@ class NPUImageTower:
             raise NPURefused("the program was made of another visual/model.onnx than the one beside it")
 
     def _cores_to_use(self, path: Path) -> int:
-        """Each context holds the weights, and the file besides while it loads."""
+        """As many as memory allows. Each context holds the weights, and also the file while it loads."""
         wanted = self._options.rknn_cores or NPU_CORES[self._target]
         available, _ = machine.memory()
         fit = max(1, available // (3 * path.stat().st_size))
@@ -147,7 +147,10 @@ class NPUImageTower:
         return min(wanted, fit, NPU_CORES[self._target])
 
     def _worst_cosine(self, contract: Mapping[str, Any]) -> float | None:
-        """Of the golden picture on each core, or of a picture to what the ONNX tower makes of it; None without both."""
+        """The worst cosine over the cores, for the golden picture, or else for a picture with the ONNX tower's vector.
+
+        None if there is neither a golden picture nor an ONNX tower.
+        """
         golden = contract.get("golden") or self._folder.manifest.get("golden")
         if golden:
             file = base64.b64decode(golden["picture"])
@@ -176,7 +179,7 @@ class NPUImageTower:
         return ("whole",)
 
     def arrange(self, arrangement: str) -> None:
-        """There is only one."""
+        """Does nothing: there is only one arrangement."""
 
     def encode(self, pixels: Pixels) -> Vectors:
         batch, layout = self._as_input(pixels)
@@ -185,19 +188,19 @@ class NPUImageTower:
         rows: list[Any] = [None] * len(batch)
         for i, share in enumerate(shares):
             rows[i::step] = share.result()
-        # float16 inside: what it made a unit is one to three digits.
+        # The NPU computes in float16, so its vectors have unit length only to three digits.
         return unit_rows(np.stack(rows))
 
 
 class NPUContext:
-    """One program on one core of the NPU, with a thread of its own.
+    """One program on one core of the NPU, on its own thread.
 
     Nobody promises that two threads may share a context, and cores that work on one picture together hardly gain
     (RKNN.md 3.2): each core gets a context, and each context its thread, on which alone it is made and used.
     """
 
     def __init__(self, path: Path, core: int, choose_core: bool) -> None:
-        """`choose_core` only where a core may be named: elsewhere that is an error. Raises NPURefused."""
+        """`choose_core`: whether to name the core, which is an error on chips with one core. Raises NPURefused."""
         self.runtime_version = ""
         self._thread = ThreadPoolExecutor(1, f"npu-{core}")
         try:
@@ -211,7 +214,9 @@ class NPUContext:
 
         self._npu = RKNNLite()
         for level in (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
-            logging.addLevelName(level, _LEVEL_NAMES[level])  # it renames everybody's to one letter
+            logging.addLevelName(
+                level, _LEVEL_NAMES[level]
+            )  # the library renames the levels of all loggers to one letter
         with _overheard(self._npu.rknn_log.logger) as reason:
             if self._npu.load_rknn(str(path)) != 0:
                 raise NPURefused("the NPU's library cannot read the program", reason())
@@ -219,10 +224,10 @@ class NPUContext:
             if self._npu.init_runtime(**(mask if choose_core else {})) != 0:
                 raise NPURefused(f"the NPU's core {core} does not start", reason())
             self.runtime_version = " ".join(str(self._npu.get_sdk_version()).split())
-        self._npu.rknn_data = None  # the file's bytes, which the runtime has copied by now
+        self._npu.rknn_data = None  # frees the bytes of the file, which the runtime has copied
 
     def run(self, pictures: NDArray[Any], layout: str) -> Future[list[NDArray[np.float32]]]:
-        """`[n, ...]`, which go through the fixed batch of one -> n rows, float32. Raises RuntimeError."""
+        """`[n, ...]` -> n rows, float32. Each picture is a batch of its own. Raises RuntimeError."""
         return self._thread.submit(self._run, pictures, layout)
 
     def _run(self, pictures: NDArray[Any], layout: str) -> list[NDArray[np.float32]]:
@@ -230,9 +235,9 @@ class NPUContext:
         for index in range(len(pictures)):
             picture = np.ascontiguousarray(pictures[index : index + 1])
             outputs = self._npu.inference(inputs=[picture], data_format=layout)
-            if outputs is None:  # it logs its failures and raises nothing
+            if outputs is None:  # the library logs failures and does not raise
                 raise RuntimeError("the NPU failed on an image; its library's messages in the log say more")
-            rows.append(np.array(outputs[0], np.float32).ravel())  # a copy: the library may use its buffer again
+            rows.append(np.array(outputs[0], np.float32).ravel())  # a copy, because the library may reuse its buffer
         return rows
 
     def close(self) -> None:
@@ -246,7 +251,7 @@ _LEVEL_NAMES = {level: logging.getLevelName(level) for level in (10, 20, 30, 40)
 
 @contextmanager
 def _overheard(library: logging.Logger) -> Iterator[Callable[[], str]]:
-    """Keeps a library's tracebacks off the screen; gives a function that names the last error among them."""
+    """Keeps a library's tracebacks out of the log. Yields a function that returns its last error."""
     heard: list[str] = []
 
     class Listener(logging.Handler):

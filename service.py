@@ -1,7 +1,4 @@
-"""The four RPCs of `home_native.v1.Inference`: requests to jobs, answers in their order.
-
-Each Infer call has two threads: a reader, which makes jobs of messages, and gRPC's own, which answers them.
-"""
+"""The four RPCs of `home_native.v1.Inference`, the capabilities, and the gRPC server."""
 
 from __future__ import annotations
 
@@ -55,8 +52,8 @@ log = logging.getLogger("lumen.service")
 PROTOCOL_VERSION = "1.0"
 SERVICE = "home_native.v1.Inference"
 KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # seconds between pings to a client, and for its answer
-# Seconds after which gRPC asks the client to open a new connection; the old one ends with its last stream. The photo app
-# reads the capabilities once per connection, so it learns within a minute that species have become available.
+# Seconds after which gRPC asks the client to open a new connection; the old one ends with its last stream. The photo
+# app reads the capabilities once per connection, so it learns within a minute that species have become available.
 CONNECTION_AGE_S = 45
 NO_LIMIT = 2**31 - 1  # the largest number that gRPC's options take
 CONNECTIONS_MAX = 4096
@@ -95,7 +92,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self._models.operator_sets.reload()
 
     def drain(self, seconds: float) -> None:
-        """Refuses new calls, and ends every stream after its requests are answered; waits up to `seconds` for that."""
+        """Refuses new calls, and ends each stream after its requests are answered. Waits up to `seconds`."""
         self.health.enter_graceful_shutdown()
         self.streams.drain(seconds)
 
@@ -134,7 +131,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             self.health.set(name, status)
 
     def handlers(self) -> dict[str, Any]:
-        """The handlers of the four RPCs. Those that take Empty do not wait for it, so that silent calls hold nothing."""
+        """The handlers of the four RPCs. Those that take Empty do not wait for it: silent calls hold nothing."""
 
         def unread(method: Callable[[empty_pb2.Empty, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
             return lambda _, context: iter((method(empty_pb2.Empty(), context),))

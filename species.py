@@ -1,8 +1,8 @@
-"""The tree of life: lineages, their ranks, and what lies within a taxon.
+"""Species: lineages, their ranks, `within`, and scores summed by rank.
 
-A lineage is one text of eight slots, `kingdom/phylum/class/order/family/genus/epithet/common name`, `*` for a blank.
-In the order of their texts, all rows of a taxon of any rank stand together, so that a rank is a list of first rows, and
-its scores are sums between them.
+A lineage is a text of eight slots, `kingdom/phylum/class/order/family/genus/epithet/common name`, with `*` for a blank.
+Lineages are sorted, so the rows of each taxon are contiguous. A rank is therefore a list of first rows, and its scores
+are sums between them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from model_files import Vectors
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
 LABEL_FORMATS = ("lineage", "scientific", "common")
 SPECIES = len(RANKS) - 1
-AFTER_SLASH = "0"  # the character that follows "/" in order
+AFTER_SLASH = "0"  # the next character after "/"
 
 
 def lineage(index: int, row: Any) -> str:
     """The text of a row `[[kingdom, ..., epithet], common name]`. Raises ValueError."""
     match row:
         case [[*ranks], str(common)] if len(ranks) == len(RANKS) and all(isinstance(rank, str) for rank in ranks):
-            # A slash inside a name would shift the slots of those who split the label.
+            # A slash inside a name would shift the slots for clients that split the label.
             return "/".join(" ".join(slot.replace("/", "-").split()) or "*" for slot in (*ranks, common))
     raise ValueError(f"row {index} is not [[kingdom, ..., species], common name]")
 
 
 def render(lineage: str, label_format: str, rank: int = SPECIES) -> str:
-    """A lineage down to a rank, as the client wants to read it; `label_format` is one of LABEL_FORMATS."""
+    """The text of a lineage down to a rank, in one of LABEL_FORMATS."""
     slots = lineage.split("/")
     if rank < SPECIES:
         slots[rank + 1 :] = ["*"] * (len(RANKS) - rank)
@@ -53,7 +53,7 @@ def render(lineage: str, label_format: str, rank: int = SPECIES) -> str:
 
 
 def depths(lineages: Iterable[str]) -> NDArray[np.uint8]:
-    """Of lineages in order: the first rank in which each differs from the one before, or 7. Raises ValueError."""
+    """For sorted lineages: the first rank in which each differs from the previous one, or 7. Raises ValueError."""
     found, last, before = [], "", [""] * len(RANKS)
     for text in lineages:
         if text < last:
@@ -65,7 +65,7 @@ def depths(lineages: Iterable[str]) -> NDArray[np.uint8]:
 
 
 def species_prompts(lineage: str) -> list[str]:
-    """BioCLIP's training caption of the `taxon_com` form: the ranks, then the common name; no article."""
+    """The prompt of a lineage: BioCLIP's training caption of the form `taxon_com`, the ranks and the common name."""
     *ranks, common = lineage.split("/")
     taxon = " ".join(rank for rank in ranks if rank != "*")
     return [f"a photo of {taxon}." if common == "*" else f"a photo of {taxon} with common name {common}."]
@@ -74,11 +74,11 @@ def species_prompts(lineage: str) -> list[str]:
 RECIPE = Recipe("bioclip-taxon-com", species_prompts)
 
 
-Resolved = tuple[NDArray[np.int64], tuple[str, ...]]  # rows in order, read-only; names that are no taxon
+Resolved = tuple[NDArray[np.int64], tuple[str, ...]]  # sorted rows, read-only; unknown names
 
 
 class _Memo:
-    """The most recently used lists of names with what they resolve to, bounded by count and by bytes. Thread-safe."""
+    """A cache of resolved lists of names: the most recently used ones, limited in count and bytes. Thread-safe."""
 
     LISTS_MAX = 64
     BYTES_MAX = 32 << 20  # of names and rows together; a list of 10,000 names takes about 1 MB
@@ -112,13 +112,13 @@ class _Memo:
 
 
 class Tree:
-    """Rows of lineages in order, by rank and by name."""
+    """Finds the rows of taxa in sorted lineages."""
 
     def __init__(self, names: Sequence[str], depth: NDArray[np.uint8]) -> None:
         """`depth`: see `depths`."""
         self._names, self._depth = names, depth
         self._resolved = _Memo()
-        self._resolving = threading.Lock()  # several requests with the same new list resolve it once
+        self._resolving = threading.Lock()  # so that concurrent requests with the same new list resolve it once
         self._starts: dict[int, NDArray[np.intp]] = {}
         self._index: tuple[NDArray[np.int64], NDArray[np.int64]] | None = (
             None  # hashes of names in order; rank, first row
@@ -132,14 +132,13 @@ class Tree:
         return self._starts[rank]
 
     def within(self, taxa: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
-        """The rows of any of the taxa, int64 in order, and the names that are no taxon of this set. Thread-safe.
+        """The rows of any of the taxa, sorted int64, and the names that are no taxon of this set. Thread-safe.
 
-        A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), a label of eight slots as it is answered,
-        the name of a genus or of anything above ("Aves"), or a binomial ("Vulpes vulpes"). Upper and lower case are
-        equal except in a lineage.
+        A taxon is a lineage from the kingdom down ("Animalia/Chordata/Aves"), a label of eight slots as in responses,
+        the name of a genus or a higher rank ("Aves"), or a binomial ("Vulpes vulpes"). Case matters in lineages only.
 
-        Results are remembered, because clients send the same long list with every picture. The rows are therefore
-        shared between callers and read-only.
+        Results are cached, because clients send the same long list with every picture. The rows are therefore shared
+        between callers and read-only.
         """
         key = tuple(taxa)
         found = self._resolved.get(key)
@@ -161,7 +160,7 @@ class Tree:
             if not found:
                 unknown.append(name)
         parts, end = [], 0
-        for start, stop in sorted(spans):  # which may lie in one another
+        for start, stop in sorted(spans):  # spans may overlap
             parts.append(np.arange(max(start, end), max(stop, end)))
             end = max(stop, end)
         rows = np.concatenate([np.empty(0, np.int64), *parts])
@@ -171,7 +170,7 @@ class Tree:
     def _spans(self, name: str) -> list[tuple[int, int]]:
         if "/" in name:
             *ranks, common = name.split("/")
-            whole = len(ranks) == len(RANKS) and common != "*"  # a label as it is answered: the species alone
+            whole = len(ranks) == len(RANKS) and common != "*"  # a label as in responses: only this species
             return self._under("/".join(ranks) if whole else name.rstrip("/*"), 0, len(self._names))
         if found := self._named(name):
             return [(first, self._end(rank, first)) for rank, first in found]
@@ -180,12 +179,12 @@ class Tree:
         for rank, first in self._named(genus) if epithet else ():
             if rank == RANKS.index("genus"):
                 parent = "/".join(self._names[first].split("/")[: rank + 1])
-                # A genus has few species, so the search in it is much shorter than one in the whole set.
+                # A genus has few species, so this search is much shorter than one in the whole set.
                 spans += self._under(f"{parent}/{epithet.strip()}", first, self._end(rank, first))
         return spans
 
     def _under(self, prefix: str, low: int, high: int) -> list[tuple[int, int]]:
-        """The rows below a lineage, looked for from row `low` to row `high`."""
+        """The rows below a lineage, searched from row `low` to row `high`."""
         first = bisect_left(self._names, prefix + "/", low, high)
         end = bisect_left(self._names, prefix + AFTER_SLASH, first, high)
         return [(first, end)] if first < end else []
@@ -196,7 +195,7 @@ class Tree:
         return int(starts[following]) if following < len(starts) else len(self._names)
 
     def _named(self, name: str) -> list[tuple[int, int]]:
-        """(rank, first row) of the taxa of that name down to the genus; homonyms are several."""
+        """(rank, first row) of the taxa with that name, from kingdom to genus. There are several for homonyms."""
         with self._lock:
             if self._index is None:
                 self._index = self._indexed()
@@ -207,7 +206,7 @@ class Tree:
         return [(rank, first) for rank, first in found if self._names[first].split("/")[rank].casefold() == folded]
 
     def _indexed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """16 bytes a taxon, where a dictionary of names would take a hundred."""
+        """Builds the index of names. It takes 24 bytes per taxon; a dictionary would take about a hundred."""
         hashes: list[int] = []
         places: list[tuple[int, int]] = []
         for first in self.starts(RANKS.index("genus")):
@@ -222,13 +221,13 @@ class Tree:
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of one picture."""
+    """The options of one request."""
 
     k: int
     label_format: str = "lineage"
-    rank: str = "species"  # of RANKS, or "auto": the deepest of which one taxon has `min_score`
+    rank: str = "species"  # one of RANKS, or "auto": the deepest rank in which one taxon has `min_score`
     min_score: float = 0.0
-    within: NDArray[np.int64] | None = None  # rows in order, the only ones that count; None: all
+    within: NDArray[np.int64] | None = None  # sorted rows, the only ones that count; None: all
 
 
 @dataclass(frozen=True)
@@ -238,20 +237,20 @@ class Found:
 
 
 class Species:
-    """Species with their text vectors, scored by softmax of logit scale times cosine over all that count."""
+    """Species with their text vectors. Scores are the softmax of logit scale x cosine over all rows that count."""
 
     def __init__(self, names: Sequence[str], vectors: TextVectors, logit_scale: float) -> None:
-        """`names`: lineages in order."""
+        """`names`: sorted lineages."""
         depth = vectors.depth if vectors.depth is not None else depths(names)
         self.names, self.tree = names, Tree(names, depth)
         self._cosines, self._logit_scale = Cosines(vectors.vecs), np.float32(logit_scale)
-        self._twins = int((depth > SPECIES).sum())  # rows of a species that has one already
+        self._twins = int((depth > SPECIES).sum())  # rows of species that have another row
 
     def __len__(self) -> int:
         return len(self.names)
 
     def answers(self, queries: Vectors, asks: Sequence[Ask]) -> list[Found]:
-        """float32 `[b, dim]` unit rows -> what is asked of each."""
+        """float32 `[b, dim]` unit rows and their options -> one result each."""
         threads = self._cosines.threads
         return list((threads.map if threads else map)(self._answer, self._cosines(queries), asks))
 
@@ -275,7 +274,7 @@ class Species:
     def _taxa(
         self, probabilities: NDArray[np.float32], inside: NDArray[np.int64] | None, rank: int, ask: Ask
     ) -> list[tuple[str, float]]:
-        """The k best taxa of a rank: sums over all rows that share the whole path down to it, as pybioclip does."""
+        """The k best taxa of a rank: sums over the rows that share the path down to this rank, as in pybioclip."""
         starts = self.tree.starts(rank)
         if inside is not None:
             taxon = np.searchsorted(starts, inside, "right")
@@ -290,6 +289,6 @@ class Species:
                 members = slice(int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else len(probabilities))
                 at = int(members.start + probabilities[members].argmax())
                 name = self._name(at, inside)
-                if ask.rank != "auto" or name.split("/")[rank] != "*":  # a blank is no taxon that one could name
+                if ask.rank != "auto" or name.split("/")[rank] != "*":  # a blank has no name
                     found.setdefault(render(name, ask.label_format, rank), score(sums[i]))
         return list(found.items())[: ask.k]

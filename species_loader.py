@@ -1,8 +1,8 @@
-"""Species for a daemon that serves already: what is not there yet is fetched or computed in the background.
+"""Loads species in the background, while the daemon already serves everything else.
 
-The vectors of a tree of life take a board days. They are computed by the engine in small batches that come after all
-requests; `Models` has them from the moment they are whole. Where nobody chose a source, the first minute of computing
-decides between computing TreeOfLife-10M and downloading TreeOfLife-200M.
+Computing the vectors of a tree of life can take days on a board. The engine computes them in small batches, after all
+requests. `Models` receives them when they are complete. If the operator chose no source, the first minute of computing
+decides whether to compute TreeOfLife-10M or to download TreeOfLife-200M.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tasks import Model, Models
 
 log = logging.getLogger("lumen.species_loader")
 
-RETRY_S = 600  # after a download that failed
-STATUS_S = 10  # between two words on how far it is
-MEASURE_S = 60  # of computing, before it is decided whether to go on
-QUICK_S = 3600  # of computing that is not worth a download of gigabytes
+RETRY_S = 600  # seconds after a failed download
+STATUS_S = 10  # seconds between two progress reports
+MEASURE_S = 60  # seconds of computing before the decision
+QUICK_S = 3600  # if computing takes less than so many seconds, nothing is downloaded
 DOWNLOAD = "a download of 2.66 GB (about 4 min at 100 Mbit/s, 36 min at 10 Mbit/s)"
 TEN_M, TWO_HUNDRED_M = tree_of_life.SOURCES
 
@@ -46,15 +46,15 @@ class SpeciesLoader:
     """
 
     def __init__(self, source: str, model: Model, folder: Path, data_dir: Path, engine: Engine) -> None:
-        """`folder` keeps the vectors of this model: computed ones, and in a folder of their own published ones, so that
-        neither replace the others."""
+        """`folder` keeps the vectors of this model. Published ones are in a subfolder, so that neither replace the
+        others."""
         self._published_folder = folder / tree_of_life.PUBLISHED
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
         self._through_engine = model.encoder(engine)
         self._unload = engine.add(Line("bioclip unload", self._let_go, 1, Line.BACKGROUND))
 
     def at_once(self, say: Callable[[str], None]) -> Species | None:
-        """The species, if they are there or few; before the inference thread runs. Raises LabelError."""
+        """The species, if they are kept or few; before the inference thread runs. Raises LabelError."""
         backend = self._model.backend
         if tree_of_life.is_folder(self._source):
             note = self._folder / label_cache.NOTE
@@ -75,7 +75,7 @@ class SpeciesLoader:
         return self._computed(self._encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
 
     def in_background(self, models: Models, say: Callable[[str], None]) -> None:
-        """Gives `models` its species when they are there; `say` is told how far that is."""
+        """Adds the species to `models` when they are available. Reports the progress to `say`."""
         report = _Report(models, say)
         report.begin(self._source or TEN_M)
 
@@ -85,7 +85,7 @@ class SpeciesLoader:
                     species = self._load(report)
                     break
                 except Exception as error:
-                    report.progress.failure = "could not be had; the daemon's log says why"
+                    report.progress.failure = "not available; the daemon's log says why"
                     known = isinstance(error, LabelError)
                     log.warning("%s: %s", report.progress.name, error, exc_info=None if known else error)
                     time.sleep(RETRY_S)
@@ -95,7 +95,7 @@ class SpeciesLoader:
             say("serving")
             log.info("%s: ready", report.progress.name)
 
-        log.info("%s is not here yet; the rest is served meanwhile", report.progress.name)
+        log.info("%s is not available yet; everything else is served meanwhile", report.progress.name)
         threading.Thread(target=load, name="species", daemon=True).start()
 
     def _kept_200m(self) -> TextVectors | None:
@@ -139,12 +139,12 @@ class SpeciesLoader:
             report(done, total)
             now = (time.monotonic(), done, line.ran_items, line.ran_s, line.alone_items, line.alone_s)
             passed, labels, ran, ran_s, alone, alone_s = (a - b for a, b in zip(now, before or now, strict=True))
-            if not before or ran < labels:  # they come from a kept shard: measuring begins after it
+            if not before or ran < labels:  # some came from a saved shard: measuring begins after it
                 before = now
             elif ran and passed >= patience and not decided:
                 decided = True
                 seconds = passed  # which counts tokenizing as well
-                if alone < ran:  # background batches waited for requests, were of one prompt, and shared the cores
+                if alone < ran:  # other batches waited for requests, had one prompt, and shared the cores
                     ran, seconds = (alone, alone_s) if alone >= ENCODE_BATCH else (ran, ran_s)
                 if self._is_slow((total - done) * seconds / ran):
                     raise _TooSlow
@@ -199,7 +199,7 @@ class SpeciesLoader:
         return encoder_of(self._model.backend)(texts)
 
     def _unload_text(self) -> None:
-        """In the engine's order, for the text tower is the inference thread's."""
+        """Unloads the text tower on the inference thread, the only one that may use it."""
 
         def steps() -> Steps:
             yield self._unload, [None]
@@ -220,7 +220,7 @@ class _TooSlow(Exception):
 
 
 class _Report:
-    """Tells clients and systemd how far the species are."""
+    """Reports the progress of the species to clients and systemd."""
 
     def __init__(self, models: Models, say: Callable[[str], None]) -> None:
         self._models, self._say, self._said = models, say, 0.0

@@ -162,7 +162,7 @@ class Models:
     def ask_species(self) -> Species:
         """Raises NotReady."""
         if self.species is None:
-            raise NotReady(f"species are not here yet: {self.progress or 'loading'}")
+            raise NotReady(f"species are not available yet: {self.progress or 'loading'}")
         return self.species
 
     def _line(self, name: str, labelset: LabelSet | Species) -> Line:

@@ -1,4 +1,4 @@
-"""Texts to token ids."""
+"""Texts to token ids, equal to those of OpenCLIP. Thread-safe."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
 
 
 class ClipTokenizer:
-    """CLIP's byte-pair tokenizer, equal to OpenCLIP's SimpleTokenizer on any text, at the speed of `tokenizers`.
+    """CLIP's byte-pair tokenizer. It gives the same ids as OpenCLIP's SimpleTokenizer, at the speed of `tokenizers`.
 
-    A CLIP `tokenizer.json` used as it is shipped differs from OpenCLIP on curly quotes, HTML entities, ligatures,
-    control characters and more, because its normalizer lacks ftfy. So only its vocabulary and merges are taken;
-    cleaning and splitting are done here, as OpenCLIP does them.
+    The normalizer of a CLIP `tokenizer.json` lacks ftfy, so it differs from OpenCLIP for curly quotes, HTML entities,
+    ligatures, control characters and more. Therefore only the vocabulary and the merges are read from it. Cleaning and
+    splitting are done here, as in OpenCLIP.
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
@@ -44,7 +44,7 @@ class ClipTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, context_length: int) -> ClipTokenizer:
-        """From a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
+        """Reads a CLIP `tokenizer.json`. Raises BackendError if it is missing or of another kind."""
         try:
             model = json.loads(path.read_text("utf-8"))["model"]
             vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
@@ -55,11 +55,11 @@ class ClipTokenizer:
             raise BackendError(f"{path}: no CLIP tokenizer.json ({error})") from error
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json`, from which `from_file` makes the same tokenizer."""
+        """The content of a `tokenizer.json` for `from_file`."""
         return str(self._bpe.to_str())
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`: start, tokens, end, then zeros; what is too long is cut and keeps its end."""
+        """int64 `[n, context_length]`: start, tokens, end, then zeros. Long texts are cut before the end token."""
         tokens = np.zeros((len(texts), self.context_length), np.int64)
         for row, text in zip(tokens, texts, strict=True):
             ids = [self.start, *self._encode(clean_text(text)), self.end][: self.context_length]
@@ -68,7 +68,7 @@ class ClipTokenizer:
         return tokens
 
     def _encode(self, text: str) -> list[int]:
-        # A word has one token at least, so more words than the context holds are never read.
+        # Each word has at least one token, so more words than the context length are not needed.
         words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
         ids: list[int] = []
         for word in words:
@@ -94,8 +94,8 @@ def clean_text(text: str) -> str:
 
 
 def true_length(tokens: Tokens) -> int:
-    """Length of the longest text with its end token, which has the highest id and is the first of its kind.
+    """The length of the longest text, end token included. The end token has the highest id.
 
-    A causal tower never looks to the right, so what follows the end token may be cut off exactly.
+    In a causal tower, tokens after the end token have no influence, so cutting them off is exact.
     """
     return int(tokens.argmax(axis=1).max()) + 1

@@ -31,15 +31,15 @@ TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safeten
 
 
 class TorchBackend:
-    """OpenCLIP on torch: CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given."""
+    """OpenCLIP on torch. Devices: CUDA (also ROCm), else MPS, else the CPU, unless the operator chose one."""
 
     npu = refusal = ""
 
     def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
         """Raises BackendError."""
         needs_modules(("torch", "open_clip"), options)
-        # Threads that spin while they wait for each other take the cores from what they wait for: a text among
-        # other work cost up to ten times its core time.
+        # Threads that spin while they wait occupy the cores: a text among other work took up to ten times its core
+        # time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import open_clip
         import torch
@@ -71,7 +71,7 @@ class TorchBackend:
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
         )
         self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
-        # OpenCLIP's own tokenizer remembers every word it ever saw; a daemon that runs for months must not.
+        # OpenCLIP's own tokenizer caches every word without a limit.
         if type(tokenizer) is open_clip.SimpleTokenizer:
             self.tokenizer: Any = ClipTokenizer(
                 tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.context_length or 77
@@ -79,7 +79,7 @@ class TorchBackend:
         else:
             self.tokenizer = lambda texts: tokenizer(list(texts)).numpy()
         self.arrange(self.arrangements()[0])
-        # Cutting at the end token is exact for a causal tower that is pooled there, and for no other.
+        # Cutting at the end token is exact only for a causal tower that is pooled at that token.
         causal = type(model) is open_clip.CLIP and model.attn_mask is not None
         self.open_length = causal and model.text_pool_type == "argmax"
         visual = model.visual
@@ -100,7 +100,7 @@ class TorchBackend:
 
     @staticmethod
     def _resolve(options: ModelOptions, say: Say) -> tuple[str, dict[str, Any], str, Path]:
-        """What to ask OpenCLIP for: (name, arguments, model_id, weights), with every file on disk already."""
+        """(name, arguments, model_id, weights) for OpenCLIP, after all files were downloaded. Raises BackendError."""
         import open_clip
 
         value = options.model
@@ -123,14 +123,14 @@ class TorchBackend:
             repo, file = os.path.split(config["hf_hub"])
             folder = fetch_repository(options, repo, (lambda files: [file]) if file else _torch_files, say)
             path = folder / (file or next(name for name in TORCH_WEIGHTS if (folder / name).is_file()))
-        else:  # a plain URL, which OpenCLIP fetches once and checks by its sha-256
+        else:  # a plain URL; OpenCLIP downloads it once and verifies its sha-256
             try:
                 folder = options.data_dir / "models"
                 with report_download(say, value, folder, {Path(config["url"]).name: 0}):
                     path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
             except Exception as error:
                 raise options.error("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
-        # OpenCLIP ties these to the tag; with a path they have to be said.
+        # OpenCLIP knows these for a tag, but not for a path.
         recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
         quick_gelu = bool(config.get("quick_gelu", False))
         arguments = {"pretrained": str(path), "force_quick_gelu": quick_gelu, "force_preprocess_cfg": recipe}
@@ -155,17 +155,17 @@ class TorchBackend:
             return unit_rows(x.float().cpu().numpy())
 
     def arrangements(self) -> Sequence[str]:
-        # On a CPU `whole` is never worth trying: its threads spin while they wait, and pictures are decoded meanwhile.
+        # On a CPU "whole" is never faster: its threads spin while they wait, and decoding needs the cores.
         return ("split",) if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
 
     def arrange(self, arrangement: str) -> None:
         self.workers = self._cores if arrangement == "split" else 1
 
     def unload_text(self) -> None:
-        """Keeps it: both towers are one model here, and OpenCLIP takes long to build it again."""
+        """Does nothing: both towers are one model here, and building it again would take long."""
 
     def _use_cores(self, count: int) -> None:
-        """torch counts threads for each thread that calls it; a new one begins with what another set last."""
+        """Sets the number of torch's threads, which is a property of the calling thread."""
         if self._torch.get_num_threads() != count:
             self._torch.set_num_threads(count)
 
@@ -175,7 +175,7 @@ class TorchBackend:
         x = ((x / 255 - self._mean) / self._std).to(self._dtype)
         if not self._pools_one_token:
             return self.model.encode_image(x)
-        # What the last block makes of the other tokens is never read. Leaving that out saves most of a block.
+        # Only one token of the last block is used. Computing only that one saves most of the block.
         visual = self.model.visual
         x = visual._embeds(x)
         *blocks, last = visual.transformer.resblocks
@@ -188,7 +188,7 @@ class TorchBackend:
         return pooled if visual.proj is None else pooled @ visual.proj
 
     def text_tower(self, tokens: Any) -> Any:
-        """int64 tensor `[n, length]` -> `[n, dim]`; a causal tower takes any length up to its context's.
+        """int64 tensor `[n, length]` -> `[n, dim]`. A causal tower takes any length up to its context length.
 
         For such a tower this is `CLIP.encode_text` without its demand for the full context.
         """
@@ -205,7 +205,7 @@ class TorchBackend:
 
 
 def _torch_files(files: list[str]) -> list[str]:
-    """The weights (safetensors first, nothing twice), the config, and what a tokenizer may need."""
+    """The files to download: one weights file (safetensors if there is one), the config, the tokenizer's files."""
     weights = next((name for name in TORCH_WEIGHTS if name in files), None)
     if weights is None:
         raise ValueError(f"it has none of {', '.join(TORCH_WEIGHTS)}")

@@ -1,8 +1,8 @@
-"""Where the names and vectors of species come from: the hub's two trees of life, or a file or folder of one's own.
+"""Where the names and vectors of species come from: TreeOfLife on the hub, or the operator's file or folder.
 
-`TreeOfLife-10M` brings names, whose vectors the model has to compute; `TreeOfLife-200M` brings vectors as well, stored
-dimension by dimension, which are put into rows while they stream in. Either way the result is `text_vectors.npz` (see
-`label_cache`), with the names inside, and a start that finds it reads nothing else.
+`TreeOfLife-10M` contains names, whose vectors the model has to compute. `TreeOfLife-200M` contains vectors as well.
+They are stored by dimension, and are transposed to rows while they are downloaded. In both cases the result is
+`text_vectors.npz` with the names (see `label_cache`). A start that finds this file reads nothing else.
 """
 
 from __future__ import annotations
@@ -42,19 +42,21 @@ SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")
 NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
 REPO_200M = "imageomics/TreeOfLife-200M"
 REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
-FILES_200M = ("txt_emb_bioclip-2", "txt_emb_species")  # the same under a newer and an older name
-PUBLISHED = "published"  # the recipe of vectors that are not ours
-PUBLISHED_COSINE = 0.5  # of theirs, averages over 80 prompts, with our one prompt's; those of another model have none
+FILES_200M = ("txt_emb_bioclip-2", "txt_emb_species")  # the newer and the older name of the same file
+PUBLISHED = "published"  # the recipe of published vectors
+# The least cosine of a published vector, an average over 80 prompts, with the vector of our prompt. Vectors of another
+# model have a cosine near 0.
+PUBLISHED_COSINE = 0.5
 MODELS_200M = ("bioclip-2", "bioclip-2-int8")  # last parts of the ids of models that the published vectors belong to
 DISK_200M = 3_200_000_000  # bytes: panels and the file, 1.33 GB each, names 0.3 GB, and a reserve
-MEMORY_200M = 1_400_000_000  # bytes: the rows, which should stay in the page cache, for scoring reads all of them
-PANEL_DIMS = 16  # of all rows, converted at a time: 55 MB of float32 for 867,455 species
+MEMORY_200M = 1_400_000_000  # bytes: all rows, which should stay in the page cache because scoring reads all of them
+PANEL_DIMS = 16  # dimensions that are transposed at a time: 55 MB of float32 for 867,455 species
 ETA_WINDOW_S = 600
 
 
 @dataclass
 class Progress:
-    """How far a set is that is not there yet."""
+    """The progress of a label set that is not available yet."""
 
     name: str
     unit: str = "labels"
@@ -87,7 +89,7 @@ class Progress:
 
 
 def about(seconds: float) -> str:
-    """A duration for people."""
+    """A duration, rounded, for people."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"about {seconds / size:.0f} {unit}"
@@ -95,12 +97,12 @@ def about(seconds: float) -> str:
 
 
 def is_folder(source: str) -> bool:
-    """Whether BIOCLIP_LABELS names the result of an earlier build."""
+    """Whether BIOCLIP_LABELS is a folder that `build` made."""
     return (Path(source) / label_cache.FILE).is_file()
 
 
 def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
-    """The label file of a source whose vectors are computed, fetched once. Raises LabelError."""
+    """The label file of a source whose vectors are computed; downloaded once. Raises LabelError."""
     if source and source not in SOURCES:
         path = Path(source)
         if not path.is_file():
@@ -116,7 +118,7 @@ def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
 def lineages_of(path: Path) -> list[str]:
     """The lineages of a JSON list of `[[kingdom, ..., epithet], common name]`, in the file's order. Raises LabelError.
 
-    Row by row: as one object 867,455 of them take half a gigabyte.
+    The file is parsed row by row, because 867,455 rows as one object would take half a gigabyte.
     """
     try:
         found = [species.lineage(index, row) for index, row in enumerate(_rows(path))]
@@ -144,7 +146,7 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
             try:
                 row, at = decode(text, at)
             except ValueError:
-                more = file.read(size)  # the row goes on in it
+                more = file.read(size)  # the row may continue there
                 if not more:
                     raise
                 text, at = text[at:] + more, 0
@@ -156,8 +158,8 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
 
 
 def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
-    """What an earlier `tree_of_life.py build` left in a folder of one's own, which need not be ours to write: `note`
-    remembers that its checksums were read. Raises LabelError."""
+    """The vectors in a folder that `build` made. The folder may be read-only: the file `note`, elsewhere, records that
+    its checksums were verified. Raises LabelError."""
     try:
         found = label_cache.load(folder / label_cache.FILE, note=note)
     except (OSError, errors.DamagedCache) as error:
@@ -176,7 +178,7 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
 
 
 def kept(folder: Path, wanted: dict[str, Any], encode: Encode) -> TextVectors | None:
-    """The vectors of an earlier start, if they are those that are wanted and this model's."""
+    """The vectors that an earlier start kept, if their meta contains `wanted` and they belong to this model."""
     found = label_cache.load_or_none(folder / label_cache.FILE, wanted)
     return found if found and found.names is not None and found.depth is not None and belongs(found, encode) else None
 
@@ -188,7 +190,7 @@ def belongs(found: TextVectors, encode: Encode) -> bool:
 
 
 def wanted_of(model_id: str, recipe: str, digest: str, dim: int) -> dict[str, Any]:
-    """What the meta of a fitting file says, apart from how many labels there are."""
+    """What the meta of a fitting file contains, without the number of labels."""
     meta = CacheKey(model_id, recipe, digest, 0, dim).meta()
     del meta["count"]
     return meta
@@ -200,7 +202,7 @@ def wanted_of(model_id: str, recipe: str, digest: str, dim: int) -> dict[str, An
 def computed(
     folder: Path, path: Path, model_id: str, dim: int, encode: Encode, progress: label_cache.Progress
 ) -> tuple[Sequence[str], TextVectors]:
-    """Computes the vectors of a label file, and keeps them in `folder` with the names. Raises LabelError."""
+    """Computes the vectors of a label file and saves them in `folder` with the names. Raises LabelError."""
     names = sorted(lineages_of(path))
     key = CacheKey(model_id, RECIPE.name, sha256_of(path), len(names), dim)
     found = label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
@@ -211,9 +213,9 @@ def computed(
 
 
 def published_obstacle(folder: Path, model_id: str) -> str:
-    """Why TreeOfLife-200M's vectors cannot be used for a model and kept in `folder`, or "".
+    """The reason why TreeOfLife-200M's vectors cannot be used for a model and kept in `folder`, or "".
 
-    A clause for the log. Disk space that an interrupted conversion takes there already is not needed again.
+    A clause for the log. Disk space that an interrupted conversion occupies already is not needed again.
     """
     if model_id.rpartition("/")[2].lower() not in MODELS_200M:
         return f"its vectors are BioCLIP-2's, and not those of {model_id}"
@@ -233,10 +235,10 @@ def _building(folder: Path) -> Path:
 
 
 def published(folder: Path, model_id: str, progress: label_cache.Progress) -> TextVectors:
-    """TreeOfLife-200M's vectors, put into rows while they stream in; kept in `folder`. Raises LabelError.
+    """TreeOfLife-200M's vectors, transposed to rows while they are downloaded, and saved in `folder`.
 
-    What is converted stays in `.building/`, PANEL_DIMS dimensions of all rows a file, so that a kill costs one of
-    them. Species without a vector (all zeros) are left out. Never more than some 250 MB are held.
+    Each part, PANEL_DIMS dimensions of all rows, is a file in `.building/`, so a kill costs at most one part. Species
+    without a vector (all zeros) are left out. At most about 250 MB are held in memory. Raises LabelError.
     """
     building = _building(folder)
     try:
@@ -257,7 +259,7 @@ def published(folder: Path, model_id: str, progress: label_cache.Progress) -> Te
 def _open_200m() -> tuple[str, Any]:
     from huggingface_hub import HfFileSystem
 
-    # Without its cache of instances, which remembers what the hub did not have at an earlier attempt.
+    # Without the cache of instances, which would remember a file that was missing at an earlier attempt.
     hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
     root = f"datasets/{REPO_200M}@{REVISION_200M}/embeddings"
     for stem in FILES_200M:
@@ -276,7 +278,7 @@ def _npy_shape(source: Any) -> tuple[int, int]:
 
 
 def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
-    """Keeps the lineages in order as `names.npz`; -> the columns in that order."""
+    """Saves the sorted lineages as `names.npz`. Returns the column of each, int32 `[count]`."""
     path = building / "names.npz"
     if not path.exists():
         filename = f"embeddings/{stem}.json"
@@ -299,7 +301,7 @@ def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
 def _panels(
     building: Path, source: Any, shape: tuple[int, int], order: NDArray[np.int32], progress: label_cache.Progress
 ) -> NDArray[np.bool_]:
-    """Makes what is missing of `panel-N.npy`, float16 `[count, PANEL_DIMS]`, rows in order; -> which have a vector."""
+    """Makes the missing files `panel-N.npy`, float16 `[count, PANEL_DIMS]`, sorted. Returns which rows are used."""
     dim, count = shape
     begin, used = source.tell(), np.zeros(count, bool)
     for first in range(0, dim, PANEL_DIMS):
@@ -343,7 +345,7 @@ def _assemble(
     label_cache.save(folder, key, blocks(), names, species.depths(names), more)
     log.info("TreeOfLife-200M: %d species, %d without a vector left out", len(names), more["zero_rows_dropped"])
     shutil.rmtree(building, ignore_errors=True)
-    with suppress(OSError):  # it is not empty: labels that were computed before stay
+    with suppress(OSError):  # it is not empty if it also contains parts of computed labels
         building.parent.rmdir()
     found = label_cache.load(folder / label_cache.FILE, key.meta())
     assert found is not None
@@ -358,7 +360,7 @@ def _first_dim(path: Path) -> int:
 
 
 def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVectors:
-    """Makes `text_vectors.npz` in a folder; `backend` is None for published vectors. Raises LabelError."""
+    """Makes `text_vectors.npz` in a folder. `backend` is None for published vectors. Raises LabelError."""
     from tqdm import tqdm
 
     if source == SOURCES[1]:
@@ -376,7 +378,7 @@ def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVector
 
 
 def info(folder: Path) -> list[str]:
-    """What a folder holds, for people. Raises LabelError."""
+    """Describes the content of a folder, for people. Raises LabelError."""
     found = _opened(folder)
     assert found.meta and found.depth is not None
     size = (folder / label_cache.FILE).stat().st_size
@@ -386,7 +388,7 @@ def info(folder: Path) -> list[str]:
 
 
 def verify(folder: Path) -> list[str]:
-    """All that is wrong with a folder, read from the first byte to the last. Raises LabelError."""
+    """Reads a folder completely. Returns what is wrong with it. Raises LabelError."""
     (folder / label_cache.NOTE).unlink(missing_ok=True)
     found = _opened(folder)  # which reads the checksums
     assert found.names is not None and found.depth is not None and found.meta
@@ -439,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LabelError, BackendError, OSError) as error:
         print(f"tree_of_life.py: {error}", file=sys.stderr)
         return 1
-    print("\n".join(lines or ["all is as it should be"]))
+    print("\n".join(lines or ["no errors found"]))
     return 1 if options.command == "verify" and lines else 0
 
 

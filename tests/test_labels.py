@@ -438,7 +438,8 @@ def test_species_come_while_the_rest_is_served_and_a_kill_costs_little(tmp_path:
         if "species" not in said:  # a fast machine may have them by now
             assert ("many.json: " in said and " of 2,100 labels" in said) or "beginning" in said
             assert (
-                answer.error.code == pb.ERROR_CODE_UNAVAILABLE and "species are not here yet: " in answer.error.message
+                answer.error.code == pb.ERROR_CODE_UNAVAILABLE
+                and "species are not available yet: " in answer.error.message
             )
             assert "bioclip_classify" not in {task.name for task in node.stub.GetCapabilities(Empty()).tasks}
         assert node.result("clip_classify", photo)["labels"] and node.result("bioclip_embed", b"a bird")["vector"]

@@ -49,7 +49,7 @@ def assert_answers_are_those_of(old: Path, node: Node) -> None:
 
 def assert_nothing_was_computed(node: Node) -> None:
     """Neither during the start nor in the background, and no file was found damaged."""
-    assert "computing" not in node.log and "not here yet" not in node.log, node.log
+    assert "computing" not in node.log and "not available yet" not in node.log, node.log
 
 
 def test_an_old_data_folder_is_used_as_it_is(old: Path) -> None:
