@@ -17,9 +17,9 @@ RUN pip install --require-hashes -r requirements-locked.txt
 # Only PyTorch's own index has wheels for ROCm, of which the lock has no hashes; all else is of the lock's versions.
 FROM build-edge AS build-rocm
 ARG ROCM_INDEX=https://download.pytorch.org/whl/rocm7.2
-COPY requirements.txt requirements-edge.txt requirements-locked.txt ./
+COPY requirements.txt requirements-edge.txt requirements-torch.txt requirements-locked.txt ./
 # hadolint ignore=DL3013
-RUN pip install --index-url "${ROCM_INDEX}" "$(grep ^torch requirements.txt)" torchvision \
+RUN pip install --index-url "${ROCM_INDEX}" "$(grep ^torch requirements-torch.txt)" torchvision \
     && sed -nE '/^(torch|torchvision|triton)==/d; /^[a-z].*==/s/ \\$//p' requirements-locked.txt > pins.txt \
     && pip install -c pins.txt -r requirements.txt
 

@@ -14,13 +14,16 @@ import pytest
 from tests.kit import ROOT, Node
 
 
-@pytest.mark.parametrize("name", ["requirements-edge", "requirements"])
-def test_the_locks_hold_what_the_requirements_ask_for(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "lock"),
+    [("edge", "requirements-edge"), ("edge", "requirements"), ("torch", "requirements")],
+)
+def test_the_locks_hold_what_the_requirements_ask_for(name: str, lock: str) -> None:
     """Lost otherwise: an install that is today's on one machine and last year's, or somebody else's, on the next."""
-    lock = (ROOT / f"{name}-locked.txt").read_text()
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", lock, re.MULTILINE))
-    assert lock.count("--hash=sha256:") >= len(pins) > 15 and "://" not in lock
-    asked = [line for line in (ROOT / f"{name}.txt").read_text().splitlines() if re.match(r"\w", line)]
+    locked = (ROOT / f"{lock}-locked.txt").read_text()
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", locked, re.MULTILINE))
+    assert locked.count("--hash=sha256:") >= len(pins) > 15 and "://" not in locked
+    asked = [line for line in (ROOT / f"requirements-{name}.txt").read_text().splitlines() if re.match(r"\w", line)]
     assert asked
     for line in asked:
         requirement = packaging.requirements.Requirement(line.partition("#")[0].strip())
