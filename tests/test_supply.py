@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import packaging.requirements
 import pytest
 
+from settings import VERSION
 from tests.kit import ROOT, Node
+
+EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "dev"}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,32 @@ def test_the_locks_hold_what_the_requirements_ask_for(name: str, lock: str) -> N
     for line in asked:
         requirement = packaging.requirements.Requirement(line.partition("#")[0].strip())
         assert requirement.specifier.contains(pins[requirement.name.lower()]), line
+
+
+def test_an_installation_brings_what_is_needed_and_no_module(tmp_path: Path) -> None:
+    """Lost otherwise: `uv pip install '.[cpu]'`; or a module called `errors` or `client` in everybody's way."""
+    for name in ("pyproject.toml", "README.md", "LICENSE", "settings.py", "errors.py", "client.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "wheels"), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    [wheel] = (tmp_path / "wheels").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name.partition("/")[0] for name in archive.namelist()} == {f"lumen_clip-{VERSION}.dist-info"}
+        metadata = archive.read(f"lumen_clip-{VERSION}.dist-info/METADATA").decode()
+    assert set(re.findall("^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == EXTRAS
+    required = re.findall('^Requires-Dist: ([^;\n]*)(?:;.*extra == "(.*)")?', metadata, re.MULTILINE)
+    names = {(re.split("[<>=]", requirement)[0], extra) for requirement, extra in required}
+    assert names >= {("grpcio", ""), ("onnxruntime", ""), ("torch", "cpu"), ("torch", "gpu"), ("pytest", "dev")}
+        ("grpcio", ""),
+        ("onnxruntime", ""),
+        ("torch", "cpu"),
+        ("open-clip-torch", "gpu"),
+        ("pytest", "dev"),
+    }
+    assert ("torch", "") not in names
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
