@@ -3,7 +3,6 @@
     python bench.py                          # ViT-B-32, ONNX Runtime, fp32; about ten minutes
     python bench.py --precision int8         # or --backend torch
     python bench.py --photos ~/Photos        # an import of one's own pictures
-    python bench.py --fidelity ~/Photos      # what scaled JPEG decode costs
     python bench.py --against host:50051     # any server that speaks the protocol
 
 Weights are random, of true size, built once and kept in `data/bench`. Nothing is fetched. Two limits stand beside
@@ -505,136 +504,6 @@ def measure_photos(server: Server, folder: Path) -> str:
     )
 
 
-def measure_fidelity(backend: model_files.Backend, folder: Path) -> str:
-    """Cosine to full decode, and the time of decoding, for each margin that scaled JPEG decode may keep."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    paths = paths[:: max(1, len(paths) // 100)]
-    if not paths:
-        raise SystemExit(f"bench: --fidelity {folder}: no JPEG files in it")
-    files = [path.read_bytes() for path in paths]
-
-    def vectors(draft: bool) -> tuple[NDArray[np.float32], float]:
-        started, recipe = time.process_time(), backend.preprocess
-        pixels = np.stack([preprocess.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in files])
-        took = time.process_time() - started
-        with ThreadPoolExecutor(backend.workers) as lanes:
-            pieces = [pixels[i : i + 4] for i in range(0, len(pixels), 4)]
-            return np.concatenate(list(lanes.map(backend.encode_images, pieces))), took
-
-    full, took = vectors(False)
-    lines = [f"full decode of {len(files)} JPEG files: {1000 * took / len(files):.0f} core ms each"]
-    default = preprocess.DRAFT_MARGIN
-    for margin in (1, 2, 4):
-        preprocess.DRAFT_MARGIN = margin
-        scaled, took = vectors(True)
-        cosine = np.sum(full * scaled, axis=1)
-        lines.append(
-            f"at least {margin} x the model's side{' (the default)' * (margin == default)}: cosine mean "
-            f"{cosine.mean():.6f}, worst {cosine.min():.6f}; {1000 * took / len(files):.0f} core ms each"
-        )
-    preprocess.DRAFT_MARGIN = default
-    return "\n".join(lines)
-
-
-def measure_int8(options: argparse.Namespace) -> str:
-    """int8 against fp32, turn and turn about on ready pixels, each in each arrangement that the machine offers."""
-    both: dict[str, model_files.Backend] = {}
-    for precision in ("fp32", "int8"):
-        options.precision = precision
-        both[precision] = open_backend(options, build_model(options.data_dir, options))
-    lines = []
-    for arrangement in both["fp32"].arrangements():
-        rates: dict[str, list[float]] = {precision: [] for precision in both}
-        for backend in both.values():
-            backend.arrange(arrangement)
-        for _ in range(7):
-            for precision, backend in both.items():
-                rates[precision].append(4 * backend.workers / backends.seconds_of_a_batch(backend, 4))
-        ratio = statistics.median(small / full for full, small in zip(*rates.values(), strict=True))
-        fp32, int8 = (statistics.median(found) for found in rates.values())
-        lines.append(f"{arrangement}: fp32 {fp32:.1f} images/s, int8 {int8:.1f}: {ratio:.2f} times as fast")
-    return "\n".join(lines)
-
-
-def measure_scoring(folder: Path, count: int, dim: int = 768) -> str:
-    """Scoring of a tree of life of true size against reading and copying its rows once, turn and turn about."""
-    import label_cache
-    import labels
-    import species
-
-    rng = np.random.default_rng(0)
-    key = label_cache.CacheKey("random", "none", "", count, dim)
-
-    def blocks() -> Iterator[Any]:
-        for start in range(0, count, label_cache.BLOCK):
-            rows = rng.standard_normal((min(label_cache.BLOCK, count - start), dim), np.float32)
-            yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    try:
-        stored = label_cache.load(folder / label_cache.FILE, key.meta())
-    except FileNotFoundError:
-        names = [f"a/b/c/d/{i // 400:05}/{i // 8:07}/{i % 8}/*" for i in range(count)]
-        label_cache.save(folder, key, blocks(), names, species.depths(names))
-        stored = label_cache.load(folder / label_cache.FILE, key.meta())
-    assert stored and stored.names
-    anonymous, started = anonymous_mb(), time.perf_counter()
-    stored = label_cache.load(folder / label_cache.FILE, key.meta())
-    assert stored and stored.names
-    known = species.Species(stored.names, stored, 100.0)
-    ready = time.perf_counter() - started
-    told = [f"{count:,} x {dim}, {stored.vecs.nbytes / 1e9:.2f} GB: ready in {ready:.2f} s"]
-    scan = labels.Cosines(stored.vecs)
-    for batch in (1, 2, 4, 8):
-        queries = np.stack([stored.vecs[i].astype(np.float32) for i in rng.integers(0, count, batch)])
-        queries = queries + rng.standard_normal((batch, dim), np.float32) * 0.1
-        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-        runs: dict[str, Callable[[], Any]] = {
-            "reading the rows": partial(_on_each_core, scan.threads, _read, stored.vecs),
-            "a plain copy of them": partial(_on_each_core, scan.threads, _copy, stored.vecs),
-            "their cosines": partial(scan, queries),
-            "top 5": partial(known.answers, queries, [species.Ask(5)] * batch),
-            "top 5 families": partial(known.answers, queries, [species.Ask(5, rank="family")] * batch),
-        }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(15):
-            for name, run in runs.items():
-                started, used = time.perf_counter(), time.process_time()
-                run()
-                found[name].append((time.perf_counter() - started, time.process_time() - used))
-        medians = {
-            name: [1000 * statistics.median(kind) for kind in zip(*times, strict=True)] for name, times in found.items()
-        }
-        told.append(
-            f"batch of {batch}: "
-            + ", ".join(f"{n} {wall:.0f} ms ({core:.0f} core ms)" for n, (wall, core) in medians.items())
-        )
-        for unit, at in (("second", 0), ("second of a core", 1)):
-            speeds = (f"{n} {stored.vecs.nbytes / 1e6 / medians[n][at]:.1f}" for n in list(runs)[:3])
-            told.append(f"    GB of rows a {unit}: {', '.join(speeds)}")
-    told.append(f"anonymous memory: {anonymous_mb() - anonymous:.0f} MB more")
-    return "\n".join(told)
-
-
-def _on_each_core(threads: Any, work: Callable[[Any], None], rows: NDArray[Any]) -> None:
-    list(threads.map(work, np.array_split(rows, machine.usable_cores())))
-
-
-def _read(rows: NDArray[Any]) -> None:
-    np.bitwise_xor.reduce(rows.reshape(-1).view(np.uint64))
-
-
-def _copy(rows: NDArray[Any]) -> None:
-    parts = np.array_split(rows, 8)
-    into = np.empty_like(parts[0])  # more than a cache holds
-    for part in parts:
-        np.copyto(into[: len(part)], part)
-
-
-def anonymous_mb() -> float:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) / 1024
-
-
 # --- setting up and reporting -----------------------------------------------------------------------------------
 
 
@@ -699,27 +568,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rates")
     parser.add_argument("--against", metavar="HOST:PORT", help="measure this server, without limits")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure an import of these only")
-    parser.add_argument("--fidelity", type=Path, metavar="FOLDER", help="measure scaled decode on these only")
-    parser.add_argument("--int8", action="store_true", help="measure int8 against fp32 only")
-    parser.add_argument(
-        "--scoring", type=int, nargs="?", const=867_455, metavar="N", help="measure the scoring of N species only"
-    )
     parser.add_argument("--data-dir", type=Path, default=HERE / "data" / "bench")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    if options.int8:
-        print(measure_int8(options))
-        return 0
-    if options.scoring:
-        print(measure_scoring(options.data_dir / f"{options.scoring}-species", options.scoring))
-        return 0
     model = "" if options.against else build_model(options.data_dir, options)
-    if options.fidelity:
-        print(measure_fidelity(open_backend(options, model), options.fidelity))
-        return 0
     server = Server(
         options.against or "", None if options.against else environment_of(options.data_dir, options, model)
     )

@@ -252,7 +252,7 @@ def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def big(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A true ViT-B-32 with seeded random weights, as OpenCLIP weights and as an ONNX folder."""
-    if not {"big", "spread"} & set(request.config.option.markexpr.split()):
+    if not {"big", "measure", "spread"} & set(request.config.option.markexpr.split()):
         pytest.skip("takes four minutes and 2 GB of memory; run it with: python -m pytest -s -m big")
 
     def make(folder: Path) -> None:

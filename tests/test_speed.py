@@ -366,9 +366,6 @@ def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Pat
     assert re.search(
         r"3 pictures .* 0 not readable: .* 40,000 photos in about", measured("--photos", str(tmp_path / "photos"))
     )
-    assert "at least 2 x the model's side (the default): cosine mean" in measured(
-        "--fidelity", str(tmp_path / "photos")
-    )
 
 
 class _HoldsPictures(pb_grpc.InferenceServicer):  # type: ignore[misc]

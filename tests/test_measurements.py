@@ -1,0 +1,237 @@
+"""Comparisons at true size whose figures the README quotes. They run only if `-m measure` selects them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import backends
+import export
+import label_cache
+import labels
+import machine
+import model_files
+import preprocess
+import species
+from label_cache import CacheKey, TextVectors
+from settings import ModelOptions
+from tests.kit import encoded, pixels_of
+
+pytestmark = pytest.mark.measure
+
+LOGIT_SCALE = 100.0
+ROWS_OF_A_FAMILY = 400
+
+
+@pytest.fixture(scope="session", autouse=True)
+def selected(measuring: bool) -> None:
+    """Skips before the models of true size are made."""
+    if not measuring:
+        pytest.skip("measures at true size; run it with: python -m pytest -s -m measure tests/test_measurements.py")
+
+
+def opened(folder: Path, data: Path) -> model_files.Backend:
+    return backends.create_backend(ModelOptions("CLIP", "onnxrt", str(folder), data))
+
+
+# --- scaled decode -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def jpeg_files() -> list[bytes]:
+    """100 to 199 JPEG files, or all if there are fewer, of the folder that LUMEN_PHOTOS names."""
+    folder = os.environ.get("LUMEN_PHOTOS")
+    if not folder:
+        pytest.skip("needs photographs; run it with: LUMEN_PHOTOS=FOLDER python -m pytest -s -m measure -k fidelity")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    assert paths, f"LUMEN_PHOTOS={folder}: no JPEG files in it"
+    return [path.read_bytes() for path in paths[:: max(1, len(paths) // 100)]]
+
+
+def test_fidelity_of_scaled_jpeg_decode(
+    jpeg_files: list[bytes], big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the reason why scaled decode is on by default. Prints the README's figures.
+
+    For each margin that scaled decode can keep: the cosine to full decode, and the core time of decoding.
+    """
+    backend = opened(big / "onnx", tmp_path)
+
+    def vectors(draft: bool) -> tuple[NDArray[np.float32], float]:
+        started, recipe = time.process_time(), backend.preprocess
+        pixels = np.stack([preprocess.decode_image(file, [recipe], 1 << 30, draft)[recipe] for file in jpeg_files])
+        core_ms = 1000 * (time.process_time() - started) / len(jpeg_files)
+        with ThreadPoolExecutor(backend.workers) as workers:
+            pieces = [pixels[i : i + 4] for i in range(0, len(pixels), 4)]
+            return np.concatenate(list(workers.map(backend.encode_images, pieces))), core_ms
+
+    full, core_ms = vectors(False)
+    print(f"\nfull decode of {len(jpeg_files)} JPEG files: {core_ms:.0f} core ms each")
+    default = preprocess.DRAFT_MARGIN
+    # The README says 0.999968, 0.999997 and 0.999999; other photographs may differ a little.
+    for margin, least in ((1, 0.9999), (2, 0.99999), (4, 0.99999)):
+        monkeypatch.setattr(preprocess, "DRAFT_MARGIN", margin)
+        scaled, core_ms = vectors(True)
+        cosines = np.sum(full * scaled, axis=1)
+        print(
+            f"at least {margin} x the model's side{' (the default)' * (margin == default)}: cosine mean "
+            f"{cosines.mean():.6f}, worst {cosines.min():.6f}; {core_ms:.0f} core ms each"
+        )
+        assert cosines.min() >= least
+
+
+# --- int8 ----------------------------------------------------------------------------------------------------------
+
+
+def test_int8_against_fp32(big: Path, tmp_path: Path) -> None:
+    """Lost otherwise: what int8 gains and what it costs. Prints the README's figures.
+
+    Both run in turns on ready pixels, in each arrangement that the machine offers.
+    """
+    fp32, int8 = opened(big / "onnx", tmp_path), opened(big / "int8", tmp_path)
+    pixels = np.stack([pixels_of(encoded(picture, "PNG")) for picture in export.sample_pictures(20)])
+    images = np.sum(fp32.encode_images(pixels) * int8.encode_images(pixels), axis=1)
+    tokens = fp32.tokenize(export.TEXTS)
+    texts = np.sum(fp32.encode_text(tokens) * int8.encode_text(tokens), axis=1)
+    for part, cosines in (("image", images), ("text", texts)):
+        print(f"\n{part} cosine of int8 to fp32: mean {cosines.mean():.5f}, worst {cosines.min():.5f}", end="")
+    print()
+    for arrangement in fp32.arrangements():
+        rates: tuple[list[float], list[float]] = [], []
+        for backend in (fp32, int8):
+            backend.arrange(arrangement)
+        for _ in range(7):
+            for backend, found in zip((fp32, int8), rates, strict=True):
+                found.append(4 * backend.workers / backends.seconds_of_a_batch(backend, 4))
+        ratio = statistics.median(small / full for full, small in zip(*rates, strict=True))
+        full, small = (statistics.median(found) for found in rates)
+        print(f"{arrangement}: fp32 {full:.1f} images/s, int8 {small:.1f}: {ratio:.2f} times as fast")
+    assert images.min() > 0.99965 and texts.min() > 0.9975  # the README says 0.9997 and 0.998
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[384_490, 867_455], ids=["TreeOfLife-10M", "TreeOfLife-200M"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, CacheKey]]:
+    """(the file of a tree of life of true size with random vectors, its key). It has up to 1.3 GB."""
+    key = CacheKey("random", "none", "", request.param, 768)
+    # In a process of its own, so that what is measured later cannot reuse the memory that it frees.
+    writing = multiprocessing.get_context("spawn").Process(target=write_tree, args=(tmp_path, key))
+    writing.start()
+    writing.join()
+    assert writing.exitcode == 0
+    yield tmp_path / label_cache.FILE, key
+    shutil.rmtree(tmp_path)
+
+
+def write_tree(folder: Path, key: CacheKey) -> None:
+    rng = np.random.default_rng(0)
+    sizes = (min(label_cache.BLOCK, key.count - start) for start in range(0, key.count, label_cache.BLOCK))
+    blocks = (model_files.unit_rows(rng.standard_normal((size, key.dim), np.float32)) for size in sizes)
+    names = [f"a/b/c/d/{i // ROWS_OF_A_FAMILY:05}/{i // 8:07}/{i % 8}/*" for i in range(key.count)]
+    label_cache.save(folder, key, blocks, names, species.depths(names))
+    assert label_cache.load(folder / label_cache.FILE, key.meta())  # compares the checksums, once for all loads
+
+
+def test_scoring_of_a_tree_of_life_at_true_size(tree: tuple[Path, CacheKey]) -> None:
+    """Lost otherwise: the speed at which species are found, or the right ones. Prints the README's figures.
+
+    Scoring runs in turns with reading all rows once and with copying them once.
+    """
+    path, key = tree
+    before, started = anonymous_mb(), time.perf_counter()
+    stored = label_cache.load(path, key.meta())
+    assert stored and stored.names
+    known = species.Species(stored.names, stored, LOGIT_SCALE)
+    ready = time.perf_counter() - started
+    print(f"\n{key.count:,} x {key.dim}, {stored.vecs.nbytes / 1e9:.2f} GB: ready in {ready:.2f} s")
+    rng = np.random.default_rng(1)
+    asked, scan = [], labels.Cosines(stored.vecs)
+    for batch in (1, 2, 4, 8):
+        near = np.stack([stored.vecs[i].astype(np.float32) for i in rng.integers(0, key.count, batch)])
+        asked.append(model_files.unit_rows(near + rng.standard_normal((batch, key.dim), np.float32) * 0.1))
+        print_speeds(stored.vecs, scan, known, asked[-1])
+    grown = anonymous_mb() - before
+    print(f"anonymous memory: {grown:.0f} MB more")
+    assert grown < 100  # the rows stay in their file
+    for queries in asked:
+        assert_as_brute_force(stored, known, queries)
+
+
+def print_speeds(
+    rows: NDArray[Any], scan: labels.Cosines, known: species.Species, queries: NDArray[np.float32]
+) -> None:
+    """Of one batch of queries: the median time of each step, and the rows that are read in a second."""
+    assert scan.threads
+    runs: dict[str, Callable[[], Any]] = {
+        "reading the rows": partial(on_each_core, scan.threads, read, rows),
+        "a plain copy of them": partial(on_each_core, scan.threads, copy, rows),
+        "their cosines": partial(scan, queries),
+        "top 5": partial(known.answers, queries, [species.Ask(5)] * len(queries)),
+        "top 5 families": partial(known.answers, queries, [species.Ask(5, rank="family")] * len(queries)),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(15):
+        for name, run in runs.items():
+            started, used = time.perf_counter(), time.process_time()
+            run()
+            found[name].append((time.perf_counter() - started, time.process_time() - used))
+    medians = {
+        name: [1000 * statistics.median(kind) for kind in zip(*times, strict=True)] for name, times in found.items()
+    }
+    told = ", ".join(f"{name} {wall:.0f} ms ({core:.0f} core ms)" for name, (wall, core) in medians.items())
+    print(f"batch of {len(queries)}: {told}")
+    for unit, at in (("second", 0), ("second of a core", 1)):
+        speeds = (f"{name} {rows.nbytes / 1e6 / medians[name][at]:.1f}" for name in list(runs)[:3])
+        print(f"    GB of rows a {unit}: {', '.join(speeds)}")
+
+
+def assert_as_brute_force(stored: TextVectors, known: species.Species, queries: NDArray[np.float32]) -> None:
+    """The best five species and families are those of float64 sums over float32 cosines, with their probabilities."""
+    rows, names = stored.vecs, stored.names
+    assert names
+    blocks = (rows[at : at + label_cache.BLOCK].astype(np.float32) for at in range(0, len(rows), label_cache.BLOCK))
+    logits = LOGIT_SCALE * np.concatenate([queries @ block.T for block in blocks], axis=1).astype(np.float64)
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    families = np.add.reduceat(probabilities, np.arange(0, len(rows), ROWS_OF_A_FAMILY), axis=1)
+    for rank, expected, step in (("species", probabilities, 1), ("family", families, ROWS_OF_A_FAMILY)):
+        answers = known.answers(queries, [species.Ask(5, rank=rank)] * len(queries))
+        for found, row in zip(answers, expected, strict=True):
+            best = np.argsort(-row, kind="stable")[:5]
+            lineages = [species.render(names[int(i) * step], "lineage", species.RANKS.index(rank)) for i in best]
+            assert [label for label, _ in found.labels] == lineages
+            assert np.abs(np.array([score for _, score in found.labels]) - row[best]).max() < 1e-6
+
+
+def on_each_core(threads: ThreadPoolExecutor, work: Callable[[Any], None], rows: NDArray[Any]) -> None:
+    list(threads.map(work, np.array_split(rows, machine.usable_cores())))
+
+
+def read(rows: NDArray[Any]) -> None:
+    np.bitwise_xor.reduce(rows.reshape(-1).view(np.uint64))
+
+
+def copy(rows: NDArray[Any]) -> None:
+    parts = np.array_split(rows, 8)
+    into = np.empty_like(parts[0])  # larger than a cache
+    for part in parts:
+        np.copyto(into[: len(part)], part)
+
+
+def anonymous_mb() -> float:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) / 1024
