@@ -8,16 +8,15 @@
 Weights are random, of true size, built once and kept in `data/bench`. Nothing is fetched. Two limits stand beside
 each rate: `model`, the raw model on ready inputs at its best; and `cores`, what the machine would do if decoding and
 the model took their core time and nothing else took any. They, one client, eight and 64 take turns. The clients run on
-the same cores, in a process of their own, and as thin as a client can be; `client` is what they take. The last column
-is decoding and the model as a share of all core time that was spent, which does not hang on what else the machine does.
+the same cores, in a process of their own (`bench_load.py`), and do as little as a client can; `client` is the core time
+that they take. The last column is decoding and the model as a share of all core time that was spent. It does not depend
+on what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import collections
-import io
 import itertools
 import json
 import multiprocessing
@@ -36,37 +35,25 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import grpc.aio
 import numpy as np
 from google.protobuf import empty_pb2
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import backends
+import export
 import machine
 import model_files
 import preprocess
 import torch_backend
+from bench_load import IN_FLIGHT, Case, Clients, core_s_of, make_cases, ping, text_of
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from settings import ModelOptions
 
 HERE = Path(__file__).resolve().parent
-IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has under way
 WINDOW = 4.0  # seconds of one turn
-INFER = "/home_native.v1.Inference/Infer"
 LIBRARY = 40_000  # photographs
-TEXTS = 10_000  # different ones, more than a daemon remembers, of equal length: each digit is one token
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is asked; `mix` names the cases that take turns. The {} of a text is another number each time."""
-
-    name: str
-    task: str
-    payload: bytes = b""
-    mix: tuple[str, ...] = ()
 
 
 @dataclass
@@ -99,52 +86,18 @@ HEAD = ["case", "clients", "per s", "model (ratio)", "cores (ratio)", "p50 ms", 
 HEAD += ["share"]
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------
-
-
-def photograph(width: int, height: int) -> Image.Image:
-    """Structure at every scale, as photographs have it, so that the file has a photograph's size."""
-    rng = np.random.default_rng(0)
-    levels = np.zeros((height, width, 3), np.float32)
-    for cell in (512, 128, 32, 8, 2):
-        shape = (max(2, height // cell), max(2, width // cell), 3)
-        noise = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
-        levels += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) * cell**0.4
-    levels -= levels.min()
-    return Image.fromarray((levels * 255 / levels.max()).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def make_cases() -> list[Case]:
-    words = "a red bicycle that leans on the wall of an old house by the sea at sunset "
-    return [
-        Case("12 MP JPEG", "clip_image_embed", encoded(photograph(4000, 3000), "JPEG", quality=88)),
-        Case("640 px JPEG", "clip_image_embed", encoded(photograph(640, 480), "JPEG", quality=85)),
-        Case("WebP thumbnail", "clip_image_embed", encoded(photograph(320, 240), "WEBP", quality=80)),
-        Case("short text", "clip_embed", b"dog {}"),
-        Case("long text", "clip_embed", ("{} " + words * 6).encode()),
-        Case("mixed", "", mix=("640 px JPEG",) * 4 + ("12 MP JPEG", "WebP thumbnail", "short text", "short text")),
-    ]
-
-
 # --- the limits -------------------------------------------------------------------------------------------------
 
 
 class Limits:
     """The raw model in this process, on ready inputs: ONNX Runtime's sessions or OpenCLIP itself; and the decoder.
 
-    Measured when asked for, since a machine is seldom as fast now as it was a minute ago.
+    They are measured each time they are asked for, because the speed of a machine changes from minute to minute.
     """
 
-    def __init__(self, backend: model_files.Backend, cases: Sequence[Case], seconds: float) -> None:
+    def __init__(self, backend: model_files.Backend, seconds: float) -> None:
         """`seconds` bounds each measurement."""
         self.backend, self.cores, self._seconds = backend, machine.usable_cores(), seconds
-        self._cases = {case.name: case for case in cases}
         self._threads = ThreadPoolExecutor(self.cores)
         ways = list((self._torch_ways if isinstance(backend, torch_backend.TorchBackend) else self._onnx_ways)(backend))
         self._best_size, self._best = max(ways, key=lambda way: rate(way[1], way[0], seconds))
@@ -191,10 +144,10 @@ class Limits:
         return rate(self._best, self._best_size, self._seconds)
 
     def cores_per_s(self, case: Case) -> float:
-        """What the cores would do if decoding and the model took their time, and nothing else took any."""
-        parts = collections.Counter(part.name for part in parts_of(case, list(self._cases.values())))
-        core_s = {name: sum(self.core_s(self._cases[name]).values()) for name in parts}
-        return self.cores * parts.total() / sum(core_s[name] * times for name, times in parts.items())
+        """Requests a second if decoding and the model took their core time, and nothing else took any."""
+        times = collections.Counter(case.parts)
+        core_s = sum(count * sum(self.core_s(part).values()) for part, count in times.items())
+        return self.cores * len(case.parts) / core_s
 
     def core_s(self, case: Case) -> dict[str, float]:
         """Core seconds of one request of a case, by what they are spent on."""
@@ -274,77 +227,9 @@ class Server:
             self.process.wait()
 
 
-def core_s_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class Clients:
-    """So many at once, in a process of their own, each with a connection, a stream and a few requests under way."""
-
-    numbers = 0  # of the texts that were sent so far, by all
-
-    def __init__(self, address: str, cases: Sequence[Case], count: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._over = spawn.Event()
-        self._found, theirs = spawn.Pipe(duplex=False)
-        arguments = (address, cases, count, Clients.numbers, self._over, theirs)
-        self._process = spawn.Process(target=ask_on_and_on, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        if not self._found.recv():  # True with the first answer
-            raise SystemExit("bench: the clients did not get an answer")
-
-    def core_s(self) -> float:
-        return core_s_of(self._process.pid or 0)
-
-    def stop(self) -> list[tuple[float, float]]:
-        """(answered at, seconds) of each answer."""
-        self._over.set()
-        answers, numbers = self._found.recv()
-        Clients.numbers += numbers
-        self._process.join()
-        return list(answers)
-
-
-def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, over: Any, found: Any) -> None:
-    """The process of `Clients`. Requests are bytes before it begins, and one thread serves all the streams."""
-    numbers, answers = itertools.count(number), list[tuple[float, float]]()
-    ready = requests(cases, numbers)  # one for all: in turns of their own, 64 clients take 20 s for a mix
-
-    async def ask() -> None:
-        sent = collections.deque[float]()
-        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        channel: Any = grpc.aio.insecure_channel(address, options)
-        async with channel:
-            call = channel.stream_stream(INFER, response_deserializer=pb.InferResponse.FromString)()
-            for _ in range(IN_FLIGHT[count]):
-                sent.append(time.perf_counter())
-                await call.write(next(ready))
-            while sent:
-                response = await call.read()
-                if response.error.message:
-                    raise RuntimeError(response.error.message)
-                now = time.perf_counter()
-                if not answers:
-                    found.send(True)
-                answers.append((now, now - sent.popleft()))
-                if not over.is_set():
-                    sent.append(time.perf_counter())
-                    await call.write(next(ready))
-            await call.done_writing()
-            await call.code()
-
-    async def ask_all() -> None:
-        await asyncio.gather(*(ask() for _ in range(count)))
-
-    asyncio.run(ask_all())
-    found.send((answers, next(numbers) - number))
-
-
 @dataclass
 class Window:
-    """What was seen of a load for a while."""
+    """The figures of a load over some seconds."""
 
     seconds: float
     per_s: float
@@ -354,7 +239,7 @@ class Window:
 
 
 def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> Window:
-    """Closed-loop load of so many clients, counted once it has gone on for a while."""
+    """Closed-loop load of `count` clients, measured once it is steady."""
     clients = Clients(server.address, cases, count)
     time.sleep(0.75 * seconds)
     begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
@@ -363,13 +248,13 @@ def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> W
     answers = np.array(sorted(answer for answer in clients.stop() if begin <= answer[0] < end))
     if len(np.unique(answers)) < 8:
         raise SystemExit(f"bench: hardly an answer within {seconds:.1f} s; --seconds gives it longer")
-    # Answers come in batches. The slope of their count does not hang on how many batches the window's edges cut off.
+    # Answers come in batches. The slope of their count does not depend on how many batches the window's edges cut off.
     per_s = float(np.polyfit(answers[:, 0] - begin, np.arange(len(answers)), 1)[0])
     return Window(end - begin, per_s, answers[:, 1], core, client)
 
 
 def row_of(case: str, clients: int, windows: Sequence[Window], limits: Sequence[tuple[float, float]]) -> Row:
-    """`limits`: (raw model, cores), as often as they were measured."""
+    """`limits`: (raw model, cores) of each measurement."""
     seconds = sum(window.seconds for window in windows)
     count = sum(window.per_s * window.seconds for window in windows)
     p50, p95, p99 = 1000 * np.percentile(np.concatenate([window.latencies for window in windows]), (50, 95, 99))
@@ -381,45 +266,12 @@ def row_of(case: str, clients: int, windows: Sequence[Window], limits: Sequence[
     return row
 
 
-def requests(cases: Sequence[Case], numbers: Iterator[int]) -> Iterator[bytes]:
-    """For ever, the cases in turn, as they go over the wire."""
-    pictures = {case.name: message(case, b"") for case in cases if case.task == "clip_image_embed"}
-    for case in itertools.cycle(cases):
-        yield pictures.get(case.name) or message(case, text_of(case, next(numbers)))
-
-
-def message(case: Case, text: bytes) -> bytes:
-    return bytes(pb.InferRequest(task=case.task, payload=text or case.payload).SerializeToString())
-
-
-def text_of(case: Case, number: int) -> bytes:
-    return case.payload.decode().format(f"{number % TEXTS:04d}").encode()
-
-
-def ping(address: str, over: Any, found: Any) -> None:
-    """In a process of its own: Health ten times a second; puts the seconds that each took."""
-    stub, times = pb_grpc.InferenceStub(grpc.insecure_channel(address)), []
-    while not over.is_set():
-        started = time.perf_counter()
-        stub.Health(empty_pb2.Empty())
-        times.append(time.perf_counter() - started)
-        time.sleep(0.1)
-    found.put(times)
-
-
 # --- the runs ---------------------------------------------------------------------------------------------------
 
 
-def parts_of(case: Case, cases: Sequence[Case]) -> list[Case]:
-    by_name = {other.name: other for other in cases}
-    return [by_name[name] for name in case.mix] or [case]
-
-
-def measure_cases(
-    server: Server, limits: Limits | None, cases: Sequence[Case], everything: Sequence[Case], seconds: float
-) -> list[Row]:
-    """The rows. Of a case, one, eight and 64 clients take turns, with the limits in between: what a neighbour does to
-    the machine, it does to all of them."""
+def measure_cases(server: Server, limits: Limits | None, cases: Sequence[Case], seconds: float) -> list[Row]:
+    """The rows. For each case, one, eight and 64 clients take turns, with the limits in between, so that other programs
+    on the machine slow all of them down alike."""
     turns = max(1, round(seconds / WINDOW))
 
     def limits_of(case: Case) -> list[tuple[float, float]]:
@@ -432,7 +284,7 @@ def measure_cases(
         found, windows = limits_of(case), {clients: list[Window]() for clients in IN_FLIGHT}
         for _ in range(turns):
             for clients, seen in windows.items():
-                seen.append(load(server, parts_of(case, everything), clients, seconds / turns))
+                seen.append(load(server, case.parts, clients, seconds / turns))
             found += limits_of(case)
         for clients, seen in windows.items():
             row = row_of(case.name, clients, seen, found)
@@ -524,8 +376,6 @@ def build_model(data: Path, options: argparse.Namespace) -> str:
         return f"{options.arch}:{weights}"
     folder = data / f"{options.arch}-{options.precision}"
     if not folder.is_dir():
-        import export
-
         export.export(f"{options.arch}:{weights}", folder, options.precision)
     return str(folder)
 
@@ -598,7 +448,7 @@ def report(server: Server, backend: model_files.Backend | None, options: argpars
     everything = make_cases()
     wanted = tuple(options.cases.split(","))
     cases = [case for case in everything if case.name.startswith(wanted)]
-    limits = Limits(backend, everything, min(options.seconds / 8, 1)) if backend else None
+    limits = Limits(backend, min(options.seconds / 8, 1)) if backend else None
     extra = dict(server.stub.GetCapabilities(empty_pb2.Empty()).extra)
     print(f"{extra.get('clip_model', options.against)}: {extra}")
     spawn = multiprocessing.get_context("spawn")
@@ -606,7 +456,7 @@ def report(server: Server, backend: model_files.Backend | None, options: argpars
     pinging = spawn.Process(target=ping, args=(server.address, over, found), daemon=True)
     pinging.start()
     print("  ".join(cell.rjust(14) for cell in HEAD))
-    rows = measure_cases(server, limits, cases, everything, options.seconds)
+    rows = measure_cases(server, limits, cases, options.seconds)
     waits = measure_waits(server, limits, everything, options.seconds)
     over.set()
     health = 1000 * np.percentile(found.get(), 99)

@@ -39,7 +39,7 @@ from settings import DEMO_DIR, ModelOptions, Settings
 ROOT = Path(__file__).resolve().parent.parent
 
 
-TOOLS = {"bench.py", "export.py", "export_rknn.py", "test_lumen.py"}  # what a device does not need
+TOOLS = {"bench.py", "bench_load.py", "export.py", "export_rknn.py", "test_lumen.py"}  # what a device does not need
 RUNTIME = sorted({path.name for path in ROOT.glob("*.py")} - TOOLS)  # what a device copies, besides gen/
 
 

@@ -21,7 +21,7 @@ from google.protobuf.empty_pb2 import Empty
 from PIL import Image
 
 import backends
-import bench
+import bench_load
 import engine
 import machine
 import torch_backend
@@ -385,15 +385,16 @@ class _HoldsPictures(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
 def test_many_clients_of_the_bench_ask_for_the_mix_that_one_does() -> None:
     """Lost otherwise: a daemon that seems slower for 64 clients, who ask for larger pictures and fewer texts."""
-    cases = [bench.Case("large", "clip_image_embed", b"large")] * 5
-    cases += [bench.Case("small", "clip_image_embed", b"small"), *[bench.Case("text", "clip_embed", b"dog {}")] * 2]
+    cases = [bench_load.Case("large", "clip_image_embed", b"large")] * 5
+    cases += [bench_load.Case("small", "clip_image_embed", b"small")]
+    cases += [bench_load.Case("text", "clip_embed", b"dog {}")] * 2
     holding = _HoldsPictures()
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(64))
     pb_grpc.add_InferenceServicer_to_server(holding, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
-        clients = bench.Clients(address, cases, 64)
+        clients = bench_load.Clients(address, cases, 64)
         wait_until(lambda: len(holding.held) == 64)
         small = holding.held.count(b"small")
         holding.release.set()

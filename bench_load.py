@@ -1,0 +1,169 @@
+"""The load of `bench.py`: what is asked, and the processes that ask it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import io
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+from google.protobuf import empty_pb2
+from PIL import Image
+
+from gen import ml_service_pb2 as pb
+from gen import ml_service_pb2_grpc as pb_grpc
+
+IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has in progress
+INFER = "/home_native.v1.Inference/Infer"
+TEXTS = 10_000  # different texts, more than a daemon remembers, of equal length: each digit is one token
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request that is sent again and again, or a mix of such cases in turn. A number replaces the {} of a text."""
+
+    name: str
+    task: str = ""
+    payload: bytes = b""
+    mix: tuple[Case, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Case, ...]:
+        return self.mix or (self,)
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Structure at every scale, as photographs have it, so that the file has a photograph's size."""
+    rng = np.random.default_rng(0)
+    levels = np.zeros((height, width, 3), np.float32)
+    for cell in (512, 128, 32, 8, 2):
+        shape = (max(2, height // cell), max(2, width // cell), 3)
+        noise = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+        levels += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) * cell**0.4
+    levels -= levels.min()
+    return Image.fromarray((levels * 255 / levels.max()).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def make_cases() -> list[Case]:
+    words = "a red bicycle that leans on the wall of an old house by the sea at sunset "
+    large = Case("12 MP JPEG", "clip_image_embed", encoded(photograph(4000, 3000), "JPEG", quality=88))
+    small = Case("640 px JPEG", "clip_image_embed", encoded(photograph(640, 480), "JPEG", quality=85))
+    thumbnail = Case("WebP thumbnail", "clip_image_embed", encoded(photograph(320, 240), "WEBP", quality=80))
+    short = Case("short text", "clip_embed", b"dog {}")
+    long = Case("long text", "clip_embed", ("{} " + words * 6).encode())
+    mixed = Case("mixed", mix=(small, small, small, small, large, thumbnail, short, short))
+    return [large, small, thumbnail, short, long, mixed]
+
+
+def requests(cases: Sequence[Case], numbers: Iterator[int]) -> Iterator[bytes]:
+    """Endlessly, the cases in turn, serialized."""
+    pictures = {case.name: message(case, b"") for case in cases if case.task == "clip_image_embed"}
+    for case in itertools.cycle(cases):
+        yield pictures.get(case.name) or message(case, text_of(case, next(numbers)))
+
+
+def message(case: Case, text: bytes) -> bytes:
+    return bytes(pb.InferRequest(task=case.task, payload=text or case.payload).SerializeToString())
+
+
+def text_of(case: Case, number: int) -> bytes:
+    return case.payload.decode().format(f"{number % TEXTS:04d}").encode()
+
+
+# --- the processes that ask --------------------------------------------------------------------------------------
+
+
+def core_s_of(pid: int) -> float:
+    """The core time that a process has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Clients:
+    """`count` clients in a process of their own, each with a connection, a stream and a few requests in progress."""
+
+    numbers = 0  # the texts that all clients have sent so far
+
+    def __init__(self, address: str, cases: Sequence[Case], count: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._over = spawn.Event()
+        self._found, theirs = spawn.Pipe(duplex=False)
+        arguments = (address, cases, count, Clients.numbers, self._over, theirs)
+        self._process = spawn.Process(target=ask_on_and_on, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._found.recv():  # True with the first answer
+            raise SystemExit("bench: the clients did not get an answer")
+
+    def core_s(self) -> float:
+        return core_s_of(self._process.pid or 0)
+
+    def stop(self) -> list[tuple[float, float]]:
+        """(answered at, seconds) of each answer."""
+        self._over.set()
+        answers, numbers = self._found.recv()
+        Clients.numbers += numbers
+        self._process.join()
+        return list(answers)
+
+
+def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, over: Any, found: Any) -> None:
+    """The process of `Clients`. Pictures are serialized before it begins, and one thread serves all streams."""
+    numbers, answers = itertools.count(number), list[tuple[float, float]]()
+    ready = requests(cases, numbers)  # shared: with a cycle for each of 64 clients, a mix would take 20 s
+
+    async def ask() -> None:
+        sent = collections.deque[float]()
+        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        channel: Any = grpc.aio.insecure_channel(address, options)
+        async with channel:
+            call = channel.stream_stream(INFER, response_deserializer=pb.InferResponse.FromString)()
+            for _ in range(IN_FLIGHT[count]):
+                sent.append(time.perf_counter())
+                await call.write(next(ready))
+            while sent:
+                response = await call.read()
+                if response.error.message:
+                    raise RuntimeError(response.error.message)
+                now = time.perf_counter()
+                if not answers:
+                    found.send(True)
+                answers.append((now, now - sent.popleft()))
+                if not over.is_set():
+                    sent.append(time.perf_counter())
+                    await call.write(next(ready))
+            await call.done_writing()
+            await call.code()
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask() for _ in range(count)))
+
+    asyncio.run(ask_all())
+    found.send((answers, next(numbers) - number))
+
+
+def ping(address: str, over: Any, found: Any) -> None:
+    """The body of a process: asks for Health ten times a second; puts the seconds that each call took."""
+    stub, times = pb_grpc.InferenceStub(grpc.insecure_channel(address)), []
+    while not over.is_set():
+        started = time.perf_counter()
+        stub.Health(empty_pb2.Empty())
+        times.append(time.perf_counter() - started)
+        time.sleep(0.1)
+    found.put(times)
