@@ -1,4 +1,4 @@
-# README.md, "Docker", has the commands. Build with BuildKit (Docker's own since 23) or Podman, which leave out the
+# docs/deployment.md, "Docker", has the commands. Build with BuildKit (Docker's own since 23) or Podman, which leave out the
 # stages that a target does not need.
 ARG PYTHON=3.12-slim-bookworm
 

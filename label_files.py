@@ -364,7 +364,7 @@ class OperatorSets:
 # --- scenes -----------------------------------------------------------------------------------------------------
 
 # The first six names are upstream's own, which old clients compare by string. Prompts are worded as captions of CLIP's
-# training are; README says how these were found and what they bring.
+# training are; docs/species-and-labels.md says how these were found and what they bring.
 SCENES: dict[str, Any] = {
     "a photo of an animal": {"prompts": ["a photo of an animal", "a photo of a wild animal"], "species": True},
     "a photo of a bird": {"species": True},

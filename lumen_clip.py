@@ -86,7 +86,8 @@ Events = queue.SimpleQueue[Loaded | BaseException | Signal]
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "lumen_clip.py", description="CLIP and BioCLIP-2 over gRPC. Settings come from the environment; see README.md."
+        "lumen_clip.py",
+        description="CLIP and BioCLIP-2 over gRPC. Settings come from the environment; see docs/settings.md.",
     )
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")

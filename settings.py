@@ -138,7 +138,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting, each under its variable's name in lower case; README has the table. An empty variable is unset."""
+    """Every setting, each under its variable's name in lower case; docs/settings.md has the table.
+
+    An empty variable is unset.
+    """
 
     clip: ModelOptions
     bioclip: ModelOptions

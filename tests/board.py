@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -14,13 +13,6 @@ import grpc
 
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import DEMO, ROOT, one, wait_until
-
-
-def code_of(section: str, language: str = "sh") -> list[str]:
-    """The blocks of one language in a section of the README, in order."""
-    [text] = re.findall(rf"^## {section}$(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
 
 # Laid before the interpreter of the board's daemon: three colours that no model of ours minds.
 MISCHIEF = """

@@ -27,7 +27,7 @@ import service
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.board import Board, code_of
+from tests.board import Board
 from tests.hostile import PATIENCE, held, impatient
 from tests.hub import FakeHub
 from tests.kit import (
@@ -40,6 +40,7 @@ from tests.kit import (
     Drawing,
     Node,
     Watched,
+    code_of,
     encoded,
     export_immich_from,
     picture,
@@ -228,7 +229,7 @@ def lan() -> Iterator[Lan]:
 
 @pytest.fixture(scope="session")
 def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    """A board with the install of the README; LUMEN_BOOT_ROOT keeps the bare Debian for the next time."""
+    """A board with the installation of docs/deployment.md; LUMEN_BOOT_ROOT keeps the bare Debian for the next time."""
     if "boot" not in request.config.option.markexpr:
         pytest.skip("takes eight minutes; run it with: python -m pytest -s -m boot")
     tools = ("debootstrap", "systemd-nspawn", "nsenter", "ip")
@@ -238,7 +239,7 @@ def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     board = Board(Path(os.environ.get("LUMEN_BOOT_ROOT") or folder / "base"), folder)
     try:
         board.power_on()
-        install, *_ = code_of("On your board")
+        install, *_ = code_of("docs/deployment.md", "systemd")
         assert len(install.splitlines()) <= 8
         for line in install.splitlines():
             print(f"pi@board:~/lumen-clip$ {line}\n{board.run(line, user='pi')}")

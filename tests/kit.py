@@ -52,6 +52,16 @@ SERVICE = "home_native.v1.Inference"
 LIMIT_S = 120  # for what should happen soon; a test that waits for a condition has no opinion of a machine's speed
 
 
+# --- documents -----------------------------------------------------------------------------------------------------
+
+
+def code_of(document: str, section: str, language: str = "sh") -> list[str]:
+    """The code blocks of one language in a section of a document, in order. `section`: a heading with ##."""
+    text = (ROOT / document).read_text("utf-8")
+    [body] = re.findall(rf"^## {re.escape(section)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
+
+
 # --- models and data that the tests make ---------------------------------------------------------------------------
 
 

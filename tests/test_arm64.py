@@ -19,7 +19,7 @@ from tests.npu_double import with_program
 
 @pytest.fixture(scope="session")
 def arm64_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Debian for aarch64 with an install as the README tells it; LUMEN_ARM64_ROOT keeps it for the next time."""
+    """A Debian for aarch64 installed as in docs/deployment.md; LUMEN_ARM64_ROOT keeps it for the next time."""
     if "arm64" not in request.config.option.markexpr:
         pytest.skip("takes half an hour; run it with: python -m pytest -m arm64")
     tools = ("debootstrap", "chroot", "qemu-aarch64-static")

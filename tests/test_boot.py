@@ -23,9 +23,11 @@ from PIL import Image
 import tasks
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
-from tests.board import Board, code_of
+from tests.board import Board
 from tests.hub import IMMICH_REPO, FakeHub, folder_content
-from tests.kit import DEMO, IMAGENET, RED, ROOT, encoded, one, picture, wait_until
+from tests.kit import DEMO, IMAGENET, RED, ROOT, code_of, encoded, one, picture, wait_until
+
+INSTALL = "docs/deployment.md", "systemd"  # a document and its section, for `code_of`
 
 
 @pytest.mark.parametrize(("drop_in", "limit"), [(False, 20), (True, 15)], ids=["with an NPU", "on the CPU only"])
@@ -38,7 +40,7 @@ def test_the_unit_is_well_formed_and_a_tight_cage(tmp_path: Path, drop_in: bool,
     path = tmp_path / "lumen-clip.service"  # `verify` looks for the program
     path.write_text(unit.replace("/opt/lumen-clip/.venv/bin/python", sys.executable))
     if drop_in:
-        [tighter] = code_of("On your board", "ini")
+        [tighter] = code_of(*INSTALL, "ini")
         (tmp_path / "lumen-clip.service.d").mkdir()
         (tmp_path / "lumen-clip.service.d" / "cpu.conf").write_text(tighter)
     run = subprocess.run(("systemd-analyze", "verify", str(path)), capture_output=True, text=True)
@@ -62,7 +64,7 @@ def settle(board: Board, drop_in: str = "") -> None:
 
 
 @boots
-def test_the_readmes_lines_and_a_reboot_bring_the_demo_up(board: Board) -> None:
+def test_the_documented_commands_and_a_reboot_bring_the_demo_up(board: Board) -> None:
     """Lost otherwise: the evening of everyone who has a board."""
     for boot in (1, 2):
         seconds = board.answers()
@@ -87,7 +89,7 @@ def test_the_readmes_lines_and_a_reboot_bring_the_demo_up(board: Board) -> None:
 @boots
 def test_a_real_model_is_downloaded_for_as_long_as_that_takes(board: Board) -> None:
     """Lost otherwise: every first start on a slow line. The hub is ours and slow, the limit of ten seconds too."""
-    _, real, *_ = code_of("On your board")
+    _, real, *_ = code_of(*INSTALL)
     repos = {IMMICH_REPO: folder_content(DEMO)}
     repos["datasets/huggingface/label-files"] = {"imagenet-1k-id2label.json": json.dumps(IMAGENET).encode()}
     hub = FakeHub(repos, Board.HERE)
@@ -253,7 +255,7 @@ def test_a_bad_setting_is_one_line_of_the_journal_and_not_tried_again(board: Boa
 @boots
 def test_the_tighter_unit_for_the_cpu_alone_serves_as_well(board: Board) -> None:
     """Lost otherwise: whoever follows that advice."""
-    [tighter] = code_of("On your board", "ini")
+    [tighter] = code_of(*INSTALL, "ini")
     settle(board, tighter)
     assert board.shows("PrivateUsers", "PrivateDevices", "MemoryDenyWriteExecute", "NRestarts") == ["yes"] * 3 + ["0"]
 
@@ -262,14 +264,14 @@ def test_the_tighter_unit_for_the_cpu_alone_serves_as_well(board: Board) -> None
 def test_an_upgrade_takes_the_newer_files_and_a_removal_leaves_none(board: Board) -> None:
     """Lost otherwise: a board that runs last year's code, or one that is never clean again."""
     settle(board)
-    *_, upgrade, remove = code_of("On your board")
+    *_, upgrade, remove = code_of(*INSTALL)
     assert len(upgrade.splitlines()) == len(remove.splitlines()) == 1
     board.run("sed -i 's/^VERSION = .*/VERSION = \"9.9.9\"/' settings.py", user="pi")
     board.run(upgrade, user="pi")
     board.answers()
     with board.channel() as channel:
         assert pb_grpc.InferenceStub(channel).GetCapabilities(Empty()).extra["version"] == "9.9.9"
-    board.run("rm", "-r", f"/etc/systemd/system/{board.UNIT}.d", "/opt/mischief")  # not of the README
+    board.run("rm", "-r", f"/etc/systemd/system/{board.UNIT}.d", "/opt/mischief")  # not of the installation
     board.run(remove, user="pi")
     found = board.run("find", "/", "-xdev", "-name", "*lumen*", "-not", "-path", "/home/*", "-not", "-path", "/proc/*")
     assert found == "" and "lumen" not in board.run("systemctl", "list-units", "--all", "--no-legend")

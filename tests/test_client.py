@@ -101,7 +101,7 @@ def test_a_file_name_that_is_not_utf8_costs_no_row(onnx_node: Node, album: Path,
         paths = [row["input"] for row in map(json.loads, run.stdout.splitlines()) if "error" not in row]
     else:
         paths = run.stdout.splitlines()[::2]
-    # The README says how a name is found again.
+    # docs/client.md says how a name is found again.
     names = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in album.rglob("*.jpg")]
     assert len(paths) == 7 and sum(ODD_SHOWN in path for path in paths) == 1 and set(paths) < set(names)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.kit import (
     UPSTREAM_SCENES,
     Drawing,
     Node,
+    code_of,
     export_immich_from,
     in_time,
     load,
@@ -207,7 +209,7 @@ def test_smart_classify_names_the_drawn_fox_and_not_the_drawn_house(demo_node: N
 
 
 def test_smart_classify_takes_the_right_way_for_most_drawings(demo_node: Node, drawings: list[Drawing]) -> None:
-    """Lost otherwise: routing that works for the fox of the README alone."""
+    """Lost otherwise: routing that works for the fox of the documents alone."""
     known = [drawing for drawing in drawings if drawing.scene][::2]
     asked = [
         pb.InferRequest(correlation_id=d.name, task="smart_classify", payload=d.file(), meta={"topk": "1"})
@@ -274,11 +276,16 @@ def test_smart_classify_sends_plants_too_and_loses_nothing(drawings: list[Drawin
     assert right(after) >= right(before)
 
 
-def test_the_readmes_label_set_answers_as_the_readme_says(demo_node: Node) -> None:
+def add_garden(demo_node: Node) -> None:
+    """The label set of the documents."""
+    [block] = code_of("docs/species-and-labels.md", "Label sets of your own", "json")
+    save(demo_node.data / "labels" / "garden.json", block)
+    demo_node.reload()
+
+
+def test_the_documented_label_set_answers_as_the_document_says(demo_node: Node) -> None:
     """Lost otherwise: the first set that somebody copies; and "none of these" that is a guess all the same."""
-    block = re.search(r"`data/labels/garden.json`:\n\n```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block
-    save(demo_node.data / "labels" / "garden.json", block[1])
+    add_garden(demo_node)
     answers = {}
     for name in ("lady-beetle", "bicycle", "house"):
         picture = (DEMO / "pictures" / f"{name}.png").read_bytes()
@@ -288,10 +295,32 @@ def test_the_readmes_label_set_answers_as_the_readme_says(demo_node: Node) -> No
         assert response.meta["label_set"] == "garden" and (none > 0.5) == (name == "house")
     assert [row["label"] for row in answers["lady-beetle"]] == ["small animal"]
     assert [row["label"] for row in answers["bicycle"]] == ["bicycle"] and answers["house"] == []
-    said = run_client(
-        *("clip_classify", str(DEMO / "pictures" / "bicycle.png"), "--label-set", "garden"), address=demo_node.address
-    )
-    assert said.stdout == f"{answers['bicycle'][0]['score']:7.2%}  bicycle\n" == " 99.82%  bicycle\n"
+
+
+EXAMPLE = re.compile(r"^\$ (?:\.venv/bin/)?python client\.py (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
+SCORE = re.compile(r"^ *([\d.]+)%  (.+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("document", "count"), [("README.md", 2), ("docs/species-and-labels.md", 6)], ids=["README", "species and labels"]
+)
+def test_the_client_prints_what_the_examples_of_the_documents_show(demo_node: Node, document: str, count: int) -> None:
+    """A reader who repeats an example gets its answer."""
+    add_garden(demo_node)
+    fox = (DEMO / "pictures" / "fox.png").read_bytes()
+    in_time(lambda: demo_node.ask("clip_classify", fox, label_set="garden"))
+    blocks = re.findall(r"^```console\n(.*?)^```$", (ROOT / document).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    examples = [example for block in blocks for example in EXAMPLE.findall(block)]
+    assert len(examples) == count
+    for command, shown in examples:
+        arguments = [str(ROOT / part) if part.endswith(".png") else part for part in shlex.split(command)]
+        run = run_client(*arguments, address=demo_node.address)
+        assert run.returncode == 0, run.stderr
+        found, expected = SCORE.findall(run.stdout), SCORE.findall(shown)
+        assert SCORE.sub("", run.stdout) == SCORE.sub("", shown), command  # nothing but scores and line breaks
+        assert [label for _, label in found] == [label for _, label in expected], command
+        scores = [float(score) for score, _ in expected]
+        assert [float(score) for score, _ in found] == pytest.approx(scores, abs=0.05), command
 
 
 def test_species_are_told_from_drawings(demo_node: Node, drawings: list[Drawing]) -> None:

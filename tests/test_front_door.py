@@ -1,4 +1,4 @@
-"""What the README says, and lint and types."""
+"""What the documents say of settings and tasks, and lint and types."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from settings import Settings
 from tests.kit import ROOT
 
 
-def test_the_readmes_table_of_settings_is_the_programs() -> None:
+def test_the_documented_table_of_settings_is_the_programs() -> None:
     """Lost otherwise: a setting that nobody can find, or one that does nothing."""
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs" / "settings.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
     table = {name: default.strip("`") for name, default, _ in rows}
     shown = {"tuple": lambda v: ",".join(v), "bool": lambda v: str(int(v))}
     defaults = Settings.from_environment({})
@@ -51,10 +52,13 @@ def test_the_numbers_of_templates_are_those_that_labels_has() -> None:
         Settings.from_environment({"CLIP_TEMPLATES": "0"})
 
 
-def test_every_capability_of_the_table_is_in_the_readme() -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/protocol.md"])
+def test_every_task_is_in_the_documents(document: str) -> None:
     """Lost otherwise: a task that nobody knows of."""
-    text = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in text for name in tasks.TASKS)
+    [table] = re.findall(r"^\| task \|.*?\n\n", (ROOT / document).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.split("\n") if row))) == set(
+        tasks.TASKS
+    )
 
 
 @pytest.mark.parametrize(

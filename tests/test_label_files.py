@@ -24,11 +24,11 @@ from tests.kit import (
     GREEN,
     LIMIT_S,
     RED,
-    ROOT,
     UPSTREAM_SCENES,
     Node,
     Texts,
     Turnstile,
+    code_of,
     encoded,
     in_time,
     one,
@@ -308,9 +308,9 @@ def test_scenes_that_go_to_the_species_are_weighed_together() -> None:
 
 
 def test_an_operators_own_scenes_decide_what_goes_to_the_species(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: routing that fits one's own library. The table is the README's."""
-    block = re.search(r"stays:\n\n```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block and label_files.parse_scenes(json.loads(block[1])).species == {"wildlife", "a photo of a plant"}
+    """Lost otherwise: routing that fits one's own library. The first table is that of the documents."""
+    [block] = code_of("docs/species-and-labels.md", "Scenes", "json")
+    assert label_files.parse_scenes(json.loads(block)).species == {"wildlife", "a photo of a plant"}
     own = {
         "paint": {"prompts": ["an abstract painting"], "species": True},
         "a beast": {"prompts": ["a photo of an animal"]},

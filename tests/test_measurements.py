@@ -1,4 +1,4 @@
-"""Comparisons at true size whose figures the README quotes. They run only if `-m measure` selects them."""
+"""Comparisons at true size whose figures docs/performance.md quotes. They run only if `-m measure` selects them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def jpeg_files() -> list[bytes]:
 def test_fidelity_of_scaled_jpeg_decode(
     jpeg_files: list[bytes], big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lost otherwise: the reason why scaled decode is on by default. Prints the README's figures.
+    """Lost otherwise: the reason why scaled decode is on by default. Prints the figures of docs/performance.md.
 
     For each margin that scaled decode can keep: the cosine to full decode, and the core time of decoding.
     """
@@ -80,7 +80,7 @@ def test_fidelity_of_scaled_jpeg_decode(
     full, core_ms = vectors(False)
     print(f"\nfull decode of {len(jpeg_files)} JPEG files: {core_ms:.0f} core ms each")
     default = preprocess.DRAFT_MARGIN
-    # The README says 0.999968, 0.999997 and 0.999999; other photographs may differ a little.
+    # docs/performance.md says 0.999968, 0.999997 and 0.999999; other photographs may differ a little.
     for margin, least in ((1, 0.9999), (2, 0.99999), (4, 0.99999)):
         monkeypatch.setattr(preprocess, "DRAFT_MARGIN", margin)
         scaled, core_ms = vectors(True)
@@ -96,7 +96,7 @@ def test_fidelity_of_scaled_jpeg_decode(
 
 
 def test_int8_against_fp32(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: what int8 gains and what it costs. Prints the README's figures.
+    """Lost otherwise: what int8 gains and what it costs. Prints the figures of docs/performance.md.
 
     Both run in turns on ready pixels, in each arrangement that the machine offers.
     """
@@ -118,7 +118,7 @@ def test_int8_against_fp32(big: Path, tmp_path: Path) -> None:
         ratio = statistics.median(small / full for full, small in zip(*rates, strict=True))
         full, small = (statistics.median(found) for found in rates)
         print(f"{arrangement}: fp32 {full:.1f} images/s, int8 {small:.1f}: {ratio:.2f} times as fast")
-    assert images.min() > 0.99965 and texts.min() > 0.9975  # the README says 0.9997 and 0.998
+    assert images.min() > 0.99965 and texts.min() > 0.9975  # the page says 0.9997 and 0.998
 
 
 # --- scoring -------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def write_tree(folder: Path, key: CacheKey) -> None:
 
 
 def test_scoring_of_a_tree_of_life_at_true_size(tree: tuple[Path, CacheKey]) -> None:
-    """Lost otherwise: the speed at which species are found, or the right ones. Prints the README's figures.
+    """Lost otherwise: the speed at which species are found, or the right ones. Prints figures of docs/performance.md.
 
     Scoring runs in turns with reading all rows once and with copying them once.
     """

@@ -270,7 +270,7 @@ def test_without_the_toolkit_it_is_said_what_to_run(tiny_onnx: Path, tmp_path: P
 
 @pytest.fixture(scope="session")
 def toolkit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(the Python of an environment as README makes it, a folder of photographs); LUMEN_RKNN_VENV keeps the first."""
+    """(the Python of the environment in docs/rockchip.md, a folder of photographs); LUMEN_RKNN_VENV keeps the first."""
     if "rknn" not in request.config.option.markexpr:
         pytest.skip("installs Rockchip's toolkit (1.5 GB) and takes ten minutes; run it with: python -m pytest -m rknn")
     if os.uname().machine != "x86_64" or not shutil.which("python3.11"):

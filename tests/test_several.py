@@ -295,7 +295,7 @@ def core_seconds(process: subprocess.Popen[str]) -> float:
 @pytest.mark.spread
 @pytest.mark.timeout(900)
 def test_two_daemons_with_a_core_each_against_one(request: pytest.FixtureRequest, lan: Lan, tmp_path: Path) -> None:
-    """Lost otherwise: the figure in the README. Prints it: pytest -s -m spread"""
+    """Lost otherwise: the figure in docs/performance.md. Prints it: pytest -s -m spread"""
     cores = sorted(os.sched_getaffinity(0))
     if "spread" not in request.config.option.markexpr:
         pytest.skip("wants two quiet cores for three minutes; run it with: python -m pytest -s -m spread")

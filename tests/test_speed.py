@@ -339,7 +339,7 @@ def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path:
 
 
 def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the figures of the README, which nobody could check."""
+    """Lost otherwise: the figures of docs/performance.md, which nobody could check."""
     common = ["--model", str(tiny_onnx), "--data-dir", str(tmp_path)]
     (tmp_path / "photos").mkdir()
     for i in range(3):
@@ -439,7 +439,7 @@ def test_true_size_backends_agree_with_openclip(big: Path, tmp_path: Path) -> No
 
 @pytest.mark.big
 def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the boards with 1 GB. Prints the README's figures: pytest -s -m big -k small_board"""
+    """Lost otherwise: the boards with 1 GB. Prints figures of docs/performance.md: pytest -s -m big -k small_board"""
     data, photo = write_labels(tmp_path), encoded(picture(RED, (1600, 1200)))
     resident = {}
     for kind, backend, model in (
@@ -467,7 +467,7 @@ def test_int8_fits_a_small_board(big: Path, tmp_path: Path) -> None:
 
 @pytest.mark.big
 def test_scaled_decode_on_real_photographs(big: Path, tmp_path: Path) -> None:
-    """Lost otherwise: the figure in the README. Prints it: pytest -s -m big -k real_photographs"""
+    """Lost otherwise: the right to decode at a fraction. Prints its cosines: pytest -s -m big -k real_photographs"""
     paths = [path for path in photographs() if min(Image.open(path).size) >= 1000]
     if not paths:
         pytest.skip("no real photographs here; Debian's gnome-backgrounds and plasma-workspace-wallpapers have some")
