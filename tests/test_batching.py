@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import model_files
-import service
+import onnx_backend
+import streams
 import tasks
 from gen import ml_service_pb2 as pb
 from tests.kit import LIMIT_S, RED, encoded, one, picture, queued, wait_until
@@ -113,7 +114,9 @@ def test_a_vector_that_is_not_finite_never_leaves(watched: Any, monkeypatch: pyt
     """Lost otherwise: an index with a NaN in it, which finds nothing any more."""
     backend, stub = watched
     monkeypatch.setattr(
-        backend._backend, "_run", lambda session, batch: model_files.unit_rows(np.full((len(batch), 64), np.nan))
+        onnx_backend,
+        "run_session",
+        lambda session, batch, cut: model_files.unit_rows(np.full((len(batch), 64), np.nan)),
     )
     assert one(stub, "clip_embed", b"a dog").error.code == pb.ERROR_CODE_INTERNAL
     monkeypatch.undo()
@@ -168,11 +171,11 @@ def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.M
     assert next(silent).result
     unfinished = stub.Infer(held(pb.InferRequest(task="clip_embed", payload=b"a dog", total=2)), timeout=LIMIT_S)
     wait_until(lambda: backend.daemon.intake.payloads.used > 0)  # its first chunk is there
-    monkeypatch.setattr(service, "STREAM_IDLE_S", 0.2)
-    monkeypatch.setattr(service, "CHUNK_IDLE_S", 0.2)
+    monkeypatch.setattr(streams, "STREAM_IDLE_S", 0.2)
+    monkeypatch.setattr(streams, "CHUNK_IDLE_S", 0.2)
 
     def ended() -> bool:
-        backend.daemon.check_streams()
+        backend.daemon.check()
         return bool(silent.done() and unfinished.done())
 
     wait_until(ended)
@@ -186,13 +189,13 @@ def test_a_stream_that_does_nothing_is_ended(watched: Any, monkeypatch: pytest.M
 def test_a_client_that_never_reads_loses_its_stream(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: a thread for ever; pings are still answered, so keepalive is no help."""
     backend, stub = watched
-    monkeypatch.setattr(service, "READER_IDLE_S", 0.3)
+    monkeypatch.setattr(streams, "READER_IDLE_S", 0.3)
     call = stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")] * 5000), timeout=LIMIT_S)
-    wait_until(lambda: bool(backend.daemon._streams))
-    [stream] = backend.daemon._streams
+    wait_until(lambda: bool(backend.daemon.streams._streams))
+    [stream] = backend.daemon.streams._streams
     wait_until(lambda: stream._yielding_since is not None and time.monotonic() - stream._yielding_since > 0.4)
-    backend.daemon.check_streams()
-    wait_until(lambda: not backend.daemon._streams)
+    backend.daemon.check()
+    wait_until(lambda: not backend.daemon.streams._streams)
     assert one(stub, "clip_embed", b"a dog").result
     with pytest.raises(grpc.RpcError) as error:
         list(call)

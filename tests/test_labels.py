@@ -162,7 +162,7 @@ def test_a_large_set_is_answered_as_by_brute_force_in_float32(
 ) -> None:
     """Lost otherwise: the right species, for speed. 400 queries; blocks, spans and what is left over make one set."""
     known = stored_tree.species
-    monkeypatch.setattr(species, "_twins", 0)  # row by row
+    monkeypatch.setattr(known, "_twins", 0)  # row by row
     queries, worst = stored_tree.queries(400), 0.0
     for part in np.array_split(queries, np.cumsum([8, 1, 4, 5, 2] * 20)[:-1]):  # few are multiplied one by one
         cosines, probabilities = stored_tree.brute_force(part)

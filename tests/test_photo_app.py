@@ -136,7 +136,7 @@ def test_a_client_that_keeps_to_max_concurrency_is_never_refused(tmp_path: Path,
 def test_more_than_max_concurrency_is_refused_at_once(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client beyond the limit would wait in silence until its deadline, instead of asking another node."""
     backend, stub = watched
-    monkeypatch.setattr(backend.daemon, "settings", backend.daemon.settings.__class__(lumen_max_streams=4))
+    monkeypatch.setattr(backend.daemon.streams, "_most", 4)
     request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED)))
     backend.gate.clear()
     calls = [stub.Infer(iter([request]), timeout=60) for _ in range(4)]
