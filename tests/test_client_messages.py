@@ -1,0 +1,213 @@
+"""What `client.py` says to people: what is wrong, and what to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+import client
+import client_files
+from tests.kit import DEMO, Node, run_client, wait_until
+
+PICTURES = DEMO / "pictures"
+GARDEN = {
+    "labels": {"small animal": ["a photo of a lady beetle", "a photo of a snail"], "bicycle": []},
+    "none": ["a photo of a person", "a photo of a building", "a photo of food"],
+    "threshold": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A daemon with the demo model, two label sets that can be used, and one that cannot."""
+    data = tmp_path_factory.mktemp("demo")
+    (data / "labels").mkdir()
+    (data / "labels" / "garden.json").write_text(json.dumps(GARDEN))
+    (data / "labels" / "things.txt").write_text("a house\na bicycle\n")
+    (data / "labels" / "wrong.json").write_text('{"labels": ["größer"], "größer": 1}', "utf-8")
+    node = Node(data, ("--demo",)).ready()
+    wait_until(lambda: node.stub.GetCapabilities(client.empty_pb2.Empty()).extra["clip_label_sets"] == "garden,things")
+    yield node
+    assert node.stop() == 0, node.log
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for lumen.local, two CAs of which the first has signed it, and two tokens."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority, stranger = trustme.CA(), trustme.CA()
+    made = authority.issue_cert("lumen.local")
+    made.cert_chain_pems[0].write_to_path(str(folder / "server.pem"))
+    made.private_key_pem.write_to_path(str(folder / "server.key"))
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    stranger.cert_pem.write_to_path(str(folder / "stranger.pem"))
+    for name in ("token", "wrong"):
+        (folder / name).write_text(f"a-{name}-that-nobody-guesses\n")
+        (folder / name).chmod(0o600)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    tls = {"LUMEN_TLS_CERT": certificates / "server.pem", "LUMEN_TLS_KEY": certificates / "server.key"}
+    data = tmp_path_factory.mktemp("secured")
+    node = Node(data, ("--demo",), LUMEN_TOKEN_FILE=certificates / "token", **tls).ready()
+    yield node
+    assert node.stop() == 0, node.log
+
+
+def line_of(run: subprocess.CompletedProcess[str], status: int = 1) -> str:
+    """The one line that a failed run says."""
+    assert run.returncode == status and run.stdout == "", run
+    assert run.stderr.startswith("client.py: ") and run.stderr.count("\n") == 1, run.stderr
+    return run.stderr
+
+
+# --- addresses ---------------------------------------------------------------------------------------------------
+
+
+def test_an_address_without_a_port_has_the_daemons_port(capsys: Any) -> None:
+    """Lost otherwise: a daemon that is asked for at port 443, where gRPC looks by itself."""
+    for given, full in (
+        ("nas", "nas:50051"),
+        ("192.168.1.20", "192.168.1.20:50051"),
+        ("nas.local:50052", "nas.local:50052"),
+        ("::1", "[::1]:50051"),
+        ("[::1]", "[::1]:50051"),
+        ("[::1]:50052", "[::1]:50052"),
+        ("fe80::1%eth0", "[fe80::1%eth0]:50051"),
+        ("dns:50052", "dns:50052"),
+        ("dns:///nas:50052", "dns:///nas:50052"),  # gRPC's own forms
+        ("unix:/run/lumen.sock", "unix:/run/lumen.sock"),
+    ):
+        assert client_files.full_address(given) == full == client.LumenClient(given).address
+    for wrong in (
+        "",
+        ":",
+        "nas:",
+        ":50051",
+        "nas:x",
+        "nas:0",
+        "nas:65536",
+        "a b",
+        "::1:50051",
+        "[nas]:1",
+        "http://nas",
+    ):
+        with pytest.raises(client_files.UsageError, match=r"--address .*allowed: HOST, HOST:PORT or \[IPV6\]:PORT"):
+            client_files.full_address(wrong)
+        assert client.main(["health", f"--address={wrong},nas"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"client.py: --address {wrong}: allowed: HOST")
+
+
+def test_a_daemon_is_reached_by_its_bare_address(
+    demo: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Lost otherwise: `--address nas`, and every network of IPv6."""
+    host, _, port = demo.address.rpartition(":")
+    monkeypatch.setattr(client_files, "DEFAULT_PORT", int(port))
+    assert client.main(["health", "--address", host]) == 0 and capsys.readouterr().out == "SERVING\n"
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    node = Node(tmp_path, ("--demo", "--host", "::1"))
+    monkeypatch.setattr(client_files, "DEFAULT_PORT", int(node.wait_for(r"port (\d+); loading")[1]))
+    node.wait_for("ready: ")
+    try:
+        for address in ("::1", "[::1]", f"[::1]:{client_files.DEFAULT_PORT}"):
+            assert client.main(["health", "--address", address]) == 0 and capsys.readouterr().out == "SERVING\n"
+    finally:
+        assert node.stop() == 0
+
+
+# --- connections -------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_fails_says_what_to_do(demo: Node, secured: Node, certificates: Path) -> None:
+    """Lost otherwise: an evening with OpenSSL's names of errors."""
+    ca, stranger, name = (
+        ("--ca", str(certificates / "ca.pem")),
+        ("--ca", str(certificates / "stranger.pem")),
+        ("--server-name", "lumen.local"),
+    )
+    token, wrong = (("--token-file", str(certificates / name)) for name in ("token", "wrong"))
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+    cases = (
+        (secured.address, (), "if it uses TLS, give --ca FILE"),
+        (demo.address, (*ca, *name), "the daemon does not use TLS; leave out --tls, --ca, --cert, --key and"),
+        (secured.address, (*stranger, *name, *token), "not signed by the CA in --ca FILE; give the CA that"),
+        (secured.address, (*name, *token), "not signed by a CA that this computer trusts; give --ca FILE"),
+        (secured.address, (*ca, *token), "not for 127.0.0.1; give a name in it: --server-name NAME"),
+        (secured.address, (*ca, "--server-name", "a.b", *token), "not for a.b; give a name in it: --server-name"),
+        (secured.address, ("--ca", str(certificates / "token"), *name), "--key cannot be used; allowed: PEM"),
+        (secured.address, (*ca, *name), "the daemon asks for a token; give --token-file FILE"),
+        (secured.address, (*ca, *name, *wrong), "the daemon does not accept the token in --token-file FILE"),
+        (nobody, (), f"client.py: nothing answers at {nobody}; is the daemon running?"),
+        (nobody, (*ca, *name), f"client.py: nothing answers at {nobody}; is the daemon running?"),
+    )
+    for number, (address, options, said) in enumerate(cases):
+        task = (("clip_embed", "a dog"), ("capabilities",))[number % 2]
+        shown = line_of(run_client(*task, *options, address=address))
+        assert said in shown and address in shown
+    run = run_client("capabilities", *ca, *name, *token, address=secured.address)
+    assert run.returncode == 0 and run.stderr == ""
+    assert run_client("health", *ca, *name, *token, address=secured.address).stdout == "SERVING\n"
+
+
+def test_a_daemon_that_wants_a_clients_certificate_says_so(certificates: Path, tmp_path: Path) -> None:
+    """Lost otherwise: a client with TLS that is only told that a socket was closed."""
+    tls = {"LUMEN_TLS_CERT": certificates / "server.pem", "LUMEN_TLS_KEY": certificates / "server.key"}
+    node = Node(tmp_path, ("--demo",), LUMEN_TLS_CLIENT_CA=certificates / "ca.pem", **tls).ready()
+    try:
+        options = ("--ca", str(certificates / "ca.pem"), "--server-name", "lumen.local")
+        said = line_of(run_client("clip_embed", "a dog", *options, address=node.address))
+        assert "if it asks for a client certificate, give --cert FILE and --key FILE" in said
+        own = ("--cert", str(certificates / "server.pem"), "--key", str(certificates / "server.key"))
+        assert run_client("clip_embed", "a dog", *options, *own, address=node.address).returncode == 0
+    finally:
+        assert node.stop() == 0
+
+
+def test_a_daemon_that_still_loads_says_so(tmp_path: Path) -> None:
+    """Lost otherwise: the patience of somebody whose daemon only needs another minute."""
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        node = Node(tmp_path, CLIP_BACKEND="onnxrt", CLIP_MODEL="hf-hub:org/model", HF_ENDPOINT=endpoint).bound()
+        node.wait_for("downloading org/model")
+        for task in (("clip_embed", "a dog"), ("clip_classify", str(PICTURES / "fox.png")), ("capabilities",)):
+            said = line_of(run_client(*task, address=node.address))
+            assert "the daemon is still loading (loading hf-hub:org/model (onnxrt)); try again in a minute" in said
+        assert run_client("health", address=node.address).stdout == "NOT_SERVING\n"
+        assert node.stop() == 0
+
+
+def test_programs_get_the_advice_and_what_grpc_said() -> None:
+    """Lost otherwise: the one text that helps where the advice does not."""
+    prefix = "failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:50051: "
+    plain, tls = client.Credentials(), client.Credentials(tls=True)
+    for code, said, given, advice in (
+        ("unavailable", f"{prefix}Failed to connect to remote host: No route to host", plain, "a:1 does not answer"),
+        ("unavailable", f"{prefix}Failed to connect to remote host: Timeout occurred: FD Shutdown", plain, "a:1 does"),
+        ("unavailable", f"{prefix}SSL: CERTIFICATE_VERIFY_FAILED: certificate has expired: OK", tls, "has expired"),
+        ("unavailable", "errors resolving a:1: [field:hostname lookup error:...]", plain, "by the name in a:1; check"),
+        ("unavailable", "DNS resolution failed for a:1: C-ares status", plain, "by the name in a:1; check the name"),
+        ("unavailable", f"{prefix}something new", tls, f"{prefix}something new"),
+        ("unavailable", "Socket closed", plain, "Socket closed"),  # of a connection that there was
+        ("resource_exhausted", "64 Infer streams are open already; try later", plain, "64 Infer streams"),
+    ):
+        assert advice in client_files.explain(code, said, "a:1", given)
+    with client.LumenClient("127.0.0.1:9") as lumen, pytest.raises(client.LumenError) as error:
+        lumen.capabilities()
+    assert error.value.message == "nothing answers at 127.0.0.1:9; is the daemon running?"
+    assert error.value.code == "unavailable" and "Connection refused" in error.value.detail
