@@ -475,13 +475,27 @@ def ask(
     yield from unread()
 
 
+def take_heic(clients: Sequence[LumenClient], task: str) -> bool:
+    """Whether every daemon that answers takes HEIC pictures. Raises LumenError if none answers."""
+    taken: list[bool] = []
+    failed = None
+    for client in clients:
+        try:
+            taken.append(files.reads_heic(client.capabilities(), task))
+        except LumenError as error:
+            failed = error
+    if failed and not taken:
+        raise failed
+    return all(taken)
+
+
 def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
     """Sends every input and writes the answers; returns 1 if one failed. Raises LumenError, UsageError or OSError."""
-    if not options.inputs:
-        raise UsageError(
-            f"{options.task}: name at least one {'text' if options.task in files.TEXT_TASKS else 'file or folder'}"
-        )
-    inputs = options.inputs if options.task in files.TEXT_TASKS else files.image_paths(options.inputs)
+    inputs, skipped = options.inputs, 0
+    if options.task in files.TEXT_TASKS:
+        files.warn_of_pictures(options.task, inputs)
+    else:
+        inputs, skipped = files.image_paths(inputs, lambda: take_heic(clients, options.task))
     meta, failed = files.request_meta(options), 0
     if options.task.endswith("_embed"):
         meta |= AS_TENSOR
@@ -494,6 +508,8 @@ def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int
                 output.add({"input": shown, "error": answer.message})
             else:
                 output.add({"input": shown, **answer.data})
+    if skipped:
+        print(f"client.py: {files.heic_note(skipped)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -539,6 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="client.py: %(message)s")
     addresses: list[str] = []
     try:
+        files.check_options(options)
         addresses = find_daemons(options)
         credentials = files.read_credentials(options, addresses)
         with ExitStack() as stack:

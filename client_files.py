@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,18 @@ IMAGE_TASKS = (
     *("clip_image_embed", "bioclip_image_embed", "semantic_image_embed"),
 )
 TEXT_TASKS = ("clip_embed", "bioclip_embed", "semantic_text_embed")
+PICTURE_TASK_OF = dict(zip(TEXT_TASKS, IMAGE_TASKS[3:], strict=True))  # by the same model
+SPECIES_TASKS = ("bioclip_classify", "smart_classify")
+OPTION_TASKS = {  # options that not all tasks take
+    **dict.fromkeys(("topk", "min_score"), ("clip_classify", *SPECIES_TASKS)),
+    **dict.fromkeys(("labels", "label_set"), ("clip_classify",)),
+    **dict.fromkeys(("label_format", "rank", "within"), SPECIES_TASKS),
+    "prompt_template": ("clip_classify", *TEXT_TASKS),
+    "out": (*IMAGE_TASKS, *TEXT_TASKS),
+}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")  # of pictures that only some daemons read
+HEIC_MIMES = {"image/heic", "image/heif"}
 NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
 NOT_A_FILE = "not a regular file"
 
@@ -68,6 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server-name", default="", metavar="NAME", help="name in the certificate, if not the address")
     parser.add_argument("--token-file", type=Path, default=os.environ.get("LUMEN_TOKEN_FILE") or None, metavar="FILE")
     return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UsageError if the task does not take one of the options, or takes inputs and has none."""
+    task = options.task
+    for option, tasks in OPTION_TASKS.items():
+        if getattr(options, option) is not None and task not in tasks:
+            allowed = "all tasks with inputs" if option == "out" else ", ".join(tasks)
+            raise UsageError(f"--{option.replace('_', '-')}: {task} does not take it; allowed: {allowed}")
+    if options.labels is not None and options.label_set is not None:
+        raise UsageError("--labels and --label-set: allowed: one of the two")
+    if options.prompt_template is not None and task == "clip_classify" and options.labels is None:
+        raise UsageError("--prompt-template: clip_classify takes it with --labels only")
+    if task in OPTION_TASKS["out"] and not options.inputs:
+        raise UsageError(f"{task}: name at least one {'text' if task in TEXT_TASKS else 'file or folder'}")
 
 
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
@@ -212,13 +238,15 @@ def read_utf8(path: Path, option: str) -> str:
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
-def image_paths(inputs: Sequence[str]) -> list[str]:
-    """The inputs, with each folder replaced by the pictures in it, sorted within the folder.
+def image_paths(inputs: Sequence[str], takes_heic: Callable[[], bool]) -> tuple[list[str], int]:
+    """The inputs, with each folder replaced by the pictures in it, sorted; and how many HEIC files are left out.
 
-    Inputs that cannot be read stay in the list. `read_input` reports each when its turn comes, so the others are not
-    affected. Raises UsageError if no input is a file or a folder with pictures.
+    HEIC files in folders are left out unless the daemons take them. Inputs that cannot be read stay in the list.
+    `read_input` reports each when its turn comes, so the others are not affected. Raises UsageError if no input is a
+    file or a folder with pictures.
     """
     paths: list[str] = []
+    heic: set[str] = set()
     wrong = []
     for name in inputs:
         path, found, reason = Path(name), [name], ""
@@ -227,6 +255,7 @@ def image_paths(inputs: Sequence[str]) -> list[str]:
                 pass
             elif path.is_dir():
                 found = pictures_in(name)
+                heic.update(path for path in found if Path(path).suffix.lower() in HEIC_SUFFIXES)
                 if not found:
                     found, reason = [name], NO_PICTURES
             elif not path.is_file():
@@ -238,7 +267,22 @@ def image_paths(inputs: Sequence[str]) -> list[str]:
             wrong.append(f"{readable(name)}: {reason}")
     if wrong and len(wrong) == len(inputs):
         raise UsageError(wrong[0])
-    return paths
+    if not heic or takes_heic():
+        return paths, 0
+    if heic.issuperset(paths):
+        raise UsageError(heic_note(len(heic)))
+    return [path for path in paths if path not in heic], len(heic)
+
+
+def reads_heic(capabilities: Iterable[Any], task: str) -> bool:
+    """Whether a daemon with these capabilities takes HEIC pictures for the task."""
+    offered = [io_task for capability in capabilities for io_task in capability.tasks if io_task.name == task]
+    return any(HEIC_MIMES.intersection(io_task.input_mimes) for io_task in offered)
+
+
+def heic_note(count: int) -> str:
+    were = "HEIC file was" if count == 1 else "HEIC files were"
+    return f"{count} {were} skipped: install pillow-heif for the daemon to read them"
 
 
 def pictures_in(folder: str) -> list[str]:
@@ -248,9 +292,23 @@ def pictures_in(folder: str) -> list[str]:
         Path(parent, name)
         for parent, _, names in os.walk(folder, onerror=lambda error: unreadable.append(error.filename))
         for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        if Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *HEIC_SUFFIXES)
     ]
     return list(map(str, sorted([*found, *map(Path, unreadable)])))
+
+
+def warn_of_pictures(task: str, texts: Sequence[str]) -> None:
+    """One line if texts are names of picture files, which are embedded like any other text."""
+
+    def is_picture(text: str) -> bool:
+        with suppress(OSError):  # a long text is no file name
+            return Path(text).suffix.lower() in (*IMAGE_SUFFIXES, *HEIC_SUFFIXES) and Path(text).is_file()
+        return False
+
+    if names := [readable(text) for text in texts if is_picture(text)]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        hint = f"the name is embedded as text; {PICTURE_TASK_OF[task]} embeds pictures"
+        print(f"client.py: {names[0]}{more}: {hint}", file=sys.stderr)
 
 
 def read_text(argument: str) -> bytes:

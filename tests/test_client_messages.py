@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import trustme
 
 import client
 import client_files
-from tests.kit import DEMO, Node, run_client, wait_until
+import tasks
+from tests.kit import DEMO, ROOT, Node, run_client, wait_until
 
 PICTURES = DEMO / "pictures"
 GARDEN = {
@@ -211,3 +214,83 @@ def test_programs_get_the_advice_and_what_grpc_said() -> None:
         lumen.capabilities()
     assert error.value.message == "nothing answers at 127.0.0.1:9; is the daemon running?"
     assert error.value.code == "unavailable" and "Connection refused" in error.value.detail
+
+
+# --- options and inputs ------------------------------------------------------------------------------------------
+
+
+def test_an_option_that_the_task_does_not_take_is_refused(capsys: Any) -> None:
+    """Lost otherwise: an option that is ignored, and answers that look as if it were not."""
+    for option, taking in client_files.OPTION_TASKS.items():
+        flag = f"--{option.replace('_', '-')}"
+        for task in (*client_files.IMAGE_TASKS, *client_files.TEXT_TASKS, "capabilities", "health"):
+            status = client.main([task, "x", flag, "0.jsonl", "--address", "127.0.0.1:9"])
+            [line] = capsys.readouterr().err.splitlines()
+            refused = f"client.py: {flag}: {task} does not take it; allowed: "
+            assert (status == 2 and line.startswith(refused)) == (task not in taking), line
+            assert task in taking or option == "out" or line.endswith(", ".join(taking))
+    for flag, value, said in (
+        ("--label-set", "garden", "--labels and --label-set: allowed: one of the two"),
+        ("--rank", "genus", "--rank: clip_classify does not take it; allowed: bioclip_classify, smart_classify"),
+    ):
+        run = run_client("clip_classify", __file__, "--labels", "a,b", flag, value)
+        assert line_of(run, 2) == f"client.py: {said}\n"
+    assert "with --labels only" in line_of(run_client("clip_classify", __file__, "--prompt-template", "a {}"), 2)
+
+
+def test_the_options_of_a_task_are_those_of_the_daemon() -> None:
+    """Lost otherwise: an option that the client refuses although the daemon takes it."""
+    for name, task in tasks.TASKS.items():
+        expected = {"out", "topk"} if task.topk else {"out"}
+        expected |= {"labels", "label_set", "min_score"} if task.own_labels else set()
+        expected |= {"label_format", "rank", "within", "min_score"} if task.species else set()
+        expected |= {"prompt_template"} if task.takes == "text" or task.own_labels else set()
+        assert {option for option, taking in client_files.OPTION_TASKS.items() if name in taking} == expected
+        if task.takes == "text":
+            assert tasks.TASKS[client_files.PICTURE_TASK_OF[name]].models == task.models
+
+
+def test_a_picture_that_is_given_as_a_text_is_warned_of(demo: Node, tmp_path: Path) -> None:
+    """Lost otherwise: an index of file names."""
+    photos = [str(shutil.copy(PICTURES / "fox.png", tmp_path / name)) for name in ("a.jpg", "b.HEIC", "c.txt")]
+    run = run_client("clip_embed", "a fox.jpg", "a dog" * 200 + ".jpg", *photos, address=demo.address)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 10
+    hint = "the name is embedded as text; clip_image_embed embeds pictures"
+    assert run.stderr.splitlines()[0] == f"client.py: {photos[0]} and 1 more: {hint}"
+    run = run_client("bioclip_embed", photos[0], address=demo.address)
+    hint = hint.replace("clip_", "bioclip_")
+    assert run.returncode == 0 and run.stderr == f"client.py: {photos[0]}: {hint}\n"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_heic_files_of_a_folder_are_sent_or_counted(tmp_path: Path, reads: bool) -> None:
+    """Lost otherwise: all pictures of a telephone, and nobody who knows."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import lumen_clip, service\n"
+        "service.IMAGE_MIMES = tuple(mime for mime in service.IMAGE_MIMES if mime[-4:] not in ('heic', 'heif'))\n"
+        f"service.IMAGE_MIMES += ('image/heic',) * {reads}; sys.exit(lumen_clip.main())"
+    )
+    album, only = tmp_path / "album", tmp_path / "album" / "only"
+    only.mkdir(parents=True)
+    names = ["album/a.heic", "album/b.png", "album/only/c.HEIF", "album/only/d.hif"]  # told by their content
+    for name in names:
+        shutil.copy(PICTURES / "fox.png", tmp_path / name)
+    node = Node(tmp_path, ("--demo",), (sys.executable, "-c", program, str(ROOT))).ready()
+    try:
+        out = tmp_path / "v.jsonl"
+        run = run_client("clip_image_embed", str(album), "--out", str(out), address=node.address)
+        assert run.returncode == 0, run.stderr
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["input"] for row in rows] == [str(tmp_path / name) for name in (names if reads else names[1:2])]
+        note = "client.py: 3 HEIC files were skipped: install pillow-heif for the daemon to read them"
+        assert [line for line in run.stderr.splitlines() if "HEIC" in line] == [note] * (not reads)
+        run = run_client("clip_classify", str(only), address=node.address)
+        if reads:
+            assert run.returncode == 0 and len(run.stdout.splitlines()) == 12
+        else:
+            assert "2 HEIC files were skipped: install pillow-heif" in line_of(run, 2)
+        # A file that is named by itself is sent in any case.
+        assert run_client("clip_image_embed", str(only / "d.hif"), address=node.address).returncode == 0
+    finally:
+        assert node.stop() == 0
+    assert "nothing answers at" in line_of(run_client("clip_classify", str(only), address=node.address))
