@@ -12,6 +12,7 @@ client in another project, copy this file, `client_files.py` and `gen/`. It need
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -165,10 +166,20 @@ class LumenClient:
             call.cancel()
 
     def classify(
-        self, image: bytes, task: str = "clip_classify", topk: int | None = None, labels: Sequence[str] | None = None
+        self,
+        image: bytes,
+        task: str = "clip_classify",
+        topk: int | None = None,
+        labels: Sequence[str] | None = None,
+        label_set: str | None = None,
+        min_score: float | None = None,
     ) -> list[tuple[str, float]]:
-        """(label, probability) pairs, best first. `labels` is for clip_classify only. Raises LumenError."""
-        meta = {} if topk is None else {"topk": str(topk)}
+        """(label, probability) pairs, best first; none if no label fits or reaches `min_score`. Raises LumenError.
+
+        For clip_classify only: `labels`, which are the caller's own, or `label_set`, the name of one of the daemon's.
+        """
+        given = {"topk": topk, "label_set": label_set, "min_score": min_score}
+        meta = {key: str(value) for key, value in given.items() if value is not None}
         if labels is not None:
             meta["labels"] = json.dumps(list(labels))
         rows = self.infer(task, image, meta=meta).data["labels"]
@@ -507,7 +518,7 @@ def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int
                 print(f"client.py: {shown}: {answer.message}", file=sys.stderr)
                 output.add({"input": shown, "error": answer.message})
             else:
-                output.add({"input": shown, **answer.data})
+                output.add(files.row_of(shown, answer.data, answer.meta))
     if skipped:
         print(f"client.py: {files.heic_note(skipped)}", file=sys.stderr)
     return 1 if failed else 0
@@ -553,6 +564,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = files.build_parser().parse_intermixed_args(arguments)
     options.tls = any((options.tls, options.ca, options.cert, options.server_name))
     logging.basicConfig(level=logging.WARNING, format="client.py: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not stop the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     addresses: list[str] = []
     try:
         files.check_options(options)

@@ -360,8 +360,21 @@ def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
+def row_of(name: str, data: Mapping[str, Any], meta: Mapping[str, str]) -> dict[str, Any]:
+    """What is written of an answer: its data and, of its meta, what `data` lacks."""
+    row = {"input": name, **data}
+    if "vector" in data:
+        row["space"] = meta.get("space", "")
+    if "labels" in data and "none_score" in meta:
+        with suppress(ValueError):
+            row["none_score"] = float(meta["none_score"])
+    return row
+
+
 class Output:
     """Where the rows go: one for each input, with its result or its error. Closed at the end of a `with` block."""
+
+    _space = ""
 
     def __enter__(self) -> Output:
         return self
@@ -374,6 +387,15 @@ class Output:
 
     def close(self, complete: bool) -> None:
         """`complete` is False if the run was interrupted."""
+
+    def check_space(self, row: Mapping[str, Any]) -> None:
+        """Raises OutputError for a vector that cannot be compared with those before it."""
+        if "vector" not in row:
+            return
+        space = row["space"] or row.get("model_id", "")  # other servers may not report a space
+        self._space = self._space or space
+        if space != self._space:
+            raise OutputError(f"{row['input']}: its vector is of the space {space}; those before it: {self._space}")
 
 
 def open_output(out: Path | None, task: str, as_json: bool, several: bool) -> Output:
@@ -396,8 +418,6 @@ class Printer(Output):
     def __init__(self, as_json: bool, several: bool) -> None:
         self._as_json, self._several = as_json, several
         self._ascii = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not stop the run
-            sys.stdout.reconfigure(errors="backslashreplace")
 
     def add(self, row: Mapping[str, Any]) -> None:
         if self._as_json:
@@ -406,6 +426,9 @@ class Printer(Output):
             print((f"{row['input']}\n" if self._several else "") + self._as_text(row))
 
     def _as_text(self, row: Mapping[str, Any]) -> str:
+        if row.get("labels") == []:
+            none = row.get("none_score")
+            return f"none of these ({none:.2f})" if none else "no label reaches the minimum score"
         if "labels" in row:
             return "\n".join(f"{label['score']:7.2%}  {label['label']}" for label in row["labels"])
         first = ", ".join(f"{x:.4f}" for x in row["vector"][:6])
@@ -426,7 +449,8 @@ class JsonLinesFile(Output):
         self._count = self._size = 0  # of whole lines
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Raises OSError, for example if the disk is full."""
+        """Raises OutputError, or OSError, for example if the disk is full."""
+        self.check_space(row)
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         left = memoryview(line)
         while left:
@@ -451,7 +475,8 @@ class JsonLinesFile(Output):
 
 
 class NpzFile(Output):
-    """Embeddings as .npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`.
+    """Embeddings as .npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`), and of the vectors
+    `model_id` and `space`.
 
     Inputs that failed are left out. An interrupted run leaves NAME.partial.npz, as with `JsonLinesFile`. If the file
     cannot be written, for example because the disk is full, the folder for temporary files is tried.
@@ -466,16 +491,17 @@ class NpzFile(Output):
         path.unlink()
         self._paths: list[str] = []
         self._vectors: list[Any] = []
-        self._model_id = ""
+        self._facts: dict[str, str] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Raises OutputError for a vector of another length, which would make the file unusable."""
+        """Raises OutputError for a vector of another space or length, which would make the file unusable."""
         if "error" in row:
             return
+        self.check_space(row)
         vector = self._np.array(row["vector"], self._np.float32)
         if self._vectors and vector.shape != self._vectors[0].shape:
             raise OutputError(f"{row['input']}: {len(vector)} dimensions; before: {len(self._vectors[0])}")
-        self._model_id = self._model_id or row["model_id"]
+        self._facts = self._facts or {key: row.get(key, "") for key in ("model_id", "space")}
         self._vectors.append(vector)
         self._paths.append(row["input"])
 
@@ -502,7 +528,8 @@ class NpzFile(Output):
         path, file = create_partial(out)
         try:
             with io.BufferedWriter(file) as buffered:
-                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, model_id=self._model_id)
+                facts = self._facts or {"model_id": "", "space": ""}
+                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, **facts)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -518,6 +545,10 @@ def print_capability(capability: Any, as_json: bool) -> None:
     models, precisions = ", ".join(capability.model_ids), ", ".join(capability.precisions)
     tasks = ", ".join(task.name for task in capability.tasks)
     print(f"{capability.service_name}: {models} on {capability.runtime} ({precisions})\n  {tasks}")
+    usable = capability.extra.get("clip_label_sets", "").split(",")
+    for key, note in sorted(capability.extra.items()):
+        if name := key.partition("clip_label_set.")[2]:
+            print(f"  label set {name}{'' if name in usable else ' (not usable)'}: {note}")
 
 
 def print_health(state: str, degraded: Sequence[str], as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trustme
 
@@ -294,3 +296,87 @@ def test_heic_files_of_a_folder_are_sent_or_counted(tmp_path: Path, reads: bool)
     finally:
         assert node.stop() == 0
     assert "nothing answers at" in line_of(run_client("clip_classify", str(only), address=node.address))
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_answer_says_why(demo: Node) -> None:
+    """Lost otherwise: an empty line, which looks like a fault."""
+    house = str(PICTURES / "house.png")
+
+    def ask(*arguments: str) -> str:
+        run = run_client("clip_classify", house, *arguments, address=demo.address)
+        assert run.returncode == 0 and run.stderr == "", run.stderr
+        return run.stdout
+
+    response = demo.ask("clip_classify", Path(house).read_bytes(), label_set="garden")
+    none = float(response.meta["none_score"])
+    assert ask("--label-set", "garden") == f"none of these ({none:.2f})\n" and none > 0.5
+    row = json.loads(ask("--label-set", "garden", "--json"))
+    assert row["labels"] == [] and row["none_score"] == none
+    assert ask("--min-score", "1") == "no label reaches the minimum score\n"
+    assert ask("--label-set", "things", "--min-score", "1") == "no label reaches the minimum score\n"
+    assert "none_score" not in json.loads(ask("--json"))
+
+
+def test_capabilities_list_the_label_sets(demo: Node) -> None:
+    """Lost otherwise: the names that --label-set takes, and why a set cannot be used."""
+    for encoding in ("utf-8", "ascii"):
+        run = run_client("capabilities", address=demo.address, PYTHONIOENCODING=encoding)
+        assert run.returncode == 0, run.stderr
+        clip, bioclip = run.stdout.split("\nbioclip: ")
+        assert clip.splitlines()[2:4] == ["  label set garden: 2 labels", "  label set things: 2 labels"]
+        assert re.fullmatch(r"  label set wrong \(not usable\): .*", clip.splitlines()[4])
+        assert "label set" not in bioclip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".npz"])
+def test_a_file_of_vectors_has_their_space(demo: Node, tmp_path: Path, suffix: str) -> None:
+    """Lost otherwise: the one fact that says which vectors can be compared."""
+    out = tmp_path / f"v{suffix}"
+    run = run_client("clip_image_embed", str(PICTURES / "fox.png"), "--out", str(out), address=demo.address)
+    assert run.returncode == 0, run.stderr
+    extra = demo.stub.GetCapabilities(client.empty_pb2.Empty()).extra
+    expected = {"model_id": extra["clip_model"], "space": extra["clip_space"]}
+    if suffix == ".npz":
+        with np.load(out, allow_pickle=False) as file:
+            assert {key: str(file[key]) for key in expected} == expected
+    else:
+        row = json.loads(out.read_text())
+        assert {key: row[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".npz"])
+@pytest.mark.parametrize("spaces", [("a", "b"), ("", "")])
+def test_a_file_never_has_vectors_of_two_spaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, suffix: str, spaces: tuple[str, str]
+) -> None:
+    """Lost otherwise: a search that finds nonsense, after a daemon was given another model in the middle of a run."""
+
+    def answers(_: Any, requests: Any) -> Any:
+        for number, _request in enumerate(requests):
+            model = "mm" if spaces[0] else "mn"  # a space may have several models, and other servers know no space
+            data = {"vector": [0.6, 0.8], "dim": 2, "model_id": model[number // 2]}
+            yield client.Result("clip_embed", "", data, {"space": spaces[number // 2]})
+
+    monkeypatch.setattr(client, "infer_many", answers)
+    out = tmp_path / f"v{suffix}"
+    assert client.main(["clip_embed", "one", "two", "three", "--out", str(out)]) == 1
+    first, second = spaces if spaces[0] else ("m", "n")
+    said = capsys.readouterr().err
+    assert f"client.py: three: its vector is of the space {second}; those before it: {first}" in said
+    assert not out.exists() and f"2 rows are in {tmp_path / f'v.partial{suffix}'}" in said
+
+
+def test_a_program_can_use_a_label_set(demo: Node) -> None:
+    """Lost otherwise: label sets and minimum scores, to everybody who uses the class."""
+    fox, house = ((PICTURES / f"{name}.png").read_bytes() for name in ("fox", "house"))
+    with client.LumenClient(demo.address) as lumen:
+        [(best, score)] = lumen.classify(house, label_set="things", topk=1)
+        assert best == "a house" and lumen.classify(house, label_set="garden") == []
+        assert lumen.classify(house, label_set="things", min_score=score / 2)[0] == (best, score)
+        assert lumen.classify(fox, "bioclip_classify", min_score=1) == []
+        assert len(lumen.classify(fox, labels=["a fox", "a house"])) == 2
+        with pytest.raises(client.LumenError, match="meta label_set: 'nowhere' is unknown; allowed: garden, things"):
+            lumen.classify(fox, label_set="nowhere")
