@@ -12,6 +12,7 @@ client in another project, copy this file, `client_files.py` and `gen/`. It need
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -25,10 +26,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+if __name__ == "__main__":  # gRPC reads this when it is imported; its own log would stand beside our one line
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 import grpc
 from google.protobuf import empty_pb2
 
 import client_files as files
+from client_files import Credentials as Credentials
 from client_files import OutputError, UsageError
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -57,16 +62,6 @@ class LumenError(Exception):
         self.code, self.message, self.detail = code, message, detail
 
 
-@contextmanager
-def _rpc_errors() -> Iterator[None]:
-    """Raises a gRPC failure as a LumenError."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        call: Any = error  # grpc.RpcError is a Call too, which its type does not say
-        raise LumenError(call.code().name.lower(), call.details() or "the call failed") from error
-
-
 @dataclass(frozen=True)
 class Request:
     """A task, its payload, and meta such as topk, labels, prompt_template or label_format."""
@@ -87,25 +82,16 @@ class Result:
     meta: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """What a daemon with TLS or a token asks for. Certificates and keys are PEM."""
-
-    tls: bool = False
-    ca: bytes | None = None  # the CA that signed the daemon's certificate; None: the CAs that gRPC trusts
-    certificate: bytes | None = None  # the client's certificate with its key, if the daemon asks for one
-    key: bytes | None = None
-    name: str = ""  # the name in the daemon's certificate, if it differs from the address
-    token: str = ""
-
-
 class LumenClient:
-    """A connection to one daemon. It can be used from several threads. `timeout` is in seconds for each call."""
+    """A connection to one daemon. It can be used from several threads. `timeout` is in seconds for each call.
+
+    An address without a port has port 50051. Raises UsageError, a ValueError, for one that is none.
+    """
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0, credentials: Credentials | None = None
     ) -> None:
-        given = credentials or Credentials()
+        self._credentials = given = credentials or Credentials()
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -114,13 +100,13 @@ class LumenClient:
         ]
         if given.name:
             options.append(("grpc.ssl_target_name_override", given.name))
-        self.address, self.timeout = address, timeout
+        self.address, self.timeout = files.full_address(address), timeout
         self._metadata = (("authorization", f"Bearer {given.token}"),) if given.token else ()
         if given.tls:
             tls = grpc.ssl_channel_credentials(given.ca, given.key, given.certificate)
-            self._channel = grpc.secure_channel(address, tls, options)
+            self._channel = grpc.secure_channel(self.address, tls, options)
         else:
-            self._channel = grpc.insecure_channel(address, options)
+            self._channel = grpc.insecure_channel(self.address, options)
         self._stub = pb_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> LumenClient:
@@ -132,10 +118,20 @@ class LumenClient:
     def close(self) -> None:
         self._channel.close()
 
+    @contextmanager
+    def _rpc_errors(self) -> Iterator[None]:
+        """Raises a gRPC failure as a LumenError that says what to do. Its `detail` is what gRPC says."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            call: Any = error  # grpc.RpcError is a Call too, which its type does not say
+            code, said = call.code().name.lower(), call.details() or "the call failed"
+            raise LumenError(code, files.explain(code, said, self.address, self._credentials), said) from error
+
     def infer(self, task: str, payload: bytes, mime: str = "", meta: Mapping[str, str] | None = None) -> Result:
         """Sends one request and returns its answer. Raises LumenError."""
         messages = _messages(Request(task, payload, mime, meta or {}), "")
-        with _rpc_errors():
+        with self._rpc_errors():
             for response in self._stub.Infer(messages, timeout=self.timeout, metadata=self._metadata):
                 answer = _answer(task, response)
                 if isinstance(answer, LumenError):
@@ -161,7 +157,7 @@ class LumenClient:
 
         call = self._stub.Infer(send(), metadata=self._metadata)
         try:
-            with _rpc_errors():
+            with self._rpc_errors():
                 for number, response in enumerate(call):
                     if response.correlation_id != str(number):
                         raise LumenError("internal", f"answer {number} has the id {response.correlation_id!r}")
@@ -170,10 +166,20 @@ class LumenClient:
             call.cancel()
 
     def classify(
-        self, image: bytes, task: str = "clip_classify", topk: int | None = None, labels: Sequence[str] | None = None
+        self,
+        image: bytes,
+        task: str = "clip_classify",
+        topk: int | None = None,
+        labels: Sequence[str] | None = None,
+        label_set: str | None = None,
+        min_score: float | None = None,
     ) -> list[tuple[str, float]]:
-        """(label, probability) pairs, best first. `labels` is for clip_classify only. Raises LumenError."""
-        meta = {} if topk is None else {"topk": str(topk)}
+        """(label, probability) pairs, best first; none if no label fits or reaches `min_score`. Raises LumenError.
+
+        For clip_classify only: `labels`, which are the caller's own, or `label_set`, the name of one of the daemon's.
+        """
+        given = {"topk": topk, "label_set": label_set, "min_score": min_score}
+        meta = {key: str(value) for key, value in given.items() if value is not None}
         if labels is not None:
             meta["labels"] = json.dumps(list(labels))
         rows = self.infer(task, image, meta=meta).data["labels"]
@@ -191,7 +197,7 @@ class LumenClient:
 
     def capabilities(self) -> list[pb.Capability]:
         """One capability for each model. Raises LumenError."""
-        with _rpc_errors():
+        with self._rpc_errors():
             return list(self._stub.StreamCapabilities(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata))
 
     def models(self) -> dict[str, str]:
@@ -211,14 +217,14 @@ class LumenClient:
         The reply is one varint field with number 1. It is parsed here, so that no health package is needed.
         """
         check = self._channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
-        with _rpc_errors():
+        with self._rpc_errors():
             reply: bytes = check(b"", timeout=self.timeout, metadata=self._metadata)
         state = reply[1] if len(reply) == 2 and reply[0] == 0x08 else 0
         return HEALTH_STATES[state] if state < len(HEALTH_STATES) else "UNKNOWN"
 
     def degraded(self) -> list[str]:
         """Where the daemon differs from its settings, for example images on the CPU. Raises LumenError."""
-        with _rpc_errors():
+        with self._rpc_errors():
             _, call = self._stub.Health.with_call(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata)
         return [str(value) for key, value in call.trailing_metadata() or () if key == "lumen-degraded"]
 
@@ -445,25 +451,10 @@ def find_daemons(options: argparse.Namespace) -> list[str]:
     """The addresses of the daemons, without duplicates. Raises UsageError or LumenError."""
     if not options.discover:
         given = ",".join(options.address or [os.environ.get("LUMEN_ADDRESS") or DEFAULT_ADDRESS]).split(",")
-        if "" in (addresses := [address.strip() for address in given]):
-            raise UsageError(f"--address {','.join(given)}: allowed: HOST:PORT, several of them with commas")
-        return list(dict.fromkeys(addresses))
+        return list(dict.fromkeys(files.full_address(address.strip()) for address in given))
     found = discover(tls=options.tls)
     print(f"client.py: found {', '.join(found)}", file=sys.stderr)
     return found
-
-
-def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> Credentials:
-    """Raises UsageError, or OSError if a file cannot be read."""
-    if bool(options.cert) != bool(options.key):
-        raise UsageError("--cert and --key: only one of them is given; allowed: both")
-    token = files.read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
-    for address in addresses if token and not options.tls else ():
-        host = address.rpartition(":")[0].strip("[]")
-        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
-            raise UsageError(f"--token-file: without --tls the token would travel in the clear to {address}")
-    ca, certificate, key = (path.read_bytes() if path else None for path in (options.ca, options.cert, options.key))
-    return Credentials(options.tls, ca, certificate, key, options.server_name, token)
 
 
 def ask(
@@ -495,13 +486,27 @@ def ask(
     yield from unread()
 
 
+def take_heic(clients: Sequence[LumenClient], task: str) -> bool:
+    """Whether every daemon that answers takes HEIC pictures. Raises LumenError if none answers."""
+    taken: list[bool] = []
+    failed = None
+    for client in clients:
+        try:
+            taken.append(files.reads_heic(client.capabilities(), task))
+        except LumenError as error:
+            failed = error
+    if failed and not taken:
+        raise failed
+    return all(taken)
+
+
 def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
     """Sends every input and writes the answers; returns 1 if one failed. Raises LumenError, UsageError or OSError."""
-    if not options.inputs:
-        raise UsageError(
-            f"{options.task}: name at least one {'text' if options.task in files.TEXT_TASKS else 'file or folder'}"
-        )
-    inputs = options.inputs if options.task in files.TEXT_TASKS else files.image_paths(options.inputs)
+    inputs, skipped = options.inputs, 0
+    if options.task in files.TEXT_TASKS:
+        files.warn_of_pictures(options.task, inputs)
+    else:
+        inputs, skipped = files.image_paths(inputs, lambda: take_heic(clients, options.task))
     meta, failed = files.request_meta(options), 0
     if options.task.endswith("_embed"):
         meta |= AS_TENSOR
@@ -513,8 +518,16 @@ def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int
                 print(f"client.py: {shown}: {answer.message}", file=sys.stderr)
                 output.add({"input": shown, "error": answer.message})
             else:
-                output.add({"input": shown, **answer.data})
+                output.add(files.row_of(shown, answer.data, answer.meta))
+    if skipped:
+        print(f"client.py: {files.heic_note(skipped)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def report(error: LumenError, sources: Sequence[str]) -> None:
+    """One line that names the daemons, unless the error does so itself."""
+    named = any(source in error.message for source in sources)
+    print(f"client.py: {'' if named else ', '.join(sources) + ': '}{error}", file=sys.stderr)
 
 
 def show_health(client: LumenClient, as_json: bool) -> bool:
@@ -542,7 +555,7 @@ def show(clients: Sequence[LumenClient], options: argparse.Namespace) -> int:
                 for capability in client.capabilities():
                     files.print_capability(capability, options.json)
         except LumenError as error:
-            print(f"client.py: {client.address}: {error}", file=sys.stderr)
+            report(error, [client.address])
             well = False
     return 0 if well else 1
 
@@ -551,10 +564,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = files.build_parser().parse_intermixed_args(arguments)
     options.tls = any((options.tls, options.ca, options.cert, options.server_name))
     logging.basicConfig(level=logging.WARNING, format="client.py: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not stop the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     addresses: list[str] = []
     try:
+        files.check_options(options)
         addresses = find_daemons(options)
-        credentials = read_credentials(options, addresses)
+        credentials = files.read_credentials(options, addresses)
         with ExitStack() as stack:
             clients = [stack.enter_context(LumenClient(address, options.timeout, credentials)) for address in addresses]
             return (show if options.task in ("capabilities", "health") else run_task)(clients, options)
@@ -566,7 +582,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"client.py: {error}", file=sys.stderr)
         return 2
     except LumenError as error:
-        print(f"client.py: {', '.join(addresses) or 'mDNS'}: {error}", file=sys.stderr)
+        report(error, addresses or ["mDNS"])
     except (OSError, OutputError) as error:
         print(f"client.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Options, inputs and outputs of the command line of `client.py`.
+"""Options, addresses, inputs and outputs of the command line of `client.py`, and what its error messages say.
 
 Reads pictures and texts; writes results as text, JSON lines or .npz. numpy (for .npz) and tqdm (for the progress bar)
 are imported where they are used, and everything else is in the standard library. Nothing here uses gRPC.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import ipaddress
 import itertools
 import json
 import mimetypes
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,23 @@ IMAGE_TASKS = (
     *("clip_image_embed", "bioclip_image_embed", "semantic_image_embed"),
 )
 TEXT_TASKS = ("clip_embed", "bioclip_embed", "semantic_text_embed")
+PICTURE_TASK_OF = dict(zip(TEXT_TASKS, IMAGE_TASKS[3:], strict=True))  # by the same model
+SPECIES_TASKS = ("bioclip_classify", "smart_classify")
+OPTION_TASKS = {  # options that not all tasks take
+    **dict.fromkeys(("topk", "min_score"), ("clip_classify", *SPECIES_TASKS)),
+    **dict.fromkeys(("labels", "label_set"), ("clip_classify",)),
+    **dict.fromkeys(("label_format", "rank", "within"), SPECIES_TASKS),
+    "prompt_template": ("clip_classify", *TEXT_TASKS),
+    "out": (*IMAGE_TASKS, *TEXT_TASKS),
+}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")  # of pictures that only some daemons read
+HEIC_MIMES = {"image/heic", "image/heif"}
 NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
 NOT_A_FILE = "not a regular file"
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """The command cannot be run as it was given."""
 
 
@@ -45,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("client.py", description="Send pictures and texts to a lumen-clip daemon.")
     parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
     parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
-    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="a daemon; several share the work")
+    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="several share the work")
     parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
@@ -67,6 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UsageError if the task does not take one of the options, or takes inputs and has none."""
+    task = options.task
+    for option, tasks in OPTION_TASKS.items():
+        if getattr(options, option) is not None and task not in tasks:
+            allowed = "all tasks with inputs" if option == "out" else ", ".join(tasks)
+            raise UsageError(f"--{option.replace('_', '-')}: {task} does not take it; allowed: {allowed}")
+    if options.labels is not None and options.label_set is not None:
+        raise UsageError("--labels and --label-set: allowed: one of the two")
+    if options.prompt_template is not None and task == "clip_classify" and options.labels is None:
+        raise UsageError("--prompt-template: clip_classify takes it with --labels only")
+    if task in OPTION_TASKS["out"] and not options.inputs:
+        raise UsageError(f"{task}: name at least one {'text' if task in TEXT_TASKS else 'file or folder'}")
+
+
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
     """The options as request meta. Raises UsageError if one is not UTF-8, OSError if a file cannot be read."""
     plain = ("topk", "label_format", "prompt_template", "label_set", "rank", "min_score")
@@ -80,6 +109,102 @@ def request_meta(options: argparse.Namespace) -> dict[str, str]:
         if not is_text(value):
             raise UsageError(f"--{name.replace('_', '-')}: {readable(value)} is not UTF-8")
     return meta
+
+
+# --- addresses and credentials ------------------------------------------------------------------------------------
+
+DEFAULT_PORT = 50051
+GRPC_TARGET = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):(?!\d+$)")  # such as unix:/run/lumen.sock
+
+
+def full_address(text: str) -> str:
+    """HOST:PORT, with DEFAULT_PORT if the port is missing, and with IPv6 in brackets. Raises UsageError.
+
+    Addresses in one of gRPC's own forms are not changed.
+    """
+    if GRPC_TARGET.match(text):
+        return text
+    if is_ipv6(bare := text.removeprefix("[").removesuffix("]")):
+        return f"[{bare}]:{DEFAULT_PORT}"
+    host, _, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
+    known = is_ipv6(host[1:-1]) if host.startswith("[") else is_text(host) and re.fullmatch(r"[^][:/\s]+", host)
+    if known and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536:
+        return f"{host}:{port}"
+    raise UsageError(f"--address {readable(text)}: allowed: HOST, HOST:PORT or [IPV6]:PORT, several with commas")
+
+
+def is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a daemon with TLS or a token asks for. Certificates and keys are PEM.
+
+    Error messages name the options of the command line: --tls, --ca, --cert, --key, --server-name and --token-file.
+    """
+
+    tls: bool = False
+    ca: bytes | None = None  # the CA that signed the daemon's certificate; None: the CAs that gRPC trusts
+    certificate: bytes | None = None  # the client's certificate with its key, if the daemon asks for one
+    key: bytes | None = None
+    name: str = ""  # the name in the daemon's certificate, if it differs from the address
+    token: str = ""
+
+
+def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> Credentials:
+    """Raises UsageError, or OSError if a file cannot be read."""
+    if bool(options.cert) != bool(options.key):
+        raise UsageError("--cert and --key: only one of them is given; allowed: both")
+    token = read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
+    for address in addresses if token and not options.tls else ():
+        host = address.rpartition(":")[0].strip("[]")
+        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
+            raise UsageError(f"--token-file: without --tls the token would travel in the clear to {address}")
+    ca, certificate, key = (path.read_bytes() if path else None for path in (options.ca, options.cert, options.key))
+    return Credentials(options.tls, ca, certificate, key, options.server_name, token)
+
+
+def explain(code: str, said: str, address: str, given: Credentials) -> str:
+    """What to do about a call that failed, or gRPC's own text if that is not known.
+
+    `code` is the gRPC status in lower case, `said` is its text.
+    """
+    if code == "unauthenticated":
+        asked = "does not accept the token in" if given.token else "asks for a token; give"
+        return f"the daemon {asked} --token-file FILE"
+    if code == "unavailable" and said.startswith("not ready: "):
+        return f"the daemon is still loading ({said.removeprefix('not ready: ')}); try again in a minute"
+    if re.match("errors resolving|DNS resolution failed", said):
+        return f"no computer is known by the name in {address}; check the name"
+    if not said.startswith("failed to connect to all addresses"):
+        return said
+    name = given.name or address.rpartition(":")[0].strip("[]")
+    if given.ca:
+        unsigned = "the daemon's certificate is not signed by the CA in --ca FILE; give the CA that signed it"
+    else:
+        unsigned = "the daemon's certificate is not signed by a CA that this computer trusts; give --ca FILE"
+    if given.tls:
+        closed = "if it asks for a client certificate, give --cert FILE and --key FILE that its CA has signed"
+    else:
+        closed = "if it uses TLS, give --ca FILE"
+    for pattern, advice in (
+        ("Connection refused", f"nothing answers at {address}; is the daemon running?"),
+        ("WRONG_VERSION_NUMBER", "the daemon does not use TLS; leave out --tls, --ca, --cert, --key and --server-name"),
+        ("certificate has expired", "the daemon's certificate has expired; make a new one"),
+        ("CERTIFICATE_VERIFY_FAILED", unsigned),
+        ("Hostname Verification", f"the daemon's certificate is not for {name}; give a name in it: --server-name NAME"),
+        ("security handshaker", "a file of --ca, --cert or --key cannot be used; allowed: PEM"),
+        ("Socket closed|Connection reset", f"the daemon closed the connection; {closed}"),
+        ("No route|unreachable|[Tt]imed? ?out", f"{address} does not answer; check the address and the network"),
+    ):
+        if re.search(pattern, said):
+            return advice
+    return said
 
 
 # --- names and texts that may not be UTF-8 ----------------------------------------------------------------------
@@ -113,13 +238,15 @@ def read_utf8(path: Path, option: str) -> str:
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
-def image_paths(inputs: Sequence[str]) -> list[str]:
-    """The inputs, with each folder replaced by the pictures in it, sorted within the folder.
+def image_paths(inputs: Sequence[str], takes_heic: Callable[[], bool]) -> tuple[list[str], int]:
+    """The inputs, with each folder replaced by the pictures in it, sorted; and how many HEIC files are left out.
 
-    Inputs that cannot be read stay in the list. `read_input` reports each when its turn comes, so the others are not
-    affected. Raises UsageError if no input is a file or a folder with pictures.
+    HEIC files in folders are left out unless the daemons take them. Inputs that cannot be read stay in the list.
+    `read_input` reports each when its turn comes, so the others are not affected. Raises UsageError if no input is a
+    file or a folder with pictures.
     """
     paths: list[str] = []
+    heic: set[str] = set()
     wrong = []
     for name in inputs:
         path, found, reason = Path(name), [name], ""
@@ -128,6 +255,7 @@ def image_paths(inputs: Sequence[str]) -> list[str]:
                 pass
             elif path.is_dir():
                 found = pictures_in(name)
+                heic.update(path for path in found if Path(path).suffix.lower() in HEIC_SUFFIXES)
                 if not found:
                     found, reason = [name], NO_PICTURES
             elif not path.is_file():
@@ -139,7 +267,22 @@ def image_paths(inputs: Sequence[str]) -> list[str]:
             wrong.append(f"{readable(name)}: {reason}")
     if wrong and len(wrong) == len(inputs):
         raise UsageError(wrong[0])
-    return paths
+    if not heic or takes_heic():
+        return paths, 0
+    if heic.issuperset(paths):
+        raise UsageError(heic_note(len(heic)))
+    return [path for path in paths if path not in heic], len(heic)
+
+
+def reads_heic(capabilities: Iterable[Any], task: str) -> bool:
+    """Whether a daemon with these capabilities takes HEIC pictures for the task."""
+    offered = [io_task for capability in capabilities for io_task in capability.tasks if io_task.name == task]
+    return any(HEIC_MIMES.intersection(io_task.input_mimes) for io_task in offered)
+
+
+def heic_note(count: int) -> str:
+    were = "HEIC file was" if count == 1 else "HEIC files were"
+    return f"{count} {were} skipped: install pillow-heif for the daemon to read them"
 
 
 def pictures_in(folder: str) -> list[str]:
@@ -149,9 +292,23 @@ def pictures_in(folder: str) -> list[str]:
         Path(parent, name)
         for parent, _, names in os.walk(folder, onerror=lambda error: unreadable.append(error.filename))
         for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        if Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *HEIC_SUFFIXES)
     ]
     return list(map(str, sorted([*found, *map(Path, unreadable)])))
+
+
+def warn_of_pictures(task: str, texts: Sequence[str]) -> None:
+    """One line if texts are names of picture files, which are embedded like any other text."""
+
+    def is_picture(text: str) -> bool:
+        with suppress(OSError):  # a long text is no file name
+            return Path(text).suffix.lower() in (*IMAGE_SUFFIXES, *HEIC_SUFFIXES) and Path(text).is_file()
+        return False
+
+    if names := [readable(text) for text in texts if is_picture(text)]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        hint = f"the name is embedded as text; {PICTURE_TASK_OF[task]} embeds pictures"
+        print(f"client.py: {names[0]}{more}: {hint}", file=sys.stderr)
 
 
 def read_text(argument: str) -> bytes:
@@ -203,8 +360,21 @@ def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
+def row_of(name: str, data: Mapping[str, Any], meta: Mapping[str, str]) -> dict[str, Any]:
+    """What is written of an answer: its data and, of its meta, what `data` lacks."""
+    row = {"input": name, **data}
+    if "vector" in data:
+        row["space"] = meta.get("space", "")
+    if "labels" in data and "none_score" in meta:
+        with suppress(ValueError):
+            row["none_score"] = float(meta["none_score"])
+    return row
+
+
 class Output:
     """Where the rows go: one for each input, with its result or its error. Closed at the end of a `with` block."""
+
+    _space = ""
 
     def __enter__(self) -> Output:
         return self
@@ -217,6 +387,15 @@ class Output:
 
     def close(self, complete: bool) -> None:
         """`complete` is False if the run was interrupted."""
+
+    def check_space(self, row: Mapping[str, Any]) -> None:
+        """Raises OutputError for a vector that cannot be compared with those before it."""
+        if "vector" not in row:
+            return
+        space = row["space"] or row.get("model_id", "")  # other servers may not report a space
+        self._space = self._space or space
+        if space != self._space:
+            raise OutputError(f"{row['input']}: its vector is of the space {space}; those before it: {self._space}")
 
 
 def open_output(out: Path | None, task: str, as_json: bool, several: bool) -> Output:
@@ -239,8 +418,6 @@ class Printer(Output):
     def __init__(self, as_json: bool, several: bool) -> None:
         self._as_json, self._several = as_json, several
         self._ascii = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not stop the run
-            sys.stdout.reconfigure(errors="backslashreplace")
 
     def add(self, row: Mapping[str, Any]) -> None:
         if self._as_json:
@@ -249,6 +426,9 @@ class Printer(Output):
             print((f"{row['input']}\n" if self._several else "") + self._as_text(row))
 
     def _as_text(self, row: Mapping[str, Any]) -> str:
+        if row.get("labels") == []:
+            none = row.get("none_score")
+            return f"none of these ({none:.2f})" if none else "no label reaches the minimum score"
         if "labels" in row:
             return "\n".join(f"{label['score']:7.2%}  {label['label']}" for label in row["labels"])
         first = ", ".join(f"{x:.4f}" for x in row["vector"][:6])
@@ -269,7 +449,8 @@ class JsonLinesFile(Output):
         self._count = self._size = 0  # of whole lines
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Raises OSError, for example if the disk is full."""
+        """Raises OutputError, or OSError, for example if the disk is full."""
+        self.check_space(row)
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         left = memoryview(line)
         while left:
@@ -294,7 +475,8 @@ class JsonLinesFile(Output):
 
 
 class NpzFile(Output):
-    """Embeddings as .npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`) and `model_id`.
+    """Embeddings as .npz, written at the end: `paths` (text `[n]`), `vectors` (float32 `[n, dim]`), and of the vectors
+    `model_id` and `space`.
 
     Inputs that failed are left out. An interrupted run leaves NAME.partial.npz, as with `JsonLinesFile`. If the file
     cannot be written, for example because the disk is full, the folder for temporary files is tried.
@@ -309,16 +491,17 @@ class NpzFile(Output):
         path.unlink()
         self._paths: list[str] = []
         self._vectors: list[Any] = []
-        self._model_id = ""
+        self._facts: dict[str, str] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Raises OutputError for a vector of another length, which would make the file unusable."""
+        """Raises OutputError for a vector of another space or length, which would make the file unusable."""
         if "error" in row:
             return
+        self.check_space(row)
         vector = self._np.array(row["vector"], self._np.float32)
         if self._vectors and vector.shape != self._vectors[0].shape:
             raise OutputError(f"{row['input']}: {len(vector)} dimensions; before: {len(self._vectors[0])}")
-        self._model_id = self._model_id or row["model_id"]
+        self._facts = self._facts or {key: row.get(key, "") for key in ("model_id", "space")}
         self._vectors.append(vector)
         self._paths.append(row["input"])
 
@@ -345,7 +528,8 @@ class NpzFile(Output):
         path, file = create_partial(out)
         try:
             with io.BufferedWriter(file) as buffered:
-                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, model_id=self._model_id)
+                facts = self._facts or {"model_id": "", "space": ""}
+                np.savez(buffered, paths=np.array(self._paths, dtype=str), vectors=vectors, **facts)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -361,6 +545,10 @@ def print_capability(capability: Any, as_json: bool) -> None:
     models, precisions = ", ".join(capability.model_ids), ", ".join(capability.precisions)
     tasks = ", ".join(task.name for task in capability.tasks)
     print(f"{capability.service_name}: {models} on {capability.runtime} ({precisions})\n  {tasks}")
+    usable = capability.extra.get("clip_label_sets", "").split(",")
+    for key, note in sorted(capability.extra.items()):
+        if name := key.partition("clip_label_set.")[2]:
+            print(f"  label set {name}{'' if name in usable else ' (not usable)'}: {note}")
 
 
 def print_health(state: str, degraded: Sequence[str], as_json: bool) -> None:

@@ -112,7 +112,7 @@ def test_work_whose_caller_has_left_is_not_run(watched: Any) -> None:
 
 def test_a_vector_that_is_not_finite_never_leaves(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: an index with a NaN in it, which finds nothing any more."""
-    backend, stub = watched
+    _, stub = watched
     monkeypatch.setattr(
         onnx_backend,
         "run_session",

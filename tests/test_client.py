@@ -165,12 +165,12 @@ def test_a_text_that_is_not_utf8_fails_alone(onnx_node: Node, tmp_path: Path) ->
     assert [row.get("error") for row in rows] == [None, "the text is not UTF-8", None]
     assert rows[2]["vector"] == pytest.approx(onnx_node.result("clip_embed", b"a cat")["vector"], abs=1e-5)
     (tmp_path / "labels").write_bytes(b"a dog\na caf\xe9\n")
-    for option, value, said in (
-        ("--labels", bad, "--labels: "),
-        ("--labels", f"@{tmp_path / 'labels'}", f"--labels: {tmp_path / 'labels'} is not UTF-8"),
-        ("--prompt-template", f"{bad} {{}}", "--prompt-template: a caf\\xe9 {} is not UTF-8"),
+    for options, said in (
+        (("--labels", bad), "--labels: "),
+        (("--labels", f"@{tmp_path / 'labels'}"), f"--labels: {tmp_path / 'labels'} is not UTF-8"),
+        (("--labels", "a", "--prompt-template", f"{bad} {{}}"), "--prompt-template: a caf\\xe9 {} is not UTF-8"),
     ):
-        run = run_client("clip_classify", __file__, option, value, address=onnx_node.address)
+        run = run_client("clip_classify", __file__, *options, address=onnx_node.address)
         assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
 
@@ -308,7 +308,7 @@ def test_a_mistake_at_the_command_line_is_one_line(onnx_node: Node, tmp_path: Pa
         (("clip_embed", "x", "--out", str(tmp_path / "folder.jsonl")), 2, "a folder"),
         (("clip_classify", __file__, "--out", "x.npz"), 2, "only embeddings"),
         (("clip_classify", __file__, "--labels", "@nowhere"), 1, "nowhere"),
-        (("clip_embed", "x", "--topk", "0", "--address", "127.0.0.1:9"), 1, "127.0.0.1:9"),
+        (("clip_classify", __file__, "--topk", "0", "--address", "127.0.0.1:9"), 1, "127.0.0.1:9"),
     ):
         run = run_client(*arguments, address="" if "--address" in arguments else onnx_node.address)
         assert run.returncode == status and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
