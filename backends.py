@@ -38,7 +38,7 @@ LONGEST_SPLIT_S = 1.0  # what another picture may have to wait for; a text takes
 def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
     """Loads a model and runs both towers once, so that the first request is as fast as the rest.
 
-    Raises BackendError with one line that names the variable to change.
+    Raises SettingError or BackendError with one line that names the variable.
     """
     kinds: dict[str, Callable[[ModelOptions, Say], Backend]] = {
         "torch": TorchBackend,
@@ -52,7 +52,7 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         texts = backend.encode_text(backend.tokenize(["a photo"]))
     except Exception as error:
         log.debug("first run failed", exc_info=True)
-        raise options.error("MODEL", options.model, f"the model does not run ({one_line(error)})") from error
+        raise options.failure("MODEL", options.model, f"the model does not run ({one_line(error)})") from error
     if not (math.isfinite(backend.logit_scale) and backend.logit_scale > 0):
         raise options.error("MODEL", options.model, f"a logit scale of {backend.logit_scale}; allowed: above 0")
     if images.shape[1] != texts.shape[1]:
@@ -62,7 +62,7 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         cosine, floor = self_test(backend), float(backend.golden["floor"])
         if not cosine >= floor:
             text = f"self-test: cosine {cosine:.6f} to the vectors of its export; allowed: {floor} and more"
-            raise options.error("MODEL", options.model, text)
+            raise options.failure("MODEL", options.model, text)
         backend.self_test_cosine = cosine
         log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend

@@ -41,7 +41,7 @@ import model_files
 import preprocess
 import rknn_backend
 import tokenizer
-from errors import BackendError
+from errors import BackendError, SettingError
 from onnx_backend import FolderBackend, open_onnx
 from preprocess import Preprocess
 from settings import ModelOptions
@@ -82,8 +82,8 @@ class ExportError(Exception):
 class ExportOptions(ModelOptions):
     """The backend's options, whose errors name this program's option instead of a variable."""
 
-    def error(self, variable: str, value: str, text: str) -> BackendError:
-        return BackendError(f"--{variable.lower()} {value}: {text}")
+    def line(self, variable: str, value: str, text: str) -> str:
+        return f"--{variable.lower()} {value}: {text}"
 
 
 # --- towers -----------------------------------------------------------------------------------------------------
@@ -657,7 +657,7 @@ def export(
     photos: Path | None = None,
     data_dir: Path = Path("data"),
 ) -> None:
-    """Raises BackendError or ExportError, each one line; `to` then is as it was."""
+    """Raises SettingError, BackendError or ExportError, each one line; `to` then is as it was."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
@@ -733,7 +733,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = ["--to", str(options["to"]), "--rknn", ",".join(socs)] + ["--no-sdpa"] * (not sdpa)
             given += ["--photos", str(options["photos"])] if options["photos"] else []
             convert_elsewhere(given)
-    except (BackendError, ExportError, OSError) as error:
+    except (SettingError, BackendError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     return 0

@@ -222,6 +222,8 @@ def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], 
     def load() -> None:
         try:
             done(load_models(daemon.settings, daemon.engine, say))
+        except PermissionError as error:  # of a file that a setting names; in /home under systemd, for example
+            done(SettingError(f"cannot read {error.filename} ({error.strerror})"))
         except BaseException as error:
             done(error)
 
@@ -229,9 +231,9 @@ def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], 
 
 
 def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
-    """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError.
+    """Loads what the settings ask for; `say` is told what is being done.
 
-    Species that are not at hand are left to the loader.
+    Species that are not at hand are left to the loader. Raises SettingError, BackendError or LabelError.
     """
     loader: SpeciesLoader | None = None
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
@@ -298,10 +300,15 @@ def _classes(backend: Backend, encode: Encode, folder: Path, settings: Settings,
 
 
 def _report(error: BaseException) -> None:
-    if isinstance(error, BackendError | LabelError):
+    if isinstance(error, SettingError | BackendError | LabelError):
         complain(error)
     else:
         log.critical("loading the models failed", exc_info=error)
+
+
+def exit_status(error: BaseException) -> int:
+    """2 for what the operator has to change: lumen-clip.service does not start the daemon again then."""
+    return 2 if isinstance(error, SettingError) else 1
 
 
 # --- serve ------------------------------------------------------------------------------------------------------
@@ -397,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
         complain(error)
-        return 2 if isinstance(error, SettingError) else 1
+        return exit_status(error)
     journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
@@ -412,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave(0)
     if isinstance(event, BaseException):
         _report(event)
-        _leave(1)
+        _leave(exit_status(event))
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)

@@ -43,7 +43,8 @@ class ModelFolder:
 
     def __init__(self, options: ModelOptions, say: Say, image_file: str, npu: str | None = None) -> None:
         """`image_file`: the operator's file for the image tower, or "". `npu`: the target whose programs are downloaded
-        as well, "" if it is not known, or None for a model that runs on no NPU. Raises BackendError."""
+        as well, "" if it is not known, or None for a model that runs on no NPU. Raises SettingError or
+        BackendError."""
         needs_modules(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
         self.options = options
         self._say, self._image_file, self._npu = say, image_file, npu
@@ -101,7 +102,7 @@ class ModelFolder:
         ]
 
     def tower(self, variable: str, value: str, part: str) -> Path:
-        """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises BackendError if there is none."""
+        """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises SettingError if there is none."""
         path = Path(value) if value or self.path is None else self.path / part / "model.onnx"
         if not path.is_file():
             if value:
@@ -122,7 +123,11 @@ class ModelFolder:
 
 
 def open_session(options: ModelOptions, path: Path, variable: str, threads: int) -> Any:
-    """An ONNX Runtime session. Raises BackendError, also if it would run on another provider than the one wanted."""
+    """An ONNX Runtime session.
+
+    Raises SettingError if a provider is not in this build, and BackendError if the file cannot be loaded or the session
+    would run on another provider than the one wanted.
+    """
     import onnxruntime
 
     wanted = list(options.ort_providers) or ["CPUExecutionProvider"]
@@ -137,10 +142,10 @@ def open_session(options: ModelOptions, path: Path, variable: str, threads: int)
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=wanted)
     except Exception as error:
-        raise options.error(variable, str(path), f"ONNX Runtime cannot load it ({one_line(error)})") from error
+        raise options.failure(variable, str(path), f"ONNX Runtime cannot load it ({one_line(error)})") from error
     if session.get_providers()[0] != wanted[0]:
         text = f"ONNX Runtime fell back to {session.get_providers()[0]}"
-        raise options.error("ORT_PROVIDERS", ",".join(wanted), text)
+        raise options.failure("ORT_PROVIDERS", ",".join(wanted), text)
     return session
 
 
@@ -286,6 +291,6 @@ class FolderBackend:
 
 
 def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:
-    """Both towers on ONNX Runtime. Raises BackendError."""
+    """Both towers on ONNX Runtime. Raises SettingError or BackendError."""
     folder = ModelFolder(options, say, options.onnx_image)
     return FolderBackend(folder, OnnxImageTower(folder))

@@ -37,7 +37,7 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
 
     An NPU that does not start, or whose vectors are not those of its program's golden picture, is refused: `refusal`
     says why, and the folder's ONNX tower runs instead. Nothing short of running it proves a program right on a board.
-    Raises BackendError.
+    Raises SettingError, and BackendError if neither of the two runs.
     """
     if importlib.util.find_spec("rknnlite") is None:
         text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
@@ -53,7 +53,7 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
     text = f"the NPU is not used: {refusal}{detail}"
     if onnx_tower(folder) is None:
         text += "; and there is no visual/model.onnx that could run on the CPU instead"
-        raise options.error("BACKEND", options.backend, text)
+        raise options.failure("BACKEND", options.backend, text)
     log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", options.name, text)
     return FolderBackend(folder, OnnxImageTower(folder), refusal=refusal)
 

@@ -132,8 +132,16 @@ class ModelOptions:
         if not self.model:
             object.__setattr__(self, "model", DEFAULT_MODELS[self.name])
 
-    def error(self, variable: str, value: str, text: str) -> BackendError:
-        return BackendError(f"{self.name}_{variable}={value}: {text}")
+    def error(self, variable: str, value: str, text: str) -> SettingError:
+        """For what the operator has to change."""
+        return SettingError(self.line(variable, value, text))
+
+    def failure(self, variable: str, value: str, text: str) -> BackendError:
+        """For what may be different at the next start: downloads, damaged files, the machine."""
+        return BackendError(self.line(variable, value, text))
+
+    def line(self, variable: str, value: str, text: str) -> str:
+        return f"{self.name}_{variable}={value}: {text}"
 
 
 @dataclass(frozen=True)

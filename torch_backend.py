@@ -36,7 +36,7 @@ class TorchBackend:
     npu = refusal = ""
 
     def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
-        """Raises BackendError."""
+        """Raises SettingError or BackendError."""
         needs_modules(("torch", "open_clip"), options)
         # Threads that spin while they wait for each other take the cores from what they wait for: a text among
         # other work cost up to ten times its core time.
@@ -45,6 +45,10 @@ class TorchBackend:
         import torch
 
         device = options.device or self._best_device()
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise options.error("DEVICE", device, f"not a device of torch ({one_line(error)})") from error
         if options.precision != "fp32" and device.split(":")[0] == "cpu":
             raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
@@ -56,7 +60,7 @@ class TorchBackend:
         except Exception as error:
             log.debug("OpenCLIP could not build %s", name, exc_info=True)
             text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
-            raise options.error("MODEL", options.model, text) from error
+            raise options.failure("MODEL", options.model, text) from error
         self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
         self._cores = usable_cores()
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
@@ -129,7 +133,7 @@ class TorchBackend:
                 with report_download(say, value, folder, {Path(config["url"]).name: 0}):
                     path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
             except Exception as error:
-                raise options.error("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
+                raise options.failure("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
         # OpenCLIP ties these to the tag; with a path they have to be said.
         recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
         quick_gelu = bool(config.get("quick_gelu", False))
