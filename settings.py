@@ -20,6 +20,7 @@ log = logging.getLogger("lumen.settings")
 VERSION = "1.0.0"
 HERE = Path(__file__).resolve().parent
 DATA_DIR = HERE / "data"
+SPECIES_SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")  # values of BIOCLIP_LABELS that are no paths
 DEFAULT_MODELS = {"CLIP": "ViT-B-32:laion2b_s34b_b79k", "BIOCLIP": "hf-hub:imageomics/bioclip-2"}
 # Former settings, and what the daemon does instead.
 RETIRED = {
@@ -87,8 +88,35 @@ def _switch(text: str) -> bool:
     return _choice("0", "1")(text) == "1"
 
 
-def _setting(default: Any, parse: Callable[[str], Any] = str) -> Any:
-    return field(default=default, metadata={"parse": parse})
+# --- paths in values: -> the path, or "" if the value has none --------------------------------------------------
+
+
+def _file(text: str) -> str:
+    return text
+
+
+def _label_file(text: str) -> str:
+    return "" if text in SPECIES_SOURCES else text
+
+
+def _model_file(text: str) -> str:
+    """A folder, or the file of `ARCH:file`. Only a path contains a slash or begins with a dot; a tag does neither."""
+    if text.startswith("hf-hub:"):
+        return ""
+    path = text if text.startswith("/") else text.partition(":")[2] or text
+    return path if "/" in path or path.startswith(".") else ""
+
+
+def _no_path(text: str) -> str:
+    return ""
+
+
+# --- fields -----------------------------------------------------------------------------------------------------
+
+
+def _setting(default: Any, parse: Callable[[str], Any] = str, path: Callable[[str], str] = _no_path) -> Any:
+    """A field that a variable sets. `parse` makes its value of a text; `path` finds the path that a text contains."""
+    return field(default=default, metadata={"parse": parse, "path": path})
 
 
 _PRECISION = _choice("fp32", "fp16")
@@ -106,7 +134,7 @@ class ModelOptions:
     # What runs the model; "none" leaves it and its tasks out. BIOCLIP_BACKEND is CLIP_BACKEND unless it is set.
     backend: str = _setting("torch", _choice("torch", "onnxrt", "rknn", "none"))
     # ARCH:tag, ARCH:path/to/weights, hf-hub:org/name, or a folder. Another model has another space of vectors.
-    model: str = _setting("")
+    model: str = _setting("", path=_model_file)
     data_dir: Path = DATA_DIR
     # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU.
     device: str = _setting("")
@@ -115,18 +143,18 @@ class ModelOptions:
     # Images or texts that share one batch at most; 0: BATCH_SIZE. More need more memory, and others wait longer.
     max_batch_size: int = _setting(0, _number(1, 1024))
     # onnxrt: files in place of the folder's visual/model.onnx and textual/model.onnx.
-    onnx_image: str = _setting("")
-    onnx_text: str = _setting("")
+    onnx_image: str = _setting("", path=_file)
+    onnx_text: str = _setting("", path=_file)
     # onnxrt: execution providers in the order of preference; empty: the CPU's. One that is missing ends the start.
     ort_providers: tuple[str, ...] = _setting((), _names)
     # rknn: a program in place of the folder's visual/rknpu/TARGET/model.rknn.
-    rknn_model: str = _setting("")
+    rknn_model: str = _setting("", path=_file)
     # rknn: the chip; empty: what the device tree says, which a container may hide.
     rknn_target: str = _setting("", _choice(*machine.NPU_CORES))
     # rknn: cores of the NPU, each with its own copy of the model; 0: all for which there is memory.
     rknn_cores: int = _setting(0, _number(0, 3))
     # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
-    labels: str = _setting("")
+    labels: str = _setting("", path=_label_file)
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -156,7 +184,7 @@ class Settings:
     # takes so many times as long.
     clip_templates: int = _setting(7, _templates)
     # A JSON file of what `smart_classify` distinguishes; empty: `label_files.SCENES`.
-    lumen_scenes: str = _setting("")
+    lumen_scenes: str = _setting("", path=_file)
     # The model of the `semantic_` tasks; empty: they are off. Photo apps route them by name alone, so a second node
     # with another model would mix vectors of two models.
     lumen_semantic: str = _setting("", _choice("clip", "bioclip"))
@@ -169,18 +197,18 @@ class Settings:
     # The IPv4 address that is announced; empty: found. Needed in a container, whose own address nobody reaches.
     advertise_ip: str = _setting("", _ipv4)
     # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
-    lumen_data_dir: Path = _setting(DATA_DIR, Path)
+    lumen_data_dir: Path = _setting(DATA_DIR, Path, path=_file)
     # Whether a JPEG may be decoded at a fraction of its size, several times as fast. 0 decodes all of it.
     lumen_jpeg_draft: bool = _setting(True, _switch)
     # Whether the first start tries for a few seconds how images run best here. 0: a batch of BATCH_SIZE on each core.
     lumen_tune: bool = _setting(True, _switch)
     # PEM files. A certificate and its key switch TLS on; photo apps then no longer reach the daemon.
-    lumen_tls_cert: str = _setting("")
-    lumen_tls_key: str = _setting("")
+    lumen_tls_cert: str = _setting("", path=_file)
+    lumen_tls_key: str = _setting("", path=_file)
     # PEM file of an authority: only clients with a certificate that it signed are served.
-    lumen_tls_client_ca: str = _setting("")
+    lumen_tls_client_ca: str = _setting("", path=_file)
     # A file with a token that every call must carry.
-    lumen_token_file: str = _setting("")
+    lumen_token_file: str = _setting("", path=_file)
     # Seconds after which a batch, or the decoding of a picture, counts as hung and the process ends. Less ends it while
     # a slow board works; more leaves it useless for longer.
     lumen_hang_s: int = _setting(120, _number(1, 86_400))
@@ -226,6 +254,10 @@ def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping
         name = (prefix + setting.name).upper()
         text = environment.get(name, "").strip()
         if text and "parse" in setting.metadata:
+            path = setting.metadata["path"](text)
+            if path and "NOTIFY_SOCKET" in environment and not Path(path).is_absolute():
+                allowed = "paths in systemd's environment file must be absolute"
+                raise SettingError(f"{name}={text}: {path} is not an absolute path; {allowed}")
             try:
                 values[setting.name] = setting.metadata["parse"](text)
             except ValueError as error:

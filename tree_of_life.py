@@ -33,12 +33,12 @@ from errors import BackendError, LabelError, SettingError, one_line
 from label_cache import CacheKey, Names, TextVectors
 from machine import sha256_of
 from model_files import Encode, Say, encoder_of, fetch_file, quiet
-from settings import DATA_DIR, ModelOptions
+from settings import DATA_DIR, SPECIES_SOURCES, ModelOptions
 from species import RECIPE
 
 log = logging.getLogger("lumen.tree_of_life")
 
-SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")
+SOURCES = SPECIES_SOURCES
 NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
 REPO_200M = "imageomics/TreeOfLife-200M"
 REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"

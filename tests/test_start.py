@@ -21,8 +21,9 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import machine
+from errors import SettingError
 from gen import ml_service_pb2 as pb
-from settings import ModelOptions
+from settings import ModelOptions, Settings
 from tests.hub import IMMICH_REPO, FakeHub, folder_content
 from tests.kit import (
     IMAGENET,
@@ -190,6 +191,58 @@ def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, variable: str, 
     assert node.ended() == 2
     node.stop()
     assert node.log.startswith(f"lumen-clip: {variable}={value}: ") and said in node.log and node.log.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "path"),
+    [
+        ("LUMEN_TLS_CERT", "lumen.pem", ""),
+        ("LUMEN_TLS_KEY", "keys/lumen.key", ""),
+        ("LUMEN_TLS_CLIENT_CA", "./ca.pem", ""),
+        ("LUMEN_TOKEN_FILE", "~/lumen.token", ""),
+        ("LUMEN_SCENES", "scenes.json", ""),
+        ("LUMEN_DATA_DIR", "data", ""),
+        ("CLIP_LABELS", "names.json", ""),
+        ("BIOCLIP_LABELS", "species", ""),
+        ("CLIP_MODEL", "models/vit-b-32", ""),
+        ("BIOCLIP_MODEL", "ViT-B-32:weights/x.pt", "weights/x.pt"),
+        ("CLIP_ONNX_IMAGE", "image.onnx", ""),
+        ("BIOCLIP_ONNX_TEXT", "text.onnx", ""),
+        ("CLIP_RKNN_MODEL", "x.rknn", ""),
+    ],
+)
+def test_under_systemd_a_relative_path_is_an_error_that_names_it(
+    tmp_path: Path, variable: str, value: str, path: str
+) -> None:
+    """Lost otherwise: an evening with "No such file" for a file that is there. systemd starts the daemon in /."""
+    with pytest.raises(SettingError) as error:
+        Settings.from_environment({variable: value, "NOTIFY_SOCKET": "/run/systemd/notify"})
+    said = f"{variable}={value}: {path or value} is not an absolute path"
+    said += "; paths in systemd's environment file must be absolute"
+    assert str(error.value) == said
+    Settings.from_environment({variable: value})
+    Settings.from_environment({variable: f"/etc/{value}", "NOTIFY_SOCKET": "@notify"})
+    if variable == "LUMEN_TLS_CERT":
+        node = Node(tmp_path, NOTIFY_SOCKET=tmp_path / "notify", **{variable: value})
+        assert node.ended() == 2
+        node.stop()
+        assert node.log == f"lumen-clip: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CLIP_MODEL", "ViT-L/14:openai"),
+        ("CLIP_MODEL", "ViT-B-32"),
+        ("CLIP_MODEL", "hf-hub:org/name"),
+        ("BIOCLIP_LABELS", "TreeOfLife-10M"),
+        ("BIOCLIP_LABELS", "TreeOfLife-200M"),
+        ("CLIP_DEVICE", "cuda:0"),
+    ],
+)
+def test_a_name_is_not_taken_for_a_relative_path(variable: str, value: str) -> None:
+    """Lost otherwise: every start under systemd with a model or labels of the hub."""
+    Settings.from_environment({variable: value, "NOTIFY_SOCKET": "/run/systemd/notify"})
 
 
 @pytest.mark.parametrize(
