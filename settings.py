@@ -5,10 +5,12 @@ Read once, from the environment, into one frozen dataclass. No other file reads 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,15 @@ RETIRED = {
     "CLIP_MDNS_STATUS": "the daemon announces loading or ready, as it is",
     "CLIP_MDNS_VERSION": "the daemon announces MDNS_VERSION of discovery.py",
 }
+PREFIXES = ("CLIP_", "BIOCLIP_", "LUMEN_")  # of all settings but BATCH_SIZE and ADVERTISE_IP
+# What begins so and is read by others: the unit and compose, the client, the tests.
+READ_ELSEWHERE = (
+    *("LUMEN_OPTIONS", "LUMEN_ADDRESS", "LUMEN_MDNS_INTERFACE"),
+    *("LUMEN_SEED", "LUMEN_FUZZ", "LUMEN_MUTANTS", "LUMEN_SOAK_MINUTES"),
+    *("LUMEN_ARM64_ROOT", "LUMEN_BOOT_ROOT", "LUMEN_DOCKER_ROOT", "LUMEN_RKNN_VENV"),
+)
+# What Kubernetes sets in every container for a service named `lumen`, `clip` or `lumen-clip`.
+SERVICE_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 # What `--demo` sets: an ordinary model in the ordinary layout, and the names of what it was shown.
 DEMO_DIR = HERE / "gen" / "demo"
 DEMO = {
@@ -223,10 +234,15 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Raises SettingError: one line with the variable, its value and what is allowed."""
+        """Logs a warning for each variable that is not a setting.
+
+        Raises SettingError: one line with the variable, its value and what is allowed.
+        """
         for name, instead in RETIRED.items():
             if environment.get(name):
                 log.warning("%s is no longer a setting and has no effect: %s", name, instead)
+        for name, similar in _unknown(environment):
+            log.warning("%s is not a setting%s", name, f"; did you mean {similar}?" if similar else "")
         shared = _read(cls, "", environment)
         batch_size = shared.get("batch_size", cls.batch_size)
         common = {"max_batch_size": batch_size, "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
@@ -247,13 +263,28 @@ class Settings:
         return {name: options for name, options in both.items() if options.backend != "none"}
 
 
+def _variables(kind: type[Settings | ModelOptions], prefix: str) -> dict[str, Field[Any]]:
+    """The settings of a dataclass by the names of their variables."""
+    return {(prefix + setting.name).upper(): setting for setting in fields(kind) if "parse" in setting.metadata}
+
+
+def _unknown(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(name, the most similar setting or "") of each variable that looks like a setting and is none."""
+    known = {**_variables(Settings, ""), **_variables(ModelOptions, "CLIP_"), **_variables(ModelOptions, "BIOCLIP_")}
+    for name in sorted(environment):
+        text = environment[name].strip()
+        if not text or not name.startswith(PREFIXES) or name in known or name in RETIRED or name in READ_ELSEWHERE:
+            continue
+        if "://" not in text and not SERVICE_LINK.fullmatch(name):
+            yield name, "".join(difflib.get_close_matches(name, known, 1, 0.75))
+
+
 def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """The settings of a dataclass that the environment sets. Raises SettingError."""
     values: dict[str, Any] = {}
-    for setting in fields(kind):
-        name = (prefix + setting.name).upper()
+    for name, setting in _variables(kind, prefix).items():
         text = environment.get(name, "").strip()
-        if text and "parse" in setting.metadata:
+        if text:
             path = setting.metadata["path"](text)
             if path and "NOTIFY_SOCKET" in environment and not Path(path).is_absolute():
                 allowed = "paths in systemd's environment file must be absolute"

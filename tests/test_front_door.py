@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ import errors
 import labels
 import tasks
 from settings import Settings
-from tests.kit import ROOT
+from tests.kit import ROOT, Node
 
 
 def test_the_readmes_table_of_settings_is_the_programs() -> None:
@@ -43,6 +44,56 @@ def test_a_former_setting_is_warned_of(caplog: pytest.LogCaptureFixture) -> None
     Settings.from_environment({"CLIP_MDNS_STATUS": "busy", "CLIP_MDNS_VERSION": ""})
     [warning] = [record.getMessage() for record in caplog.records]
     assert warning.startswith("CLIP_MDNS_STATUS is no longer a setting and has no effect: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("CLIP_BACKNED", "CLIP_BACKEND"),
+        ("BIOCLIP_LABLES", "BIOCLIP_LABELS"),
+        ("BIOCLIP_TEMPLATES", "CLIP_TEMPLATES"),
+        ("CLIP_BATCH_SIZE", "CLIP_MAX_BATCH_SIZE"),
+        ("LUMEN_MAX_MPIXELS", "LUMEN_MAX_MEGAPIXELS"),
+        ("LUMEN_CLIP_MODEL", "CLIP_MODEL"),
+        ("LUMEN_TOKEN", "LUMEN_TOKEN_FILE"),
+        ("LUMEN_PORT", ""),
+        ("LUMEN_LOG_LEVEL", ""),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_warned_of(name: str, similar: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: an operator whose misspelt setting never had an effect. A value may be a secret."""
+    Settings.from_environment({name: "s3cret", "BATCHSIZE": "2", f"{name}X": "", f"{name}Y": " "})
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning == f"{name} is not a setting" + f"; did you mean {similar}?" * bool(similar)
+
+
+def test_variables_that_other_programs_read_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: warnings that are always there, and hide the one that matters."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("*.service"), ROOT / "compose.yaml"]
+    text = "\n".join(path.read_text() for path in files if path.name != Path(__file__).name)
+    read = set(re.findall(r"environ(?:\.get\(|\[|\.setdefault\()\"((?:BIO)?CLIP_\w+|LUMEN_\w+)\"", text))
+    read |= set(re.findall(r"\$\{?((?:BIO)?CLIP_\w+|LUMEN_\w+)", text))
+    assert {"LUMEN_OPTIONS", "LUMEN_ADDRESS", "LUMEN_MDNS_INTERFACE", "LUMEN_TOKEN_FILE", "LUMEN_SEED"} <= read
+    kubernetes = {
+        "LUMEN_CLIP_SERVICE_HOST": "10.0.0.7",
+        "LUMEN_CLIP_SERVICE_PORT_GRPC": "50051",
+        "LUMEN_CLIP_PORT": "tcp://10.0.0.7:50051",
+        "LUMEN_CLIP_PORT_50051_TCP": "tcp://10.0.0.7:50051",
+        "LUMEN_CLIP_PORT_50051_TCP_ADDR": "10.0.0.7",
+        "CLIP_SERVICE_PORT": "50051",
+    }
+    Settings.from_environment({**dict.fromkeys(read, "/x"), **kubernetes})
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_misspelt_setting_explains_the_error_that_it_causes(tmp_path: Path) -> None:
+    """Lost otherwise: a start that fails for a setting which is there, so it seems."""
+    node = Node(tmp_path, CLIP_BACKEND="none", BIOCLIP_BACKNED="onnxrt")
+    assert node.ended() == 2
+    node.stop()
+    warning, error = node.log.splitlines()
+    assert warning.endswith("WARNING lumen.settings: BIOCLIP_BACKNED is not a setting; did you mean BIOCLIP_BACKEND?")
+    assert error.startswith("lumen-clip: CLIP_BACKEND=none: there is nothing to serve")
 
 
 def test_the_numbers_of_templates_are_those_that_labels_has() -> None:
