@@ -118,19 +118,44 @@ def _model_file(text: str) -> str:
     return path if "/" in path or path.startswith(".") else ""
 
 
-def _no_path(text: str) -> str:
-    return ""
+# --- when a setting has no effect: -> the setting that is the reason, or "" --------------------------------------
+
+
+def _with_backend(*names: str) -> Callable[[ModelOptions], str]:
+    """Has an effect with these backends only."""
+    return lambda options: "" if options.backend in names else f"{options.name}_BACKEND={options.backend}"
+
+
+def _with_models(*names: str) -> Callable[[Settings], str]:
+    """Has an effect with these models only."""
+    return lambda settings: ", ".join(f"{n.upper()}_BACKEND=none" for n in names if n not in settings.models())
+
+
+def _with_mdns(settings: Settings) -> str:
+    return "" if settings.clip_mdns_type else "CLIP_MDNS_TYPE=off"
 
 
 # --- fields -----------------------------------------------------------------------------------------------------
 
 
-def _setting(default: Any, parse: Callable[[str], Any] = str, path: Callable[[str], str] = _no_path) -> Any:
-    """A field that a variable sets. `parse` makes its value of a text; `path` finds the path that a text contains."""
-    return field(default=default, metadata={"parse": parse, "path": path})
+def _setting(
+    default: Any,
+    parse: Callable[[str], Any] = str,
+    path: Callable[[str], str] = lambda text: "",
+    idle: Callable[[Any], str] = lambda owner: "",
+) -> Any:
+    """A field that a variable sets.
+
+    `parse` makes its value of a text, `path` finds the path that a text contains, and `idle` tells of the whole
+    dataclass which other setting leaves this one without effect.
+    """
+    return field(default=default, metadata={"parse": parse, "path": path, "idle": idle})
 
 
 _PRECISION = _choice("fp32", "fp16")
+_SERVED = _with_backend("torch", "onnxrt", "rknn")
+_ONNX = _with_backend("onnxrt", "rknn")  # with rknn for texts, and for images where the NPU is refused
+_RKNN = _with_backend("rknn")
 
 
 @dataclass(frozen=True)
@@ -145,27 +170,28 @@ class ModelOptions:
     # What runs the model; "none" leaves it and its tasks out. BIOCLIP_BACKEND is CLIP_BACKEND unless it is set.
     backend: str = _setting("torch", _choice("torch", "onnxrt", "rknn", "none"))
     # ARCH:tag, ARCH:path/to/weights, hf-hub:org/name, or a folder. Another model has another space of vectors.
-    model: str = _setting("", path=_model_file)
+    model: str = _setting("", path=_model_file, idle=_SERVED)
     data_dir: Path = DATA_DIR
-    # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU.
-    device: str = _setting("")
+    # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU. The container images for
+    # GPUs set it for both models, so it is not reported for a model that is left out.
+    device: str = _setting("", idle=_with_backend("torch", "none"))
     # torch: fp16 halves the memory of a GPU and is faster there. A CPU has fp32 only.
-    precision: str = _setting("fp32", _PRECISION)
+    precision: str = _setting("fp32", _PRECISION, idle=_with_backend("torch"))
     # Images or texts that share one batch at most; 0: BATCH_SIZE. More need more memory, and others wait longer.
-    max_batch_size: int = _setting(0, _number(1, 1024))
+    max_batch_size: int = _setting(0, _number(1, 1024), idle=_SERVED)
     # onnxrt: files in place of the folder's visual/model.onnx and textual/model.onnx.
-    onnx_image: str = _setting("", path=_file)
-    onnx_text: str = _setting("", path=_file)
+    onnx_image: str = _setting("", path=_file, idle=_ONNX)
+    onnx_text: str = _setting("", path=_file, idle=_ONNX)
     # onnxrt: execution providers in the order of preference; empty: the CPU's. One that is missing ends the start.
-    ort_providers: tuple[str, ...] = _setting((), _names)
+    ort_providers: tuple[str, ...] = _setting((), _names, idle=_ONNX)
     # rknn: a program in place of the folder's visual/rknpu/TARGET/model.rknn.
-    rknn_model: str = _setting("", path=_file)
+    rknn_model: str = _setting("", path=_file, idle=_RKNN)
     # rknn: the chip; empty: what the device tree says, which a container may hide.
-    rknn_target: str = _setting("", _choice(*machine.NPU_CORES))
+    rknn_target: str = _setting("", _choice(*machine.NPU_CORES), idle=_RKNN)
     # rknn: cores of the NPU, each with its own copy of the model; 0: all for which there is memory.
-    rknn_cores: int = _setting(0, _number(0, 3))
+    rknn_cores: int = _setting(0, _number(0, 3), idle=_RKNN)
     # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
-    labels: str = _setting("", path=_label_file)
+    labels: str = _setting("", path=_label_file, idle=_SERVED)
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -193,20 +219,20 @@ class Settings:
     batch_size: int = _setting(8, _number(1, 1024))
     # Prompts that are averaged for each class of `clip_classify`. More are a little more accurate, and the first start
     # takes so many times as long.
-    clip_templates: int = _setting(7, _templates)
+    clip_templates: int = _setting(7, _templates, idle=_with_models("clip"))
     # A JSON file of what `smart_classify` distinguishes; empty: `label_files.SCENES`.
-    lumen_scenes: str = _setting("", path=_file)
+    lumen_scenes: str = _setting("", path=_file, idle=_with_models("clip", "bioclip"))
     # The model of the `semantic_` tasks; empty: they are off. Photo apps route them by name alone, so a second node
     # with another model would mix vectors of two models.
     lumen_semantic: str = _setting("", _choice("clip", "bioclip"))
     # The service types that are announced by mDNS. "off" makes the daemon invisible to apps that search for it.
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     # The instance name, by which people recognize the daemon in an app's list.
-    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
+    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name, idle=_with_mdns)
     # The identity that is announced; empty: made once and kept in the data folder, which a container may lose.
-    clip_mdns_uuid: str = _setting("")
+    clip_mdns_uuid: str = _setting("", idle=_with_mdns)
     # The IPv4 address that is announced; empty: found. Needed in a container, whose own address nobody reaches.
-    advertise_ip: str = _setting("", _ipv4)
+    advertise_ip: str = _setting("", _ipv4, idle=_with_mdns)
     # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
     lumen_data_dir: Path = _setting(DATA_DIR, Path, path=_file)
     # Whether a JPEG may be decoded at a fraction of its size, several times as fast. 0 decodes all of it.
@@ -234,7 +260,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Logs a warning for each variable that is not a setting.
+        """Logs a warning for each variable that is not a setting, or that has no effect beside the others.
 
         Raises SettingError: one line with the variable, its value and what is allowed.
         """
@@ -255,6 +281,11 @@ class Settings:
         if settings.lumen_semantic and settings.lumen_semantic not in settings.models():
             model = settings.lumen_semantic
             raise SettingError(f"LUMEN_SEMANTIC={model}: {model.upper()}_BACKEND=none; allowed: a model that is served")
+        for owner, prefix in ((settings, ""), (clip, "CLIP_"), (bioclip, "BIOCLIP_")):
+            for name, setting in _variables(type(owner), prefix).items():
+                text = environment.get(name, "").strip()
+                if text and (reason := setting.metadata["idle"](owner)):
+                    log.warning("%s=%s has no effect with %s", name, text, reason)
         return settings
 
     def models(self) -> dict[str, ModelOptions]:

@@ -96,6 +96,62 @@ def test_a_misspelt_setting_explains_the_error_that_it_causes(tmp_path: Path) ->
     assert error.startswith("lumen-clip: CLIP_BACKEND=none: there is nothing to serve")
 
 
+IDLE: list[tuple[dict[str, str], str]] = [
+    ({"CLIP_BACKEND": "onnxrt", "CLIP_DEVICE": "cuda"}, "CLIP_DEVICE=cuda has no effect with CLIP_BACKEND=onnxrt"),
+    ({"CLIP_BACKEND": "rknn", "BIOCLIP_DEVICE": "cpu"}, "BIOCLIP_DEVICE=cpu has no effect with BIOCLIP_BACKEND=rknn"),
+    ({"CLIP_BACKEND": "rknn", "CLIP_PRECISION": "fp16"}, "CLIP_PRECISION=fp16 has no effect with CLIP_BACKEND=rknn"),
+    ({"CLIP_ONNX_IMAGE": "/x"}, "CLIP_ONNX_IMAGE=/x has no effect with CLIP_BACKEND=torch"),
+    ({"BIOCLIP_ONNX_TEXT": "/x"}, "BIOCLIP_ONNX_TEXT=/x has no effect with BIOCLIP_BACKEND=torch"),
+    ({"CLIP_ORT_PROVIDERS": "X"}, "CLIP_ORT_PROVIDERS=X has no effect with CLIP_BACKEND=torch"),
+    ({"CLIP_RKNN_MODEL": "/x"}, "CLIP_RKNN_MODEL=/x has no effect with CLIP_BACKEND=torch"),
+    (
+        {"CLIP_BACKEND": "onnxrt", "CLIP_RKNN_TARGET": "rk3588"},
+        "CLIP_RKNN_TARGET=rk3588 has no effect with CLIP_BACKEND=onnxrt",
+    ),
+    ({"CLIP_RKNN_CORES": "0"}, "CLIP_RKNN_CORES=0 has no effect with CLIP_BACKEND=torch"),
+    *(
+        (
+            {"BIOCLIP_BACKEND": "none", f"BIOCLIP_{name}": value},
+            f"BIOCLIP_{name}={value} has no effect with BIOCLIP_BACKEND=none",
+        )
+        for name, value in (("MODEL", "x:y"), ("LABELS", "/x"), ("MAX_BATCH_SIZE", "4"), ("PRECISION", "fp16"))
+    ),
+    (
+        {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "torch", "CLIP_TEMPLATES": "80"},
+        "CLIP_TEMPLATES=80 has no effect with CLIP_BACKEND=none",
+    ),
+    ({"BIOCLIP_BACKEND": "none", "LUMEN_SCENES": "/x"}, "LUMEN_SCENES=/x has no effect with BIOCLIP_BACKEND=none"),
+    (
+        {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "onnxrt", "LUMEN_SCENES": "/x"},
+        "LUMEN_SCENES=/x has no effect with CLIP_BACKEND=none",
+    ),
+    *(
+        ({"CLIP_MDNS_TYPE": "off", name: value}, f"{name}={value} has no effect with CLIP_MDNS_TYPE=off")
+        for name, value in (("CLIP_MDNS_NAME", "x"), ("CLIP_MDNS_UUID", "x"), ("ADVERTISE_IP", "192.0.2.7"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "said"), IDLE, ids=[said.partition(" ")[0] for _, said in IDLE])
+def test_a_setting_without_effect_is_warned_of(
+    environment: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost otherwise: an operator who believes that the GPU is used, or that photographs go to BioCLIP."""
+    Settings.from_environment(environment)
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxrt", "rknn"])
+def test_settings_with_an_effect_are_not_warned_of(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: warnings that are always there, and hide the one that matters."""
+    used = {"torch": ("DEVICE",), "onnxrt": ("ONNX_IMAGE", "ORT_PROVIDERS"), "rknn": ("ONNX_TEXT", "RKNN_MODEL")}
+    environment = {"CLIP_BACKEND": backend, "CLIP_MODEL": "x:y", "BIOCLIP_LABELS": "/x", "LUMEN_SCENES": "/x"}
+    for model in ("CLIP", "BIOCLIP"):
+        environment |= {f"{model}_{name}": "/x" for name in used[backend]} | {f"{model}_MAX_BATCH_SIZE": "4"}
+    Settings.from_environment({**environment, "ADVERTISE_IP": "192.0.2.7", "CLIP_RKNN_CORES": " "})
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_the_numbers_of_templates_are_those_that_labels_has() -> None:
     """Lost otherwise: a start that fails where the settings said that all is well."""
     with pytest.raises(errors.SettingError, match=f"allowed: {', '.join(map(str, labels.TEMPLATES))}$"):
