@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import one_line
+import torch_backend
+from errors import one_line, unreadable
 from machine import replace_file, usable_cores
-from model_files import Backend, Say, quiet
-from onnx_backend import open_onnx
+from model_files import Backend, Say, quiet, split_model
+from onnx_backend import open_onnx, source_of, tower_file
 from preprocess import decode_image
 from rknn_backend import open_rknn
 from settings import ModelOptions
-from torch_backend import TorchBackend
 
 log = logging.getLogger("lumen.backends")
 
@@ -41,7 +41,7 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
     Raises SettingError or BackendError with one line that names the variable.
     """
     kinds: dict[str, Callable[[ModelOptions, Say], Backend]] = {
-        "torch": TorchBackend,
+        "torch": torch_backend.TorchBackend,
         "onnxrt": open_onnx,
         "rknn": open_rknn,
     }
@@ -66,6 +66,22 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         backend.self_test_cosine = cosine
         log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend
+
+
+def check_sources(options: ModelOptions) -> None:
+    """Looks for what a model's settings name, as far as that needs no download and no runtime. Raises SettingError."""
+    image = options.rknn_model if options.backend == "rknn" else options.onnx_image
+    try:
+        if options.backend == "torch":
+            torch_backend.is_repository(options) or split_model(options)
+            return
+        folder, repo, _ = source_of(options, image)
+        if options.backend == "onnxrt" and (image or not repo):
+            tower_file(options, folder, "ONNX_IMAGE", image, "visual")
+        if options.onnx_text or not repo:
+            tower_file(options, folder, "ONNX_TEXT", options.onnx_text, "textual")
+    except PermissionError as error:
+        raise unreadable(error) from error
 
 
 def self_test(backend: Backend) -> float:

@@ -70,6 +70,11 @@ class DamagedCache(DaemonError):
     """A file of text vectors is damaged. It is computed again."""
 
 
+def unreadable(error: PermissionError) -> SettingError:
+    """For a file that a setting names and that may not be read: one in /home under systemd, for example."""
+    return SettingError(f"cannot read {error.filename} ({error.strerror})")
+
+
 def one_line(error: BaseException) -> str:
     """An exception as a part of one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

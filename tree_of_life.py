@@ -99,6 +99,21 @@ def is_folder(source: str) -> bool:
     return (Path(source) / label_cache.FILE).is_file()
 
 
+def count_own(source: str) -> int | None:
+    """How many species the operator's own file or folder has, or None if the source is the hub's.
+
+    The checksums of a large folder are not read; `verify` does that. Raises SettingError.
+    """
+    if not source or source in SOURCES:
+        return None
+    try:
+        if is_folder(source):
+            return len(open_folder(Path(source), quick=True).vecs)
+        return len(lineages_of_source(source, names_file(source, DATA_DIR)))
+    except PermissionError as error:
+        raise errors.unreadable(error) from error
+
+
 def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
     """The label file of a source whose vectors are computed. The operator's own is a path; the hub's is fetched once.
 
@@ -168,17 +183,27 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
 # --- a set that is there ----------------------------------------------------------------------------------------
 
 
-def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
-    """What an earlier `tree_of_life.py build` left in a folder of one's own, which need not be ours to write: `note`
-    remembers that its checksums were read. Raises SettingError."""
+def open_folder(folder: Path, note: Path | None = None, quick: bool = False) -> TextVectors:
+    """What an earlier `tree_of_life.py build` left in the operator's folder; see `label_cache.load`.
+
+    Raises SettingError.
+    """
     try:
-        found = label_cache.load(folder / label_cache.FILE, note=note)
+        found = label_cache.load(folder / label_cache.FILE, note=note, quick=quick)
     except (OSError, errors.DamagedCache) as error:
         raise SettingError(f"BIOCLIP_LABELS={folder}: {label_cache.FILE} cannot be used ({error})") from error
     if found is None or found.names is None or found.depth is None or found.meta is None:
         raise SettingError(
             f"BIOCLIP_LABELS={folder}: {label_cache.FILE} has no lineages; `tree_of_life.py build` makes such files"
         )
+    return found
+
+
+def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
+    """The vectors of the operator's folder, which need not be ours to write: `note` remembers that its checksums were
+    read. Raises SettingError, also if they are not those of the model."""
+    found = open_folder(folder, note)
+    assert found.meta is not None
     if found.vecs.shape[1] != dim:
         text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
         raise SettingError(f"BIOCLIP_LABELS={folder}: {text}")

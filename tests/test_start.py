@@ -255,6 +255,7 @@ def test_a_name_is_not_taken_for_a_relative_path(variable: str, value: str) -> N
         ),
         ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL=/no/such/folder: not a folder; allowed: ARCH:pretrained-tag"),
         ({"CLIP_PRECISION": "fp16", "CLIP_DEVICE": "cpu"}, "CLIP_PRECISION=fp16: half precision runs on a GPU only"),
+        ({"CLIP_MODEL": "."}, "CLIP_MODEL=.: the folder has no open_clip_config.json, which torch needs"),
         ({"CLIP_DEVICE": "gpu"}, "CLIP_DEVICE=gpu: not a device of torch (RuntimeError: "),
         ({"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "."}, "CLIP_MODEL=.: the folder has no visual/model.onnx"),
         (
