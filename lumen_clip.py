@@ -41,7 +41,7 @@ import machine
 import metrics
 from discovery import Advertiser
 from engine import Engine
-from errors import BackendError, LabelError, SettingError
+from errors import BackendError, LabelError, SettingError, unreadable
 from journal import Journal
 from label_files import PROMPTS, Maker, OwnSets, SceneSet, read_scenes
 from labels import LabelSet
@@ -166,6 +166,10 @@ def handle_signals(events: Events, journal: Journal) -> None:
     threading.Thread(target=read, name="signals", daemon=True).start()
 
 
+def environment_of(options: argparse.Namespace) -> Mapping[str, str]:
+    return demo_environment(os.environ) if options.demo else os.environ
+
+
 def complain(error: Exception) -> None:
     """One line for the operator; in the journal, which names us by itself, of an error's priority."""
     print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
@@ -185,13 +189,7 @@ def see_the_doctor(options: argparse.Namespace) -> int:
     except ImportError:
         print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
         return 2
-    findings = []
-    environment: Mapping[str, str] = demo_environment(os.environ) if options.demo else os.environ
-    try:
-        settings = Settings.from_environment(environment)
-    except SettingError as error:
-        findings.append(("settings", doctor.FAILURE, f"{error}; the rest is of the defaults"))
-        settings = Settings.from_environment({})
+    settings, findings = doctor.read_settings(environment_of(options))
     return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
 
 
@@ -222,8 +220,8 @@ def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], 
     def load() -> None:
         try:
             done(load_models(daemon.settings, daemon.engine, say))
-        except PermissionError as error:  # of a file that a setting names; in /home under systemd, for example
-            done(SettingError(f"cannot read {error.filename} ({error.strerror})"))
+        except PermissionError as error:
+            done(unreadable(error))
         except BaseException as error:
             done(error)
 
@@ -397,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     events: Events = queue.SimpleQueue()
     handle_signals(events, journal)
     try:
-        settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
+        settings = Settings.from_environment(environment_of(options))
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
             serve_metrics(daemon, options.host)
