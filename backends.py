@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import one_line
+import torch_backend
+from errors import one_line, unreadable
 from machine import replace_file, usable_cores
-from model_files import Backend, Say, quiet
-from onnx_backend import open_onnx
+from model_files import Backend, Say, quiet, split_model
+from onnx_backend import open_onnx, source_of, tower_file
 from preprocess import decode_image
 from rknn_backend import open_rknn
 from settings import ModelOptions
-from torch_backend import TorchBackend
 
 log = logging.getLogger("lumen.backends")
 
@@ -38,10 +38,10 @@ LONGEST_SPLIT_S = 1.0  # the longest batch on one core, for which only other pic
 def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
     """Loads a model and runs both towers once, so that the first request is as fast as the others.
 
-    Raises BackendError with one line that names the variable to change.
+    Raises SettingError or BackendError with one line that names the variable.
     """
     kinds: dict[str, Callable[[ModelOptions, Say], Backend]] = {
-        "torch": TorchBackend,
+        "torch": torch_backend.TorchBackend,
         "onnxrt": open_onnx,
         "rknn": open_rknn,
     }
@@ -52,7 +52,7 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         texts = backend.encode_text(backend.tokenize(["a photo"]))
     except Exception as error:
         log.debug("first run failed", exc_info=True)
-        raise options.error("MODEL", options.model, f"the model does not run ({one_line(error)})") from error
+        raise options.failure("MODEL", options.model, f"the model does not run ({one_line(error)})") from error
     if not (math.isfinite(backend.logit_scale) and backend.logit_scale > 0):
         raise options.error("MODEL", options.model, f"a logit scale of {backend.logit_scale}; allowed: above 0")
     if images.shape[1] != texts.shape[1]:
@@ -62,10 +62,26 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         cosine, floor = self_test(backend), float(backend.golden["floor"])
         if not cosine >= floor:
             text = f"self-test: cosine {cosine:.6f} to the vectors of its export; allowed: {floor} and more"
-            raise options.error("MODEL", options.model, text)
+            raise options.failure("MODEL", options.model, text)
         backend.self_test_cosine = cosine
         log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend
+
+
+def check_sources(options: ModelOptions) -> None:
+    """Looks for what a model's settings name, as far as that needs no download and no runtime. Raises SettingError."""
+    image = options.rknn_model if options.backend == "rknn" else options.onnx_image
+    try:
+        if options.backend == "torch":
+            torch_backend.is_repository(options) or split_model(options)
+            return
+        folder, repo, _ = source_of(options, image)
+        if options.backend == "onnxrt" and (image or not repo):
+            tower_file(options, folder, "ONNX_IMAGE", image, "visual")
+        if options.onnx_text or not repo:
+            tower_file(options, folder, "ONNX_TEXT", options.onnx_text, "textual")
+    except PermissionError as error:
+        raise unreadable(error) from error
 
 
 def self_test(backend: Backend) -> float:

@@ -1,13 +1,16 @@
 """What stands between this machine and a running daemon: `python lumen_clip.py --doctor`.
 
-One line for each thing that the chosen configuration depends on, with a remedy where it is not well. Reads alone:
-loads no model, writes nothing, and imports no runtime into this process (an import can end it on an old processor).
+One line for each thing that the chosen configuration depends on, with a remedy where it is not well. Settings and the
+files that they name are read by the functions that the start uses. Reads alone: loads no model, writes nothing, and
+imports no runtime into this process (an import can end it on an old processor).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import logging
 import mmap
 import os
 import platform
@@ -18,12 +21,22 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import backends
+import labels
 import machine
-from settings import ModelOptions, Settings
+import onnx_backend
+import security
+import tree_of_life
+from errors import DaemonError, SettingError
+from label_files import read_scenes
+from model_files import quiet
+from settings import HERE, ModelOptions, Settings
 
 OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some cores
 # Of a model's files on disk, what is resident while it loads and runs: measured 1.4 (torch) to 2.1 (int8) at
@@ -31,6 +44,13 @@ OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some
 MEMORY_FACTOR = 2
 WEIGHTS = (".onnx", ".data", ".rknn", ".safetensors", ".bin", ".pt")
 FINE, NOTE, WARNING, FAILURE = "ok", "--", "!", "FAIL"
+# What a runtime says of itself, in a process of its own: its version and providers; torch and OpenCLIP also what they
+# make of the settings, on a second line.
+PROBES = {
+    "onnxruntime": "import onnxruntime as m; print(m.__version__, *m.get_available_providers())",
+    "torch": "import torch as m; print(m.__version__)",
+    "open_clip": "import sys; sys.path.insert(0, sys.argv[1]); import torch_backend as m; m.describe(sys.argv[2])",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class Visit:
     host: str
     port: int
     places: Places = field(default_factory=Places)
+    probes: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)  # that have run, by module
 
     def models(self) -> list[ModelOptions]:
         return list(self.settings.models().values())
@@ -58,12 +79,38 @@ class Visit:
     def uses(self, backend: str) -> bool:
         return any(model.backend == backend for model in self.models())
 
+    def probe(self, module: str) -> subprocess.CompletedProcess[str]:
+        """The result of one of PROBES, which runs once."""
+        if module not in self.probes:
+            kept = ("name", "backend", "model", "device", "precision")
+            models = [{key: getattr(model, key) for key in kept} for model in self.models() if model.backend == "torch"]
+            command = [sys.executable, "-c", PROBES[module], str(HERE), json.dumps(models)]
+            self.probes[module] = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return self.probes[module]
+
+    def torch_says(self) -> dict[str, Any]:
+        """What the probe of OpenCLIP says of the settings, or {} where it does not run."""
+        if not self.uses("torch") or importlib.util.find_spec("open_clip") is None:
+            return {}
+        run = self.probe("open_clip")
+        said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
+        return said
+
+    def refusals(self, model: ModelOptions) -> list[str]:
+        """Why the start refuses what a model's settings name, as far as that is known without a download."""
+        try:
+            backends.check_sources(model)
+        except SettingError as error:
+            return [str(error)]
+        return list(self.torch_says().get(model.name, {}).get("refusals", [])) if model.backend == "torch" else []
+
     def folder(self, model: ModelOptions) -> Path | None:
         """Where a model's files lie (for torch perhaps one file), or None while they are not here."""
         arch, _, weights = model.model.partition(":")
-        for path in (Path(model.model), *([Path(weights)] if weights else [])):
-            if path.is_dir() or (weights and path.is_file()):
-                return path
+        with suppress(PermissionError):  # see `refusals`
+            for path in (Path(model.model), *([Path(weights)] if weights else [])):
+                if path.is_dir() or (weights and path.is_file()):
+                    return path
         if model.onnx_image and model.onnx_text:
             return Path(model.onnx_image).parent
         # A download's folder has the repository's name, in which architecture and tag come in one spelling or another.
@@ -88,7 +135,8 @@ class Visit:
 
     def to_download(self) -> list[str]:
         """What is not here yet and comes from the hub."""
-        missing = [f"{model.name}'s model" for model in self.models() if self.folder(model) is None]
+        absent = [model for model in self.models() if self.folder(model) is None]
+        missing = [f"{model.name}'s model" for model in absent if not self.refusals(model)]
         files = {"clip": "imagenet_class_names.json", "bioclip": "txt_emb_species.json"}
         for model, options in self.settings.models().items():
             folder = self.settings.lumen_data_dir / model
@@ -112,6 +160,7 @@ class Visit:
 
 
 Finding = tuple[str, str]  # mark, text
+Line = tuple[str, str, str]  # what, mark, text
 
 
 # --- the checks -------------------------------------------------------------------------------------------------
@@ -223,9 +272,7 @@ def runtimes(visit: Visit) -> Iterator[Finding]:
             file = "requirements.txt" if module != "onnxruntime" else "requirements-edge.txt"
             yield FAILURE, f"{module} is not installed; pip install -r {file}"
             continue
-        ask = "print(m.__version__, *getattr(m, 'get_available_providers', list)())"
-        script = f"import {module} as m; {ask}"
-        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        run = visit.probe(module)
         if run.returncode < 0:
             text = f"{module} dies of signal {-run.returncode} here; the processor lacks what its wheel needs, see CPU"
             yield FAILURE, text
@@ -233,16 +280,43 @@ def runtimes(visit: Visit) -> Iterator[Finding]:
             last = (run.stderr.strip().splitlines() or ["no word"])[-1]
             yield FAILURE, f"{module} cannot be imported ({last[:200]}); install it again"
         else:
-            version, *providers = run.stdout.split()
+            version, *providers = run.stdout.splitlines()[0].split()
             yield FINE, f"{module} {version}" + (f": {', '.join(providers)}" if providers else "")
-            yield from _missing_providers(visit, providers)
+            for model in visit.models():
+                if module == "onnxruntime" and model.backend != "torch":
+                    yield from _refusal(onnx_backend.wanted_providers, model, providers)
 
 
-def _missing_providers(visit: Visit, providers: list[str]) -> Iterator[Finding]:
+def _refusal(check: Callable[..., Any], *arguments: Any) -> Iterator[Finding]:
+    try:
+        check(*arguments)
+    except DaemonError as error:  # the start ends with it
+        yield FAILURE, str(error)
+
+
+def gpu(visit: Visit) -> Iterator[Finding]:
+    names = machine.nvidia_gpus(visit.places.proc / "driver" / "nvidia" / "gpus")
+    there, said = names or "no NVIDIA GPU", visit.torch_says()
     for model in visit.models():
-        for name in model.ort_providers:
-            if providers and name not in providers:
-                yield FAILURE, f"{model.name}_ORT_PROVIDERS={name}: not in this build of ONNX Runtime"
+        setting = f"{model.name}_{'DEVICE' if model.backend == 'torch' else 'ORT_PROVIDERS'}"
+        if model.backend == "torch":
+            device = said.get(model.name, {}).get("device", "")
+        else:  # of the NPU's model the texts
+            device = next(iter(model.ort_providers), "CPU").removesuffix("ExecutionProvider")
+        kind, _, number = device.partition(":")
+        place = "the CPU" if kind.lower() == "cpu" else device
+        where = f"{model.name} {'runs' if model.backend != 'rknn' else 'has its texts'} on {place}"
+        if not device:
+            yield NOTE, f"{there}; where {model.name} runs is not known, see runtime and models"
+        elif model.backend == "torch" and kind == "cuda" and int(number or 0) >= said["gpus"]:
+            remedy = "in a container: --gpus all; or set it to cpu"
+            yield FAILURE, f"{setting}={device}: torch finds {said['gpus']} GPUs; mend the driver; {remedy}"
+        elif kind.lower() != "cpu":  # what torch runs on is there, whoever made it
+            yield (FINE if names or model.backend == "torch" else WARNING), f"{there}; {where}"
+        elif names and model.backend == "torch" and not model.device:
+            yield WARNING, f"{there}: torch cannot use it; {where}. Install a torch whose CUDA the driver knows"
+        else:
+            yield NOTE, f"{there}{f': not used; {setting} chooses it' if names else ''}; {where}"
 
 
 def processor(visit: Visit) -> Iterator[Finding]:
@@ -297,7 +371,9 @@ def memory(visit: Visit) -> Iterator[Finding]:
 def cache(visit: Visit) -> Iterator[Finding]:
     data, missing = visit.settings.lumen_data_dir, visit.to_download()
     for model in visit.models():
-        if folder := visit.folder(model):
+        for refusal in (refusals := visit.refusals(model)):
+            yield FAILURE, refusal
+        if not refusals and (folder := visit.folder(model)):
             yield FINE, f"{model.name}: {folder}"
     for what in missing:
         yield NOTE, f"{what} will be downloaded"
@@ -327,6 +403,33 @@ def hub(visit: Visit) -> Iterator[Finding]:
             yield NOTE, f"{endpoint} does not answer ({reason}); nothing is to be downloaded"
 
 
+def scenes(visit: Visit) -> Iterator[Finding]:
+    count, own = len(read_scenes(visit.settings.lumen_scenes).choices.names), visit.settings.lumen_scenes
+    yield (FINE, f"{own}: {count} scenes") if own else (NOTE, f"the built-in table of {count}")
+
+
+def classes(visit: Visit) -> Iterator[Finding]:
+    settings, own = visit.settings, visit.settings.clip.labels
+    count = len(labels.class_names(settings.lumen_data_dir, own, quiet)) if own and "clip" in settings.models() else 0
+    yield (FINE, f"{own}: {count} names") if count else (NOTE, "ImageNet-1k")
+
+
+def species(visit: Visit) -> Iterator[Finding]:
+    source = visit.settings.bioclip.labels
+    count = tree_of_life.count_own(source) if "bioclip" in visit.settings.models() else None
+    yield (NOTE, source or "chosen at the start") if count is None else (FINE, f"{source}: {count:,} species")
+
+
+def tls(visit: Visit) -> Iterator[Finding]:
+    used = security.tls_credentials(visit.settings)
+    yield (FINE, f"{visit.settings.lumen_tls_cert} with its key") if used else (NOTE, "off")
+
+
+def token(visit: Visit) -> Iterator[Finding]:
+    used = security.read_token(visit.settings, visit.host)
+    yield (FINE, "every call must carry it") if used else (NOTE, "none; everybody who reaches the port is served")
+
+
 def port(visit: Visit) -> Iterator[Finding]:
     family = socket.AF_INET6 if ":" in visit.host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -334,10 +437,8 @@ def port(visit: Visit) -> Iterator[Finding]:
         try:
             probe.bind((visit.host, visit.port))
         except OSError as error:
-            yield (
-                FAILURE,
-                f"{visit.host} port {visit.port}: {error.strerror or error}; stop what uses it, or set --port",
-            )
+            text = f"{visit.host} port {visit.port}: {error.strerror or error}"
+            yield FAILURE, f"{text}; stop what uses it, or set --port"
         else:
             yield FINE, f"{visit.host} port {visit.port} is free"
 
@@ -362,28 +463,70 @@ CHECKS: tuple[tuple[str, Callable[[Visit], Iterator[Finding]]], ...] = (
     ("NPU programs", npu_programs),
     ("NPU nodes", npu_nodes),
     ("runtime", runtimes),
+    ("GPU", gpu),
     ("CPU", processor),
     ("cores", cores),
     ("memory", memory),
     ("models", cache),
     ("hub", hub),
+    ("scenes", scenes),
+    ("labels", classes),
+    ("species", species),
+    ("TLS", tls),
+    ("token", token),
     ("port", port),
     ("mDNS", discovery),
 )
 
 
-def examine(visit: Visit) -> list[tuple[str, str, str]]:
-    """(what, mark, text) for each finding. Never raises: what cannot be checked says so."""
-    findings = []
-    for name, check in CHECKS:
+def read_settings(environment: Mapping[str, str]) -> tuple[Settings, list[Line]]:
+    """The settings, or the defaults if one is not allowed, and what there is to say about them."""
+    lines: list[Line] = []
+    with _warnings_in(lines, "settings"):
         try:
-            findings += [(name, mark, text) for mark, text in check(visit)]
-        except Exception as error:  # a doctor who faints helps nobody; the line says what happened
-            findings.append((name, WARNING, f"could not be checked ({type(error).__name__}: {error})"))
-    return findings
+            settings = Settings.from_environment(environment)
+        except SettingError as error:
+            lines.append(("settings", FAILURE, f"{error}; the rest is of the defaults"))
+            settings = Settings.from_environment({})
+    return settings, lines
 
 
-def report(findings: list[tuple[str, str, str]]) -> int:
+def examine(visit: Visit) -> list[Line]:
+    """Never raises: what cannot be checked says so."""
+    lines: list[Line] = []
+    for name, check in CHECKS:
+        with _warnings_in(lines, name):
+            try:
+                for mark, text in check(visit):
+                    lines.append((name, mark, text))
+            except DaemonError as error:  # the start ends with it
+                lines.append((name, FAILURE, str(error)))
+            except Exception as error:  # a doctor who faints helps nobody; the line says what happened
+                lines.append((name, WARNING, f"could not be checked ({type(error).__name__}: {error})"))
+    return lines
+
+
+@contextmanager
+def _warnings_in(lines: list[Line], name: str) -> Iterator[None]:
+    """Adds what our loggers warn of to the lines, and keeps it out of the log."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append((name, WARNING, record.getMessage()))
+
+    ours, listener = logging.getLogger("lumen"), Listener(logging.WARNING)
+    level, ours.propagate = ours.level, False
+    ours.addHandler(listener)
+    ours.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.removeHandler(listener)
+        ours.setLevel(level)
+        ours.propagate = True
+
+
+def report(findings: list[Line]) -> int:
     """Prints them; -> the exit status: 1 if something keeps the daemon from running as it is configured."""
     for name, mark, text in findings:
         line = f"{mark:<4} {name:<13} {' '.join(text.split())}"

@@ -32,11 +32,15 @@ class Overload(DaemonError):
 
 
 class SettingError(DaemonError):
-    """The value of a setting is not allowed."""
+    """The value of a setting is not allowed, or what it names does not exist or is not of the right kind.
+
+    Only the operator can change that, so the exit status is 2 and systemd does not try again. For the errors below it
+    is 1.
+    """
 
 
 class BackendError(DaemonError):
-    """A model is not available, or does not run as configured."""
+    """A model cannot be downloaded, its files are damaged, or it does not run on this machine."""
 
 
 class DamagedFile(BackendError):
@@ -59,11 +63,16 @@ class NPURefused(DaemonError):
 
 
 class LabelError(DaemonError):
-    """A label file is not available, or its content is not allowed."""
+    """A label file cannot be downloaded, or its content is not allowed."""
 
 
 class DamagedCache(DaemonError):
     """A file of text vectors is damaged. It is computed again."""
+
+
+def unreadable(error: PermissionError) -> SettingError:
+    """For a file that a setting names and that may not be read: one in /home under systemd, for example."""
+    return SettingError(f"cannot read {error.filename} ({error.strerror})")
 
 
 def one_line(error: BaseException) -> str:

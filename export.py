@@ -36,7 +36,7 @@ import export_rknn
 import machine
 import model_files
 import tokenizer
-from errors import BackendError
+from errors import BackendError, SettingError
 from export_rknn import ExportError, pixels_of, rebuild_graph, write_json
 from onnx_backend import FolderBackend, open_onnx
 from settings import ModelOptions
@@ -73,8 +73,8 @@ class Wanted:
 class ExportOptions(ModelOptions):
     """The backend's options, whose errors name this program's option instead of a variable."""
 
-    def error(self, variable: str, value: str, text: str) -> BackendError:
-        return BackendError(f"--{variable.lower()} {value}: {text}")
+    def line(self, variable: str, value: str, text: str) -> str:
+        return f"--{variable.lower()} {value}: {text}"
 
 
 # --- towers -----------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def export(
     photos: Path | None = None,
     data_dir: Path = Path("data"),
 ) -> None:
-    """Raises BackendError or ExportError, each one line; `to` then is as it was."""
+    """Raises SettingError, BackendError or ExportError, each one line; `to` then is as it was."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
@@ -431,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = ["--to", str(options["to"]), "--rknn", ",".join(socs)] + ["--no-sdpa"] * (not sdpa)
             given += ["--photos", str(options["photos"])] if options["photos"] else []
             export_rknn.convert_elsewhere(given)
-    except (BackendError, ExportError, OSError) as error:
+    except (SettingError, BackendError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     return 0

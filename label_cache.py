@@ -189,11 +189,13 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None = None) -> TextVectors | None:
+def load(
+    path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None = None, quick: bool = False
+) -> TextVectors | None:
     """Loads `path` if its meta contains `wanted`, otherwise returns None. Raises FileNotFoundError and DamagedCache.
 
     A large file is mapped, and its checksums are verified only once. The file `note` records that; by default it is
-    beside `path`.
+    beside `path`. With `quick`, the checksums of a large file are not verified, and nothing is written.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -202,7 +204,8 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None, note: Path | None 
             if wanted and any(meta.get(name) != value for name, value in wanted.items()):
                 log.info("%s was made for another model, label file or recipe", path)
                 return None
-            _check_sums(archive, path, note or path.with_name(NOTE))
+            if not (quick and path.stat().st_size > HALF_PRECISION_BYTES):
+                _check_sums(archive, path, note or path.with_name(NOTE))
             arrays = {name: _array(file, path, info) for name, info in members.items() if name != "meta"}
         return _text_vectors(arrays, meta)
     except (FileNotFoundError, DamagedCache):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import label_cache
-from errors import LabelError
+from errors import LabelError, SettingError
 from labels import LabelSet, Recipe
 from model_files import Encode, Vectors
 
@@ -413,18 +413,18 @@ class SceneSet(ChoiceSet):
 
 
 def read_scenes(own: str) -> Scenes:
-    """The table in the file `own`, or SCENES. Raises LabelError."""
+    """The table in the file `own`, or SCENES. Raises SettingError."""
     if not own:
         return parse_scenes(SCENES)
     try:
         with Path(own).open("rb") as file:
             return parse_scenes(parse_json(file.read(FILE_BYTES_MAX).decode("utf-8-sig")))
     except UnicodeDecodeError:
-        raise LabelError(f"LUMEN_SCENES={own}: it is not UTF-8") from None
+        raise SettingError(f"LUMEN_SCENES={own}: it is not UTF-8") from None
     except OSError as error:
-        raise LabelError(f"LUMEN_SCENES={own}: {error.strerror or error}") from None
+        raise SettingError(f"LUMEN_SCENES={own}: {error.strerror or error}") from None
     except LabelError as error:
-        raise LabelError(f"LUMEN_SCENES={own}: {error}") from None
+        raise SettingError(f"LUMEN_SCENES={own}: {error}") from None
 
 
 def parse_scenes(content: Any) -> Scenes:

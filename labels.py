@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import LabelError
+from errors import LabelError, SettingError
 from machine import cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
 
@@ -66,10 +66,14 @@ TEMPLATES = {
 def class_names(data_dir: Path, own: str, say: Say) -> list[str]:
     """What `clip_classify` chooses from: the file `own`, a JSON list of names, or else ImageNet-1k's.
 
-    Those are in the order of the classes, each a WordNet synset ("tench, Tinca tinca"). Raises LabelError.
+    Those are in the order of the classes, each a WordNet synset ("tench, Tinca tinca"). Raises SettingError for `own`,
+    and LabelError for ImageNet's.
     """
     if own:
-        return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
+        try:
+            return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
+        except LabelError as error:
+            raise SettingError(str(error)) from error
     path = data_dir / "clip" / "imagenet_class_names.json"
     return label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet, say)
 
@@ -101,6 +105,7 @@ def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list
 
 
 def read_names(path: Path, complaint: str, parse: Callable[[Any], list[str]]) -> list[str]:
+    """Raises LabelError, which begins with the complaint."""
     try:
         return parse(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ import machine
 import metrics
 from discovery import Advertiser
 from engine import Engine
-from errors import BackendError, LabelError, SettingError
+from errors import BackendError, LabelError, SettingError, unreadable
 from journal import Journal
 from label_files import PROMPTS, Maker, OperatorSets, SceneSet, read_scenes
 from labels import LabelSet
@@ -167,6 +167,10 @@ def handle_signals(events: Events, journal: Journal) -> None:
     threading.Thread(target=read, name="signals", daemon=True).start()
 
 
+def environment_of(options: argparse.Namespace) -> Mapping[str, str]:
+    return demo_environment(os.environ) if options.demo else os.environ
+
+
 def complain(error: Exception) -> None:
     """One line for the operator; in the journal, which names us by itself, of an error's priority."""
     print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
@@ -186,13 +190,7 @@ def see_the_doctor(options: argparse.Namespace) -> int:
     except ImportError:
         print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
         return 2
-    findings = []
-    environment: Mapping[str, str] = demo_environment(os.environ) if options.demo else os.environ
-    try:
-        settings = Settings.from_environment(environment)
-    except SettingError as error:
-        findings.append(("settings", doctor.FAILURE, f"{error}; the rest is of the defaults"))
-        settings = Settings.from_environment({})
+    settings, findings = doctor.read_settings(environment_of(options))
     return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
 
 
@@ -223,6 +221,8 @@ def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], 
     def load() -> None:
         try:
             done(load_models(daemon.settings, daemon.engine, say))
+        except PermissionError as error:
+            done(unreadable(error))
         except BaseException as error:
             done(error)
 
@@ -230,9 +230,9 @@ def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], 
 
 
 def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
-    """Loads what the settings ask for; `say` is told what is being done. Raises BackendError or LabelError.
+    """Loads what the settings ask for; `say` is told what is being done.
 
-    Species that are not at hand are left to the loader.
+    Species that are not at hand are left to the loader. Raises SettingError, BackendError or LabelError.
     """
     loader: SpeciesLoader | None = None
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
@@ -303,10 +303,15 @@ def _classes(backend: Backend, encode: Encode, folder: Path, settings: Settings,
 
 
 def _report(error: BaseException) -> None:
-    if isinstance(error, BackendError | LabelError):
+    if isinstance(error, SettingError | BackendError | LabelError):
         complain(error)
     else:
         log.critical("loading the models failed", exc_info=error)
+
+
+def exit_status(error: BaseException) -> int:
+    """2 for what the operator has to change: lumen-clip.service does not start the daemon again then."""
+    return 2 if isinstance(error, SettingError) else 1
 
 
 # --- serve ------------------------------------------------------------------------------------------------------
@@ -395,14 +400,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     events: Events = queue.SimpleQueue()
     handle_signals(events, journal)
     try:
-        settings = Settings.from_environment(demo_environment(os.environ) if options.demo else os.environ)
+        settings = Settings.from_environment(environment_of(options))
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
             serve_metrics(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
         complain(error)
-        return 2 if isinstance(error, SettingError) else 1
+        return exit_status(error)
     journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
@@ -417,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave(0)
     if isinstance(event, BaseException):
         _report(event)
-        _leave(1)
+        _leave(exit_status(event))
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)

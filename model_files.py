@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import BackendError, DamagedFile, LabelError, one_line
+from errors import BackendError, DamagedFile, LabelError, SettingError, one_line
 from machine import replace_file, sha256_of
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
@@ -125,7 +125,7 @@ def unit_rows(vectors: NDArray[Any]) -> Vectors:
 def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
     """`manifest.json` of an export, or {} if the folder has none.
 
-    Raises BackendError if it is of a later format, or if a file is missing or not the one that it names.
+    Raises SettingError if it is of a later format, and BackendError if a file is missing or not the one that it names.
     """
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
@@ -134,14 +134,15 @@ def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
     for name, digest in manifest.get("files", {}).items():
         path = folder / name
         if not path.is_file():
-            raise options.error("MODEL", options.model, f"manifest.json names {name}, which is missing")
+            raise options.failure("MODEL", options.model, f"manifest.json names {name}, which is missing")
         if sha256_of(path) != digest:
             text = f"{name} is not the file that manifest.json names; copy the folder again"
-            raise DamagedFile(str(options.error("MODEL", options.model, text)), path)
+            raise DamagedFile(options.line("MODEL", options.model, text), path)
     return manifest
 
 
 def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
+    """Raises SettingError if one of them is not installed."""
     # find_spec instead of import, because importing torch raises SIGILL on the CPUs of some boards.
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -149,7 +150,7 @@ def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
 
 
 def split_model(options: ModelOptions) -> tuple[str, str]:
-    """`ARCH:weights` -> (arch, weights)."""
+    """`ARCH:weights` -> (arch, weights). Raises SettingError."""
     arch, _, weights = options.model.partition(":")
     if not arch or not weights:
         text = "not a folder; allowed: ARCH:pretrained-tag, ARCH:path/to/weights, hf-hub:org/name, or a folder"
@@ -179,29 +180,38 @@ def fetch_repository(
     """Downloads files of a hub repository once to `data/models/`. `choose` selects them from the list of all files.
 
     A marker file with the sizes shows that the folder is complete. With it there is no network access. An interrupted
-    download continues where it stopped. `form` (default: the backend) names the selection. Raises BackendError.
+    download continues where it stopped. `form` (default: the backend) names the selection. Raises SettingError if the
+    repository does not exist or `choose` raises ValueError, and BackendError if the download fails.
     """
     folder = options.data_dir / "models" / repo.replace("/", "--")
     marker = folder / f".complete-{form or options.backend}.json"
     if _is_whole(folder, marker):
         return folder
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     revision = REVISIONS.get(repo, "main")
     log.info("downloading %s@%s to %s", repo, revision[:12], folder)
     try:
         # list_repo_files has no timeout for a hub that accepts the connection and does not answer.
         found = HfApi().repo_info(repo, revision=revision, timeout=30, files_metadata=True).siblings or []
-        files = choose([file.rfilename for file in found])
+        try:
+            files = choose([file.rfilename for file in found])
+        except ValueError as error:
+            text = f"the hub repository {repo} cannot be used: {error}"
+            raise options.error("MODEL", options.model, text) from error
         expected = {file.rfilename: file.size or 0 for file in found if file.rfilename in files}
         with report_download(say, repo, folder, expected):
             snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace_file(marker, json.dumps(sizes).encode())
+    except SettingError:
+        raise
     except Exception as error:  # the hub's client, its HTTP library and the disk raise various exceptions
         log.debug("download failed", exc_info=True)
         text = f"cannot download the model from the hub repository {repo} ({one_line(error)})"
-        raise options.error("MODEL", options.model, text) from error
+        unknown = isinstance(error, (RepositoryNotFoundError, HFValidationError))
+        raise (options.error if unknown else options.failure)("MODEL", options.model, text) from error
     return folder
 
 

@@ -38,12 +38,44 @@ log = logging.getLogger("lumen.onnx_backend")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
+def source_of(options: ModelOptions, image_file: str) -> tuple[Path | None, str, str]:
+    """(folder, hub repository, model_id): one of the first two, or neither if both towers are given as files.
+
+    Downloads nothing. Raises SettingError.
+    """
+    value = options.model
+    if Path(value).is_dir():
+        return Path(value), "", Path(value).resolve().name
+    if image_file and options.onnx_text:
+        return None, "", value.removeprefix("hf-hub:")
+    if value.startswith("hf-hub:"):
+        repo = value.removeprefix("hf-hub:")
+        return None, repo, repo
+    arch, tag = split_model(options)
+    if Path(tag).exists():
+        raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
+    # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
+    return None, f"immich-app/{arch}__{tag.replace('_', '-')}", value
+
+
+def tower_file(options: ModelOptions, folder: Path | None, variable: str, value: str, part: str) -> Path:
+    """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises SettingError if there is none."""
+    path = Path(value) if value or folder is None else folder / part / "model.onnx"
+    if not path.is_file():
+        if value:
+            raise options.error(variable, value, "no such file")
+        text = f"the folder has no {part}/model.onnx; a model needs both towers, {options.name}_{variable}"
+        raise options.error("MODEL", options.model, f"{text} can name one elsewhere")
+    return path
+
+
 class ModelFolder:
     """The files of a model, in a folder or downloaded from the hub, and their metadata."""
 
     def __init__(self, options: ModelOptions, say: Say, image_file: str, npu: str | None = None) -> None:
         """`image_file`: the operator's file for the image tower, or "". `npu`: the target whose programs are downloaded
-        as well, "" if it is not known, or None for a model that runs on no NPU. Raises BackendError."""
+        as well, "" if it is not known, or None for a model that runs on no NPU. Raises SettingError or
+        BackendError."""
         needs_modules(("onnxruntime", "tokenizers", "ftfy", "regex"), options)
         self.options = options
         self._say, self._image_file, self._npu = say, image_file, npu
@@ -55,21 +87,11 @@ class ModelFolder:
         self.used: list[Path] = []  # the files or folders that the vectors depend on
 
     def _resolve(self) -> tuple[Path | None, str]:
-        """(folder, model_id)."""
-        options, value = self.options, self.options.model
-        if Path(value).is_dir():
-            return Path(value), Path(value).resolve().name
-        if self._image_file and options.onnx_text:
-            return None, value.removeprefix("hf-hub:")
-        if value.startswith("hf-hub:"):
-            repo = value.removeprefix("hf-hub:")
-            return fetch_repository(options, repo, self._wanted_files, self._say, self._form), repo
-        arch, tag = split_model(options)
-        if Path(tag).exists():
-            raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
-        # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
-        repo = f"immich-app/{arch}__{tag.replace('_', '-')}"
-        return fetch_repository(options, repo, self._wanted_files, self._say, self._form), value
+        """(folder, model_id), downloaded if need be."""
+        path, repo, model_id = source_of(self.options, self._image_file)
+        if repo:
+            path = fetch_repository(self.options, repo, self._wanted_files, self._say, self._form)
+        return path, model_id
 
     def _read_manifest(self) -> dict[str, Any]:
         """Reads the manifest. A damaged file of a download is downloaded once more. Raises BackendError."""
@@ -101,13 +123,8 @@ class ModelFolder:
         ]
 
     def tower(self, variable: str, value: str, part: str) -> Path:
-        """The ONNX file of a tower: the operator's (`value`) or the folder's. Raises BackendError if it is missing."""
-        path = Path(value) if value or self.path is None else self.path / part / "model.onnx"
-        if not path.is_file():
-            if value:
-                raise self.options.error(variable, value, "no such file")
-            text = f"the folder has no {part}/model.onnx; a model needs both towers, {self.options.name}_{variable}"
-            raise self.options.error("MODEL", self.options.model, f"{text} can name one elsewhere")
+        """Like `tower_file`."""
+        path = tower_file(self.options, self.path, variable, value, part)
         self.used.append(path if value else path.parent)
         return path
 
@@ -121,15 +138,24 @@ class ModelFolder:
 # --- sessions ---------------------------------------------------------------------------------------------------
 
 
+def wanted_providers(options: ModelOptions, available: Sequence[str]) -> list[str]:
+    """The execution providers to ask for. Raises SettingError if one is not available."""
+    wanted = list(options.ort_providers) or ["CPUExecutionProvider"]
+    if missing := [name for name in wanted if name not in available]:
+        text = f"{missing[0]} is not available; here: {', '.join(available)}"
+        raise options.error("ORT_PROVIDERS", ",".join(wanted), text)
+    return wanted
+
+
 def open_session(options: ModelOptions, path: Path, variable: str, threads: int) -> Any:
-    """An ONNX Runtime session. Raises BackendError, also if it would not run on the wanted provider."""
+    """An ONNX Runtime session.
+
+    Raises SettingError if a provider is not in this build, and BackendError if the file cannot be loaded or the session
+    would run on another provider than the one wanted.
+    """
     import onnxruntime
 
-    wanted = list(options.ort_providers) or ["CPUExecutionProvider"]
-    missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
-    if missing:
-        have = ", ".join(onnxruntime.get_available_providers())
-        raise options.error("ORT_PROVIDERS", ",".join(wanted), f"{missing[0]} is not available; here: {have}")
+    wanted = wanted_providers(options, onnxruntime.get_available_providers())
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     # Threads that spin while they wait would occupy the cores that decode the next pictures.
@@ -137,10 +163,10 @@ def open_session(options: ModelOptions, path: Path, variable: str, threads: int)
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=wanted)
     except Exception as error:
-        raise options.error(variable, str(path), f"ONNX Runtime cannot load it ({one_line(error)})") from error
+        raise options.failure(variable, str(path), f"ONNX Runtime cannot load it ({one_line(error)})") from error
     if session.get_providers()[0] != wanted[0]:
         text = f"ONNX Runtime fell back to {session.get_providers()[0]}"
-        raise options.error("ORT_PROVIDERS", ",".join(wanted), text)
+        raise options.failure("ORT_PROVIDERS", ",".join(wanted), text)
     return session
 
 
@@ -286,6 +312,6 @@ class FolderBackend:
 
 
 def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:
-    """Opens a model with both towers on ONNX Runtime. Raises BackendError."""
+    """Opens a model with both towers on ONNX Runtime. Raises SettingError or BackendError."""
     folder = ModelFolder(options, say, options.onnx_image)
     return FolderBackend(folder, OnnxImageTower(folder))

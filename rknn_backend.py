@@ -37,7 +37,7 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
 
     The NPU is refused if it does not start, or if its vector of the golden picture is wrong. Then the folder's ONNX
     tower runs instead, and `refusal` says why. Only running a program on the board shows that it is right there.
-    Raises BackendError.
+    Raises SettingError, and BackendError if neither of the two runs.
     """
     if importlib.util.find_spec("rknnlite") is None:
         text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
@@ -53,7 +53,7 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
     text = f"the NPU is not used: {refusal}{detail}"
     if onnx_tower(folder) is None:
         text += "; and there is no visual/model.onnx that could run on the CPU instead"
-        raise options.error("BACKEND", options.backend, text)
+        raise options.failure("BACKEND", options.backend, text)
     log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", options.name, text)
     return FolderBackend(folder, OnnxImageTower(folder), refusal=refusal)
 

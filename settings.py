@@ -5,10 +5,12 @@ Read once, from the environment, into one frozen dataclass. No other file reads 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,22 @@ log = logging.getLogger("lumen.settings")
 VERSION = "1.0.0"
 HERE = Path(__file__).resolve().parent
 DATA_DIR = HERE / "data"
+SPECIES_SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")  # values of BIOCLIP_LABELS that are no paths
 DEFAULT_MODELS = {"CLIP": "ViT-B-32:laion2b_s34b_b79k", "BIOCLIP": "hf-hub:imageomics/bioclip-2"}
 # Former settings, and what the daemon does instead.
 RETIRED = {
     "CLIP_MDNS_STATUS": "the daemon announces loading or ready, as it is",
     "CLIP_MDNS_VERSION": "the daemon announces MDNS_VERSION of discovery.py",
 }
+PREFIXES = ("CLIP_", "BIOCLIP_", "LUMEN_")  # of all settings but BATCH_SIZE and ADVERTISE_IP
+# What begins so and is read by others: the unit and compose, the client, the tests.
+READ_ELSEWHERE = (
+    *("LUMEN_OPTIONS", "LUMEN_ADDRESS", "LUMEN_MDNS_INTERFACE"),
+    *("LUMEN_SEED", "LUMEN_FUZZ", "LUMEN_MUTANTS", "LUMEN_SOAK_MINUTES"),
+    *("LUMEN_ARM64_ROOT", "LUMEN_BOOT_ROOT", "LUMEN_DOCKER_ROOT", "LUMEN_RKNN_VENV"),
+)
+# What Kubernetes sets in every container for a service named `lumen`, `clip` or `lumen-clip`.
+SERVICE_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 # What `--demo` sets: an ordinary model in the ordinary layout, and the names of what it was shown.
 DEMO_DIR = HERE / "gen" / "demo"
 DEMO = {
@@ -87,11 +99,63 @@ def _switch(text: str) -> bool:
     return _choice("0", "1")(text) == "1"
 
 
-def _setting(default: Any, parse: Callable[[str], Any] = str) -> Any:
-    return field(default=default, metadata={"parse": parse})
+# --- paths in values: -> the path, or "" if the value has none --------------------------------------------------
+
+
+def _file(text: str) -> str:
+    return text
+
+
+def _label_file(text: str) -> str:
+    return "" if text in SPECIES_SOURCES else text
+
+
+def _model_file(text: str) -> str:
+    """A folder, or the file of `ARCH:file`. Only a path contains a slash or begins with a dot; a tag does neither."""
+    if text.startswith("hf-hub:"):
+        return ""
+    path = text if text.startswith("/") else text.partition(":")[2] or text
+    return path if "/" in path or path.startswith(".") else ""
+
+
+# --- when a setting has no effect: -> the setting that is the reason, or "" --------------------------------------
+
+
+def _with_backend(*names: str) -> Callable[[ModelOptions], str]:
+    """Has an effect with these backends only."""
+    return lambda options: "" if options.backend in names else f"{options.name}_BACKEND={options.backend}"
+
+
+def _with_models(*names: str) -> Callable[[Settings], str]:
+    """Has an effect with these models only."""
+    return lambda settings: ", ".join(f"{n.upper()}_BACKEND=none" for n in names if n not in settings.models())
+
+
+def _with_mdns(settings: Settings) -> str:
+    return "" if settings.clip_mdns_type else "CLIP_MDNS_TYPE=off"
+
+
+# --- fields -----------------------------------------------------------------------------------------------------
+
+
+def _setting(
+    default: Any,
+    parse: Callable[[str], Any] = str,
+    path: Callable[[str], str] = lambda text: "",
+    idle: Callable[[Any], str] = lambda owner: "",
+) -> Any:
+    """A field that a variable sets.
+
+    `parse` makes its value of a text, `path` finds the path that a text contains, and `idle` tells of the whole
+    dataclass which other setting leaves this one without effect.
+    """
+    return field(default=default, metadata={"parse": parse, "path": path, "idle": idle})
 
 
 _PRECISION = _choice("fp32", "fp16")
+_SERVED = _with_backend("torch", "onnxrt", "rknn")
+_ONNX = _with_backend("onnxrt", "rknn")  # with rknn for texts, and for images where the NPU is refused
+_RKNN = _with_backend("rknn")
 
 
 @dataclass(frozen=True)
@@ -106,34 +170,43 @@ class ModelOptions:
     # What runs the model; "none" leaves it and its tasks out. BIOCLIP_BACKEND is CLIP_BACKEND unless it is set.
     backend: str = _setting("torch", _choice("torch", "onnxrt", "rknn", "none"))
     # ARCH:tag, ARCH:path/to/weights, hf-hub:org/name, or a folder. Another model has another space of vectors.
-    model: str = _setting("")
+    model: str = _setting("", path=_model_file, idle=_SERVED)
     data_dir: Path = DATA_DIR
-    # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU.
-    device: str = _setting("")
+    # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU. The container images for
+    # GPUs set it for both models, so it is not reported for a model that is left out.
+    device: str = _setting("", idle=_with_backend("torch", "none"))
     # torch: fp16 halves the memory of a GPU and is faster there. A CPU has fp32 only.
-    precision: str = _setting("fp32", _PRECISION)
+    precision: str = _setting("fp32", _PRECISION, idle=_with_backend("torch"))
     # Images or texts that share one batch at most; 0: BATCH_SIZE. More need more memory, and others wait longer.
-    max_batch_size: int = _setting(0, _number(1, 1024))
+    max_batch_size: int = _setting(0, _number(1, 1024), idle=_SERVED)
     # onnxrt: files in place of the folder's visual/model.onnx and textual/model.onnx.
-    onnx_image: str = _setting("")
-    onnx_text: str = _setting("")
+    onnx_image: str = _setting("", path=_file, idle=_ONNX)
+    onnx_text: str = _setting("", path=_file, idle=_ONNX)
     # onnxrt: execution providers in the order of preference; empty: the CPU's. One that is missing ends the start.
-    ort_providers: tuple[str, ...] = _setting((), _names)
+    ort_providers: tuple[str, ...] = _setting((), _names, idle=_ONNX)
     # rknn: a program in place of the folder's visual/rknpu/TARGET/model.rknn.
-    rknn_model: str = _setting("")
+    rknn_model: str = _setting("", path=_file, idle=_RKNN)
     # rknn: the chip; empty: what the device tree says, which a container may hide.
-    rknn_target: str = _setting("", _choice(*machine.NPU_CORES))
+    rknn_target: str = _setting("", _choice(*machine.NPU_CORES), idle=_RKNN)
     # rknn: cores of the NPU, each with its own copy of the model; 0: all for which there is memory.
-    rknn_cores: int = _setting(0, _number(0, 3))
+    rknn_cores: int = _setting(0, _number(0, 3), idle=_RKNN)
     # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
-    labels: str = _setting("")
+    labels: str = _setting("", path=_label_file, idle=_SERVED)
 
     def __post_init__(self) -> None:
         if not self.model:
             object.__setattr__(self, "model", DEFAULT_MODELS[self.name])
 
-    def error(self, variable: str, value: str, text: str) -> BackendError:
-        return BackendError(f"{self.name}_{variable}={value}: {text}")
+    def error(self, variable: str, value: str, text: str) -> SettingError:
+        """For what the operator has to change."""
+        return SettingError(self.line(variable, value, text))
+
+    def failure(self, variable: str, value: str, text: str) -> BackendError:
+        """For what may be different at the next start: downloads, damaged files, the machine."""
+        return BackendError(self.line(variable, value, text))
+
+    def line(self, variable: str, value: str, text: str) -> str:
+        return f"{self.name}_{variable}={value}: {text}"
 
 
 @dataclass(frozen=True)
@@ -149,33 +222,33 @@ class Settings:
     batch_size: int = _setting(8, _number(1, 1024))
     # Prompts that are averaged for each class of `clip_classify`. More are a little more accurate, and the first start
     # takes so many times as long.
-    clip_templates: int = _setting(7, _templates)
+    clip_templates: int = _setting(7, _templates, idle=_with_models("clip"))
     # A JSON file of what `smart_classify` distinguishes; empty: `label_files.SCENES`.
-    lumen_scenes: str = _setting("")
+    lumen_scenes: str = _setting("", path=_file, idle=_with_models("clip", "bioclip"))
     # The model of the `semantic_` tasks; empty: they are off. Photo apps route them by name alone, so a second node
     # with another model would mix vectors of two models.
     lumen_semantic: str = _setting("", _choice("clip", "bioclip"))
     # The service types that are announced by mDNS. "off" makes the daemon invisible to apps that search for it.
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     # The instance name, by which people recognize the daemon in an app's list.
-    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name)
+    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name, idle=_with_mdns)
     # The identity that is announced; empty: made once and kept in the data folder, which a container may lose.
-    clip_mdns_uuid: str = _setting("")
+    clip_mdns_uuid: str = _setting("", idle=_with_mdns)
     # The IPv4 address that is announced; empty: found. Needed in a container, whose own address nobody reaches.
-    advertise_ip: str = _setting("", _ipv4)
+    advertise_ip: str = _setting("", _ipv4, idle=_with_mdns)
     # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
-    lumen_data_dir: Path = _setting(DATA_DIR, Path)
+    lumen_data_dir: Path = _setting(DATA_DIR, Path, path=_file)
     # Whether a JPEG may be decoded at a fraction of its size, several times as fast. 0 decodes all of it.
     lumen_jpeg_draft: bool = _setting(True, _switch)
     # Whether the first start tries for a few seconds how images run best here. 0: a batch of BATCH_SIZE on each core.
     lumen_tune: bool = _setting(True, _switch)
     # PEM files. A certificate and its key switch TLS on; photo apps then no longer reach the daemon.
-    lumen_tls_cert: str = _setting("")
-    lumen_tls_key: str = _setting("")
+    lumen_tls_cert: str = _setting("", path=_file)
+    lumen_tls_key: str = _setting("", path=_file)
     # PEM file of an authority: only clients with a certificate that it signed are served.
-    lumen_tls_client_ca: str = _setting("")
+    lumen_tls_client_ca: str = _setting("", path=_file)
     # A file with a token that every call must carry.
-    lumen_token_file: str = _setting("")
+    lumen_token_file: str = _setting("", path=_file)
     # Seconds after which a batch, or the decoding of a picture, counts as hung and the process ends. Less ends it while
     # a slow board works; more leaves it useless for longer.
     lumen_hang_s: int = _setting(120, _number(1, 86_400))
@@ -190,10 +263,15 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Raises SettingError: one line with the variable, its value and what is allowed."""
+        """Logs a warning for each variable that is not a setting, or that has no effect beside the others.
+
+        Raises SettingError: one line with the variable, its value and what is allowed.
+        """
         for name, instead in RETIRED.items():
             if environment.get(name):
                 log.warning("%s is no longer a setting and has no effect: %s", name, instead)
+        for name, similar in _unknown(environment):
+            log.warning("%s is not a setting%s", name, f"; did you mean {similar}?" if similar else "")
         shared = _read(cls, "", environment)
         batch_size = shared.get("batch_size", cls.batch_size)
         common = {"max_batch_size": batch_size, "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
@@ -206,6 +284,11 @@ class Settings:
         if settings.lumen_semantic and settings.lumen_semantic not in settings.models():
             model = settings.lumen_semantic
             raise SettingError(f"LUMEN_SEMANTIC={model}: {model.upper()}_BACKEND=none; allowed: a model that is served")
+        for owner, prefix in ((settings, ""), (clip, "CLIP_"), (bioclip, "BIOCLIP_")):
+            for name, setting in _variables(type(owner), prefix).items():
+                text = environment.get(name, "").strip()
+                if text and (reason := setting.metadata["idle"](owner)):
+                    log.warning("%s=%s has no effect with %s", name, text, reason)
         return settings
 
     def models(self) -> dict[str, ModelOptions]:
@@ -214,13 +297,32 @@ class Settings:
         return {name: options for name, options in both.items() if options.backend != "none"}
 
 
+def _variables(kind: type[Settings | ModelOptions], prefix: str) -> dict[str, Field[Any]]:
+    """The settings of a dataclass by the names of their variables."""
+    return {(prefix + setting.name).upper(): setting for setting in fields(kind) if "parse" in setting.metadata}
+
+
+def _unknown(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(name, the most similar setting or "") of each variable that looks like a setting and is none."""
+    known = {**_variables(Settings, ""), **_variables(ModelOptions, "CLIP_"), **_variables(ModelOptions, "BIOCLIP_")}
+    for name in sorted(environment):
+        text = environment[name].strip()
+        if not text or not name.startswith(PREFIXES) or name in known or name in RETIRED or name in READ_ELSEWHERE:
+            continue
+        if "://" not in text and not SERVICE_LINK.fullmatch(name):
+            yield name, "".join(difflib.get_close_matches(name, known, 1, 0.75))
+
+
 def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """The settings of a dataclass that the environment sets. Raises SettingError."""
     values: dict[str, Any] = {}
-    for setting in fields(kind):
-        name = (prefix + setting.name).upper()
+    for name, setting in _variables(kind, prefix).items():
         text = environment.get(name, "").strip()
-        if text and "parse" in setting.metadata:
+        if text:
+            path = setting.metadata["path"](text)
+            if path and "NOTIFY_SOCKET" in environment and not Path(path).is_absolute():
+                allowed = "paths in systemd's environment file must be absolute"
+                raise SettingError(f"{name}={text}: {path} is not an absolute path; {allowed}")
             try:
                 values[setting.name] = setting.metadata["parse"](text)
             except ValueError as error:

@@ -18,7 +18,7 @@ import label_cache
 import machine
 import tree_of_life
 from engine import Answer, Engine, Job, Line, Steps
-from errors import LabelError
+from errors import LabelError, SettingError
 from label_cache import TextVectors
 from labels import ENCODE_BATCH
 from model_files import Vectors, encoder_of
@@ -54,7 +54,10 @@ class SpeciesLoader:
         self._unload = engine.add(Line("bioclip unload", self._let_go, 1, Line.BACKGROUND))
 
     def at_once(self, say: Callable[[str], None]) -> Species | None:
-        """The species, if they are kept or few; before the inference thread runs. Raises LabelError."""
+        """The species, if they are kept or few; before the inference thread runs.
+
+        Raises SettingError if the operator's file or folder cannot be used, otherwise LabelError.
+        """
         backend = self._model.backend
         if tree_of_life.is_folder(self._source):
             note = self._folder / label_cache.NOTE
@@ -69,7 +72,7 @@ class SpeciesLoader:
         wanted = tree_of_life.wanted_of(backend.model_id, RECIPE.name, digest, backend.dim)
         if found := tree_of_life.kept(self._folder, wanted, self._encode):
             return self._species(found)
-        if len(tree_of_life.lineages_of(path)) > label_cache.SHARD_LABELS:
+        if len(tree_of_life.lineages_of_source(self._source, path)) > label_cache.SHARD_LABELS:
             return None
         doing = f"computing text vectors for {backend.model_id}"
         return self._computed(self._encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
@@ -86,7 +89,7 @@ class SpeciesLoader:
                     break
                 except Exception as error:
                     report.progress.failure = "not available; the daemon's log says why"
-                    known = isinstance(error, LabelError)
+                    known = isinstance(error, LabelError | SettingError)
                     log.warning("%s: %s", report.progress.name, error, exc_info=None if known else error)
                     time.sleep(RETRY_S)
                     report.progress.failure = ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import one_line
+from errors import SettingError, one_line
 from machine import sha256_of, usable_cores
 from model_files import (
     Say,
@@ -30,13 +31,82 @@ log = logging.getLogger("lumen.torch_backend")
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
+def chosen_device(options: ModelOptions) -> str:
+    """CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given. Raises SettingError."""
+    import torch
+
+    device = options.device
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise options.error("DEVICE", device, f"not a device of torch ({one_line(error)})") from error
+    if options.precision != "fp32" and kind == "cpu":
+        raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
+    return device
+
+
+def is_repository(options: ModelOptions) -> bool:
+    """Whether the model is a folder or a hub repository, and not `ARCH:weights`. Raises SettingError for a folder that
+    is not OpenCLIP's."""
+    folder = Path(options.model)
+    if folder.is_dir() and not (folder / "open_clip_config.json").is_file():
+        raise options.error("MODEL", options.model, "the folder has no open_clip_config.json, which torch needs")
+    return folder.is_dir() or options.model.startswith("hf-hub:")
+
+
+def find_weights(options: ModelOptions) -> tuple[str, str, Mapping[str, Any]]:
+    """Of `ARCH:weights`: (architecture, file or tag, what OpenCLIP knows of the tag). Downloads nothing.
+
+    Raises SettingError.
+    """
+    import open_clip
+
+    arch, tag = split_model(options)
+    if arch not in open_clip.list_models():
+        raise options.error("MODEL", options.model, f"OpenCLIP has no architecture {arch!r}")
+    if Path(tag).is_file():
+        return arch, tag, {}
+    config = open_clip.get_pretrained_cfg(arch, tag)
+    if not config:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+        text = f"{tag!r} is neither a file nor a tag of {arch}; tags: {tags}"
+        raise options.error("MODEL", options.model, text)
+    return arch, tag, config
+
+
+def describe(models: str) -> None:
+    """Prints OpenCLIP's version, and what torch and OpenCLIP make of the options of models, both as JSON.
+
+    For `doctor.py`, in a process of its own.
+    """
+    import open_clip
+    import torch
+
+    said: dict[str, Any] = {"gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    for options in (ModelOptions(**values) for values in json.loads(models)):
+        device, refusals = "", []
+        try:
+            device = chosen_device(options)
+        except SettingError as error:
+            refusals.append(str(error))
+        try:
+            is_repository(options) or find_weights(options)
+        except (SettingError, OSError) as error:
+            refusals.append(str(error))
+        said[options.name] = {"device": device, "refusals": refusals}
+    print(open_clip.__version__)
+    print(json.dumps(said))
+
+
 class TorchBackend:
     """OpenCLIP on torch. Devices: CUDA (also ROCm), else MPS, else the CPU, unless the operator chose one."""
 
     npu = refusal = ""
 
     def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
-        """Raises BackendError."""
+        """Raises SettingError or BackendError."""
         needs_modules(("torch", "open_clip"), options)
         # Threads that spin while they wait occupy the cores: a text among other work took up to ten times its core
         # time.
@@ -44,9 +114,7 @@ class TorchBackend:
         import open_clip
         import torch
 
-        device = options.device or self._best_device()
-        if options.precision != "fp32" and device.split(":")[0] == "cpu":
-            raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
+        device = chosen_device(options)
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
         try:
             model: Any = open_clip.create_model(
@@ -56,7 +124,7 @@ class TorchBackend:
         except Exception as error:
             log.debug("OpenCLIP could not build %s", name, exc_info=True)
             text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
-            raise options.error("MODEL", options.model, text) from error
+            raise options.failure("MODEL", options.model, text) from error
         self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
         self._cores = usable_cores()
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
@@ -91,34 +159,20 @@ class TorchBackend:
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
     @staticmethod
-    def _best_device() -> str:
-        import torch
-
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-
-    @staticmethod
     def _resolve(options: ModelOptions, say: Say) -> tuple[str, dict[str, Any], str, Path]:
         """(name, arguments, model_id, weights) for OpenCLIP, after all files were downloaded. Raises BackendError."""
         import open_clip
 
         value = options.model
-        if Path(value).is_dir() or value.startswith("hf-hub:"):
+        if is_repository(options):
             repo = value.removeprefix("hf-hub:")
             local = Path(value).is_dir()
             folder = Path(value) if local else fetch_repository(options, repo, _torch_files, say)
             weights = next((folder / name for name in TORCH_WEIGHTS if (folder / name).is_file()), folder)
             return f"local-dir:{folder}", {}, folder.resolve().name if local else repo, weights
-        arch, tag = split_model(options)
-        if arch not in open_clip.list_models():
-            raise options.error("MODEL", value, f"OpenCLIP has no architecture {arch!r}")
-        if Path(tag).is_file():
-            return arch, {"pretrained": tag}, f"{arch}:{Path(tag).stem}", Path(tag)
-        config = open_clip.get_pretrained_cfg(arch, tag)
+        arch, tag, config = find_weights(options)
         if not config:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
-            raise options.error("MODEL", value, f"{tag!r} is neither a file nor a tag of {arch}; tags: {tags}")
+            return arch, {"pretrained": tag}, f"{arch}:{Path(tag).stem}", Path(tag)
         if config.get("hf_hub"):
             repo, file = os.path.split(config["hf_hub"])
             folder = fetch_repository(options, repo, (lambda files: [file]) if file else _torch_files, say)
@@ -129,7 +183,7 @@ class TorchBackend:
                 with report_download(say, value, folder, {Path(config["url"]).name: 0}):
                     path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
             except Exception as error:
-                raise options.error("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
+                raise options.failure("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
         # OpenCLIP knows these for a tag, but not for a path.
         recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
         quick_gelu = bool(config.get("quick_gelu", False))

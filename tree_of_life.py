@@ -29,16 +29,16 @@ import errors
 import label_cache
 import machine
 import species
-from errors import BackendError, LabelError, one_line
+from errors import BackendError, LabelError, SettingError, one_line
 from label_cache import CacheKey, Names, TextVectors
 from machine import sha256_of
 from model_files import Encode, Say, encoder_of, fetch_file, quiet
-from settings import DATA_DIR, ModelOptions
+from settings import DATA_DIR, SPECIES_SOURCES, ModelOptions
 from species import RECIPE
 
 log = logging.getLogger("lumen.tree_of_life")
 
-SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")
+SOURCES = SPECIES_SOURCES
 NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
 REPO_200M = "imageomics/TreeOfLife-200M"
 REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
@@ -101,18 +101,46 @@ def is_folder(source: str) -> bool:
     return (Path(source) / label_cache.FILE).is_file()
 
 
+def count_own(source: str) -> int | None:
+    """How many species the operator's own file or folder has, or None if the source is the hub's.
+
+    The checksums of a large folder are not read; `verify` does that. Raises SettingError.
+    """
+    if not source or source in SOURCES:
+        return None
+    try:
+        if is_folder(source):
+            return len(open_folder(Path(source), quick=True).vecs)
+        return len(lineages_of_source(source, names_file(source, DATA_DIR)))
+    except PermissionError as error:
+        raise errors.unreadable(error) from error
+
+
 def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
-    """The label file of a source whose vectors are computed; downloaded once. Raises LabelError."""
+    """The label file of a source whose vectors are computed: the operator's, or the hub's, which is downloaded once.
+
+    Raises SettingError for the former and LabelError for the latter.
+    """
     if source and source not in SOURCES:
         path = Path(source)
         if not path.is_file():
             allowed = f"{' or '.join(SOURCES)}, a JSON file, or a folder with {label_cache.FILE}"
-            raise LabelError(f"BIOCLIP_LABELS={source}: no such file; allowed: {allowed}")
+            raise SettingError(f"BIOCLIP_LABELS={source}: no such file; allowed: {allowed}")
         return path
     path = data_dir / "bioclip" / "txt_emb_species.json"
     if not path.is_file():
         fetch_file(path, *NAMES_10M, say, check=lineages_of)
     return path
+
+
+def lineages_of_source(source: str, path: Path) -> list[str]:
+    """Those of a source's label file. Raises SettingError if the file is the operator's own, else LabelError."""
+    try:
+        return lineages_of(path)
+    except LabelError as error:
+        if source and source not in SOURCES:
+            raise SettingError(f"BIOCLIP_LABELS={error}") from error
+        raise
 
 
 def lineages_of(path: Path) -> list[str]:
@@ -157,23 +185,33 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
 # --- a set that is there ----------------------------------------------------------------------------------------
 
 
-def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
-    """The vectors in a folder that `build` made. The folder may be read-only: the file `note`, elsewhere, records that
-    its checksums were verified. Raises LabelError."""
+def open_folder(folder: Path, note: Path | None = None, quick: bool = False) -> TextVectors:
+    """The content of a folder that `build` made; see `label_cache.load`.
+
+    Raises SettingError.
+    """
     try:
-        found = label_cache.load(folder / label_cache.FILE, note=note)
+        found = label_cache.load(folder / label_cache.FILE, note=note, quick=quick)
     except (OSError, errors.DamagedCache) as error:
-        raise LabelError(f"BIOCLIP_LABELS={folder}: {label_cache.FILE} cannot be used ({error})") from error
+        raise SettingError(f"BIOCLIP_LABELS={folder}: {label_cache.FILE} cannot be used ({error})") from error
     if found is None or found.names is None or found.depth is None or found.meta is None:
-        raise LabelError(
+        raise SettingError(
             f"BIOCLIP_LABELS={folder}: {label_cache.FILE} has no lineages; `tree_of_life.py build` makes such files"
         )
+    return found
+
+
+def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVectors:
+    """The vectors of the operator's folder, which need not be ours to write: `note` remembers that its checksums were
+    read. Raises SettingError, also if they are not those of the model."""
+    found = open_folder(folder, note)
+    assert found.meta is not None
     if found.vecs.shape[1] != dim:
         text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
-        raise LabelError(f"BIOCLIP_LABELS={folder}: {text}")
+        raise SettingError(f"BIOCLIP_LABELS={folder}: {text}")
     if not belongs(found, encode):
         text = f"its vectors are not those of this model, but of {found.meta['model_id']}"
-        raise LabelError(f"BIOCLIP_LABELS={folder}: {text}")
+        raise SettingError(f"BIOCLIP_LABELS={folder}: {text}")
     return found
 
 
@@ -360,7 +398,10 @@ def _first_dim(path: Path) -> int:
 
 
 def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVectors:
-    """Makes `text_vectors.npz` in a folder. `backend` is None for published vectors. Raises LabelError."""
+    """Makes `text_vectors.npz` in a folder; `backend` is None for published vectors.
+
+    Raises SettingError or LabelError.
+    """
     from tqdm import tqdm
 
     if source == SOURCES[1]:
@@ -438,7 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{options.to}: {len(found.vecs):,} species; BIOCLIP_LABELS={options.to}")
             return 0
         lines = info(options.folder) if options.command == "info" else verify(options.folder)
-    except (LabelError, BackendError, OSError) as error:
+    except (SettingError, LabelError, BackendError, OSError) as error:
         print(f"tree_of_life.py: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines or ["no errors found"]))

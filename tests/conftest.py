@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from google.protobuf.empty_pb2 import Empty
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -110,6 +111,24 @@ def onnx_node(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, tiny_im
     ).ready()
     yield node
     assert node.stop() == 0, node.log
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of a daemon on loopback, of a client, of their CA, and of a client of another CA; a token."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority, stranger = trustme.CA(), trustme.CA()
+    for name, made in (
+        ("server", authority.issue_cert("localhost", "127.0.0.1")),
+        ("client", authority.issue_cert("photos.example.org")),
+        ("stranger", stranger.issue_cert("photos.example.org")),
+    ):
+        made.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+        made.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    (folder / "token").write_text("a-token-that-nobody-guesses\n")
+    (folder / "token").chmod(0o600)
+    return folder
 
 
 @pytest.fixture(params=["torch", "onnxrt"])

@@ -22,6 +22,7 @@ class FakeHub:
         self.cut_after: dict[str, int] = {}  # path -> bytes after which its next download is cut off
         self.stall_after: dict[str, int] = {}  # path -> bytes after which its next download says no more
         self.stalled = threading.Event()
+        self.page: bytes | None = None  # an answer to everything, as a hotel's network gives it
         self.pace = 0  # bytes a second of a file; 0: as fast as it goes
         hub = self
 
@@ -51,6 +52,8 @@ class FakeHub:
     def answer(self, handler: Any, body: bool) -> None:
         path = handler.path.partition("?")[0].lstrip("/")
         self.requests.append(f"{handler.command} {path}")
+        if self.page is not None:
+            return self._send(handler, 200, self.page, body, {})
         for repo, files in self.repos.items():
             api = f"api/{repo if repo.startswith('datasets/') else f'models/{repo}'}/"
             if path.startswith(api):

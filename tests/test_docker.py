@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 import lumen_clip
+from settings import Settings, demo_environment
 from tests.kit import DEMO, ROOT, RUNTIME, Node, train_tiny
 
 
@@ -143,6 +144,23 @@ def test_the_compose_file_is_right_and_has_a_service_for_each_target() -> None:
         assert given["read_only"] and given["cap_drop"] == ["ALL"]
         assert "no-new-privileges:true" in given["security_opt"] and "data:/data" in given["volumes"]
         assert int(given["stop_grace_period"].removesuffix("s")) > lumen_clip.DRAIN_S
+
+
+def test_what_an_image_sets_itself_is_no_reason_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: a warning at every start of a setting that the operator never made."""
+    rows = dockerfile()
+    for target in image_targets():
+        pairs = [
+            pair.split("=")
+            for stage, name, rest in rows
+            if stage in ("base", target) and name == "ENV"
+            for pair in rest.split()
+        ]
+        environment = dict(pairs)
+        for changes in ({}, {"BIOCLIP_BACKEND": "none"}, {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "torch"}):
+            Settings.from_environment({**environment, **changes})
+            Settings.from_environment(demo_environment({**environment, **changes}))
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 COMPILERS = ("cc", "gcc", "g++", "clang", "as", "ld", "make", "cmake", "nvcc", "hipcc", "rustc", "go")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -9,10 +10,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import doctor
-from tests.kit import KEPT, LIMIT_S, NOWHERE, Node, settings_of, write_labels
+import label_cache
+import tree_of_life
+from tests.kit import KEPT, LIMIT_S, NOWHERE, Node, one_model, settings_of, write_labels
 from tests.npu_double import with_program
 
 
@@ -178,3 +182,170 @@ def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
         assert {"board", "CPU", "port", "mDNS"} <= {line[5:].split("  ")[0] for line in run.stdout.splitlines()}
     run = see_the_doctor(tmp_path, "--port", "0", **plain, ADVERTISE_IP="192.0.2.7")
     assert run.returncode == 0 and "will be announced at 192.0.2.7" in run.stdout
+
+
+REFUSED: list[tuple[str, dict[str, str]]] = [
+    ("TLS", {"LUMEN_TLS_CERT": "@/nowhere", "LUMEN_TLS_KEY": "@/server.key"}),
+    ("TLS", {"LUMEN_TLS_CERT": "@/garbage", "LUMEN_TLS_KEY": "@/server.key"}),
+    ("TLS", {"LUMEN_TLS_CERT": "@/server.pem", "LUMEN_TLS_KEY": "@/client.key"}),
+    ("TLS", {"LUMEN_TLS_KEY": "@/server.key"}),
+    ("TLS", {"LUMEN_TLS_CLIENT_CA": "@/garbage", "LUMEN_TLS_CERT": "@/server.pem", "LUMEN_TLS_KEY": "@/server.key"}),
+    ("token", {"LUMEN_TOKEN_FILE": "@/nowhere"}),
+    ("token", {"LUMEN_TOKEN_FILE": "@/garbage"}),
+    ("token", {"LUMEN_TOKEN_FILE": "@/token"}),  # without TLS
+    ("scenes", {"LUMEN_SCENES": "@/nowhere", "BIOCLIP_BACKEND": "onnxrt"}),
+    ("scenes", {"LUMEN_SCENES": "@/garbage", "BIOCLIP_BACKEND": "onnxrt"}),
+    ("labels", {"CLIP_LABELS": "@/nowhere"}),
+    ("labels", {"CLIP_LABELS": "@/garbage"}),
+    ("species", {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "onnxrt", "BIOCLIP_LABELS": "@/nowhere"}),
+    ("species", {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "onnxrt", "BIOCLIP_LABELS": "@/garbage"}),
+    ("species", {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "onnxrt", "BIOCLIP_LABELS": "@/folder"}),
+    ("models", {"CLIP_MODEL": "@/nowhere"}),
+    ("models", {"CLIP_MODEL": "@"}),
+    ("models", {"CLIP_MODEL": "ViT-B-32:@/garbage"}),
+    ("models", {"CLIP_ONNX_TEXT": "@/nowhere"}),
+    ("models", {"CLIP_BACKEND": "torch"}),  # with a folder of ONNX files
+    ("models", {"CLIP_BACKEND": "torch", "CLIP_MODEL": "ViT-B-32:laion9b", "CLIP_DEVICE": "cpu"}),
+    ("models", {"CLIP_BACKEND": "torch", "CLIP_MODEL": "hf-hub:a/b", "CLIP_DEVICE": "gpu"}),
+    ("models", {"CLIP_BACKEND": "torch", "CLIP_MODEL": "hf-hub:a/b", "CLIP_DEVICE": "cpu", "CLIP_PRECISION": "fp16"}),
+    ("runtime", {"CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), REFUSED)
+def test_the_doctor_refuses_what_the_start_refuses_with_the_same_text(
+    tmp_path: Path, tiny_onnx: Path, certificates: Path, name: str, changes: dict[str, str]
+) -> None:
+    """Lost otherwise: "ok" for a configuration that does not start."""
+    (certificates / "garbage").write_text("garbage\n")
+    (certificates / "folder").mkdir(exist_ok=True)
+    (certificates / "folder" / label_cache.FILE).write_text("garbage\n")
+    changes = {setting: value.replace("@", str(certificates)) for setting, value in changes.items()}
+    settings = {**one_model(tiny_onnx), "BIOCLIP_MODEL": tiny_onnx, "LUMEN_TUNE": "0", "CLIP_TEMPLATES": "1", **changes}
+    data = write_labels(tmp_path, tiny_onnx)
+    node = Node(data, ("--host", "0.0.0.0"), **settings)
+    assert node.ended() == 2
+    node.stop()
+    [said] = [line.removeprefix("lumen-clip: ") for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+    run = see_the_doctor(data, "--host", "0.0.0.0", "--port", "0", **settings)
+    assert run.returncode == 1
+    assert [line.split(None, 2)[1:] for line in run.stdout.splitlines() if line.startswith("FAIL")] == [[name, said]]
+
+
+def test_the_doctor_tells_what_is_well_and_warns_of_what_has_no_effect(
+    tmp_path: Path, tiny_onnx: Path, certificates: Path
+) -> None:
+    """Lost otherwise: an operator who cannot tell whether a file was read, or a name misspelt."""
+    (tmp_path / "names.json").write_text('["a dog", "a cat"]')
+    (tmp_path / "token").write_text("a-token-that-nobody-guesses")
+    (tmp_path / "token").chmod(0o644)
+    settings = {
+        **one_model(tiny_onnx),
+        "CLIP_LABELS": tmp_path / "names.json",
+        "LUMEN_TLS_CERT": certificates / "server.pem",
+        "LUMEN_TLS_KEY": certificates / "server.key",
+        "LUMEN_TOKEN_FILE": tmp_path / "token",
+        "CLIP_DEVICE": "cuda",
+        "CLIP_BACKNED": "torch",
+        "CLIP_MDNS_STATUS": "busy",
+    }
+    before = sorted(tmp_path.rglob("*"))
+    run = see_the_doctor(tmp_path, "--host", "0.0.0.0", "--port", "0", "--log-level", "error", **settings)
+    assert run.returncode == 0 and run.stderr == "", run.stdout + run.stderr
+    for said in (
+        f"ok   labels        {tmp_path}/names.json: 2 names",
+        f"ok   TLS           {certificates}/server.pem with its key",
+        "ok   token         every call must carry it",
+        f"!    token         LUMEN_TOKEN_FILE={tmp_path}/token can be read by others on this machine; chmod 600",
+        "!    settings      CLIP_BACKNED is not a setting; did you mean CLIP_BACKEND?",
+        "!    settings      CLIP_DEVICE=cuda has no effect with CLIP_BACKEND=onnxrt",
+    ):
+        assert said in run.stdout.splitlines(), run.stdout
+    assert "CLIP_MDNS_STATUS is no longer a setting" in run.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_doctor_leaves_a_large_set_of_species_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: minutes of reading on a board, and a file in a folder that was only to be looked at."""
+    monkeypatch.setattr(label_cache, "HALF_PRECISION_BYTES", 100)
+    names, rows = ["a", "b", "c"], np.eye(3, 16, dtype=np.float32)
+    key = label_cache.CacheKey.of(names, tree_of_life.RECIPE, "x", 16)
+    label_cache.save(tmp_path, key, [rows], names, np.zeros(3, np.uint8))
+    before = sorted(tmp_path.iterdir())
+    settings = settings_of(clip_backend="none", bioclip_backend="onnxrt", bioclip_labels=tmp_path)
+    assert list(doctor.species(doctor.Visit(settings, "127.0.0.1", 0))) == [("ok", f"{tmp_path}: 3 species")]
+    assert sorted(tmp_path.iterdir()) == before
+    assert len(tree_of_life.open_folder(tmp_path).vecs) == 3 and sorted(tmp_path.iterdir()) != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "said", "expected"),
+    [
+        ({"CLIP_BACKEND": "onnxrt"}, "", None, ("--", "no NVIDIA GPU; CLIP runs on the CPU")),
+        (
+            {"CLIP_BACKEND": "onnxrt"},
+            "NVIDIA X",
+            None,
+            ("--", "NVIDIA X: not used; CLIP_ORT_PROVIDERS chooses it; CLIP runs on the CPU"),
+        ),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_ORT_PROVIDERS": "CUDAExecutionProvider,CPUExecutionProvider"},
+            "NVIDIA X",
+            None,
+            ("ok", "NVIDIA X; CLIP runs on CUDA"),
+        ),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"},
+            "",
+            None,
+            ("!", "no NVIDIA GPU; CLIP runs on CUDA"),
+        ),
+        ({}, "NVIDIA X", {"gpus": 1, "CLIP": {"device": "cuda"}}, ("ok", "NVIDIA X; CLIP runs on cuda")),
+        (
+            {},
+            "NVIDIA X",
+            {"gpus": 0, "CLIP": {"device": "cpu"}},
+            (
+                "!",
+                "NVIDIA X: torch cannot use it; CLIP runs on the CPU. Install a torch whose CUDA the driver knows",
+            ),
+        ),
+        (
+            {"CLIP_DEVICE": "cpu"},
+            "NVIDIA X",
+            {"gpus": 1, "CLIP": {"device": "cpu"}},
+            ("--", "NVIDIA X: not used; CLIP_DEVICE chooses it; CLIP runs on the CPU"),
+        ),
+        (
+            {"CLIP_DEVICE": "cuda"},
+            "",
+            {"gpus": 0, "CLIP": {"device": "cuda"}},
+            (
+                "FAIL",
+                "CLIP_DEVICE=cuda: torch finds 0 GPUs; mend the driver; in a container: --gpus all; or set it to cpu",
+            ),
+        ),
+        (
+            {"CLIP_DEVICE": "cuda:1"},
+            "NVIDIA X",
+            {"gpus": 1, "CLIP": {"device": "cuda:1"}},
+            (
+                "FAIL",
+                "CLIP_DEVICE=cuda:1: torch finds 1 GPUs; mend the driver; in a container: --gpus all; or set it to cpu",
+            ),
+        ),
+        ({}, "", None, ("--", "no NVIDIA GPU; where CLIP runs is not known, see runtime and models")),
+    ],
+)
+def test_the_doctor_tells_whether_a_gpu_is_used(
+    tmp_path: Path, settings: dict[str, str], gpus: str, said: Any, expected: tuple[str, str]
+) -> None:
+    """Lost otherwise: a graphics card that idles while a library is embedded a hundred times more slowly."""
+    if gpus:
+        (tmp_path / "driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+        (tmp_path / "driver/nvidia/gpus/0000:01:00.0/information").write_text(f"Model: \t\t {gpus}\nIRQ: 7\n")
+    run = subprocess.CompletedProcess([], 0 if said else 1, f"3.3.0\n{json.dumps(said)}\n", "")
+    visit = doctor.Visit(
+        settings_of(**settings, bioclip_backend="none"), "", 0, doctor.Places(tmp_path), {"open_clip": run}
+    )
+    assert list(doctor.gpu(visit)) == [expected]

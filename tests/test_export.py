@@ -57,10 +57,10 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_refused(tiny_onnx: Path,
             load(folder)
         (folder / name).write_bytes(content)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"logit_scale": float("nan")}))
-    with pytest.raises(errors.BackendError, match="a logit scale of nan; allowed: above 0"):
+    with pytest.raises(errors.SettingError, match="a logit scale of nan; allowed: above 0"):
         load(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(errors.BackendError, match=r"manifest\.json is of format 2; this version reads 1"):
+    with pytest.raises(errors.SettingError, match=r"manifest\.json is of format 2; this version reads 1"):
         load(folder)
 
 
@@ -155,7 +155,7 @@ def test_an_export_can_be_one_tower_checked_on_ones_own_photographs(
     assert "image cosine to OpenCLIP, 2 samples: mean" in capsys.readouterr().out
     assert {path.name for path in to.iterdir()} == {"visual", "config.json", "manifest.json"}
     options = ModelOptions("CLIP", "onnxrt", str(to), tmp_path)
-    with pytest.raises(errors.BackendError, match=r"has no textual/model.onnx.*CLIP_ONNX_TEXT can name one elsewhere"):
+    with pytest.raises(errors.SettingError, match=r"has no textual/model.onnx.*CLIP_ONNX_TEXT can name one elsewhere"):
         backends.create_backend(options)
     text = str(tiny_onnx / "textual" / "model.onnx")
     whole = backends.create_backend(dataclasses.replace(options, onnx_text=text))
@@ -218,5 +218,5 @@ def test_labels_of_ones_own_replace_imagenet_and_the_tree_of_life(tiny_onnx: Pat
         assert node.stop() == 0
     (tmp_path / "names.json").write_text('{"0": "a"}')
     node = Node(data, **models, **own).bound()
-    assert node.ended() == 1 and node.stop() == 1
+    assert node.ended() == 2 and node.stop() == 2
     assert f"lumen-clip: CLIP_LABELS={own['CLIP_LABELS']}: allowed: a JSON list of names" in node.log

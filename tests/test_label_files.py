@@ -349,13 +349,13 @@ def test_a_bad_scenes_file_is_one_line_that_names_it(tmp_path: Path, content: st
     path = tmp_path / "scenes.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(errors.LabelError) as error:
+    with pytest.raises(errors.SettingError) as error:
         label_files.read_scenes(str(path))
     assert str(error.value) == f"LUMEN_SCENES={path}: {said}" or str(error.value).startswith(
         f"LUMEN_SCENES={path}: {said} ("
     )
     if content == "[]":
         node = Node(tmp_path, LUMEN_SCENES=path)
-        assert node.ended() == 1
+        assert node.ended() == 2
         node.stop()
         assert node.log.splitlines()[-1] == f"lumen-clip: LUMEN_SCENES={path}: {said}" and "Traceback" not in node.log

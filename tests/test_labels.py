@@ -492,7 +492,7 @@ def test_a_tree_that_is_made_on_a_pc_is_copied_to_the_board(tmp_path: Path, tiny
     ):
         assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
     node = species_of(tiny_onnx, tmp_path / "data", made)
-    assert node.ended() == 1 and f"BIOCLIP_LABELS={made}: text_vectors.npz cannot be used" in node.log
+    assert node.ended() == 2 and f"BIOCLIP_LABELS={made}: text_vectors.npz cannot be used" in node.log
 
 
 def published_tree(folder: Path, tiny_onnx: Path, count: int = 2100) -> tuple[dict[str, bytes], Any]:

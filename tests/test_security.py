@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 import pytest
-import trustme
 from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -19,24 +18,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import LIMIT_S, SERVICE, Node, run_client, write_labels
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates of a daemon on loopback, of a client, of their CA, and of a client of another CA; a token."""
-    folder = tmp_path_factory.mktemp("certificates")
-    authority, stranger = trustme.CA(), trustme.CA()
-    for name, made in (
-        ("server", authority.issue_cert("localhost", "127.0.0.1")),
-        ("client", authority.issue_cert("photos.example.org")),
-        ("stranger", stranger.issue_cert("photos.example.org")),
-    ):
-        made.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
-        made.private_key_pem.write_to_path(str(folder / f"{name}.key"))
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    (folder / "token").write_text("a-token-that-nobody-guesses\n")
-    (folder / "token").chmod(0o600)
-    return folder
 
 
 def tls_node(certificates: Path, tiny_onnx: Path, data: Path, **environment: Any) -> Node:

@@ -21,8 +21,9 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import machine
+from errors import SettingError
 from gen import ml_service_pb2 as pb
-from settings import ModelOptions
+from settings import ModelOptions, Settings
 from tests.hub import IMMICH_REPO, FakeHub, folder_content
 from tests.kit import (
     IMAGENET,
@@ -34,6 +35,7 @@ from tests.kit import (
     Node,
     encoded,
     in_chunks,
+    one_model,
     picture,
     wait_until,
     write_labels,
@@ -192,6 +194,58 @@ def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, variable: str, 
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "path"),
+    [
+        ("LUMEN_TLS_CERT", "lumen.pem", ""),
+        ("LUMEN_TLS_KEY", "keys/lumen.key", ""),
+        ("LUMEN_TLS_CLIENT_CA", "./ca.pem", ""),
+        ("LUMEN_TOKEN_FILE", "~/lumen.token", ""),
+        ("LUMEN_SCENES", "scenes.json", ""),
+        ("LUMEN_DATA_DIR", "data", ""),
+        ("CLIP_LABELS", "names.json", ""),
+        ("BIOCLIP_LABELS", "species", ""),
+        ("CLIP_MODEL", "models/vit-b-32", ""),
+        ("BIOCLIP_MODEL", "ViT-B-32:weights/x.pt", "weights/x.pt"),
+        ("CLIP_ONNX_IMAGE", "image.onnx", ""),
+        ("BIOCLIP_ONNX_TEXT", "text.onnx", ""),
+        ("CLIP_RKNN_MODEL", "x.rknn", ""),
+    ],
+)
+def test_under_systemd_a_relative_path_is_an_error_that_names_it(
+    tmp_path: Path, variable: str, value: str, path: str
+) -> None:
+    """Lost otherwise: an evening with "No such file" for a file that is there. systemd starts the daemon in /."""
+    with pytest.raises(SettingError) as error:
+        Settings.from_environment({variable: value, "NOTIFY_SOCKET": "/run/systemd/notify"})
+    said = f"{variable}={value}: {path or value} is not an absolute path"
+    said += "; paths in systemd's environment file must be absolute"
+    assert str(error.value) == said
+    Settings.from_environment({variable: value})
+    Settings.from_environment({variable: f"/etc/{value}", "NOTIFY_SOCKET": "@notify"})
+    if variable == "LUMEN_TLS_CERT":
+        node = Node(tmp_path, NOTIFY_SOCKET=tmp_path / "notify", **{variable: value})
+        assert node.ended() == 2
+        node.stop()
+        assert node.log == f"lumen-clip: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CLIP_MODEL", "ViT-L/14:openai"),
+        ("CLIP_MODEL", "ViT-B-32"),
+        ("CLIP_MODEL", "hf-hub:org/name"),
+        ("BIOCLIP_LABELS", "TreeOfLife-10M"),
+        ("BIOCLIP_LABELS", "TreeOfLife-200M"),
+        ("CLIP_DEVICE", "cuda:0"),
+    ],
+)
+def test_a_name_is_not_taken_for_a_relative_path(variable: str, value: str) -> None:
+    """Lost otherwise: every start under systemd with a model or labels of the hub."""
+    Settings.from_environment({variable: value, "NOTIFY_SOCKET": "/run/systemd/notify"})
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"CLIP_MODEL": "ViT-B-99:laion2b"}, "CLIP_MODEL=ViT-B-99:laion2b: OpenCLIP has no architecture 'ViT-B-99'"),
@@ -201,29 +255,98 @@ def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, variable: str, 
         ),
         ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL=/no/such/folder: not a folder; allowed: ARCH:pretrained-tag"),
         ({"CLIP_PRECISION": "fp16", "CLIP_DEVICE": "cpu"}, "CLIP_PRECISION=fp16: half precision runs on a GPU only"),
-        ({"CLIP_BACKEND": "onnxrt"}, f"the hub repository {IMMICH_REPO}"),
+        ({"CLIP_MODEL": "."}, "CLIP_MODEL=.: the folder has no open_clip_config.json, which torch needs"),
+        ({"CLIP_DEVICE": "gpu"}, "CLIP_DEVICE=gpu: not a device of torch (RuntimeError: "),
         ({"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "."}, "CLIP_MODEL=.: the folder has no visual/model.onnx"),
         (
             {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": ".", "CLIP_ONNX_IMAGE": "x.onnx"},
             "CLIP_ONNX_IMAGE=x.onnx: no such file",
         ),
         (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "hf-hub:org/nothing"},
+            "cannot download the model from the hub repository org/nothing (RepositoryNotFoundError: ",
+        ),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "hf-hub:org/torch"},
+            "CLIP_MODEL=hf-hub:org/torch: the hub repository org/torch cannot be used: it has no visual/model.onnx",
+        ),
+        (
             {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "@", "CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"},
             "CUDAExecutionProvider is not available",
         ),
         ({"CLIP_BACKEND": "rknn"}, "CLIP_BACKEND=rknn: needs a Rockchip board"),
+        ({"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "@", "CLIP_LABELS": "x.json"}, "CLIP_LABELS=x.json: allowed: a JSON"),
     ],
 )
-def test_a_model_that_cannot_be_had_ends_the_start_with_one_line(
-    tmp_path: Path, tiny_onnx: Path, settings: dict[str, Any], said: str
+def test_what_the_operator_has_to_change_ends_the_start_with_one_line_and_status_2(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path, settings: dict[str, Any], said: str
 ) -> None:
-    """Lost otherwise: a daemon that hangs, or serves something else."""
+    """Lost otherwise: a daemon that hangs, serves something else, or that systemd starts again and again in vain."""
+    hub.repos["org/torch"] = {"open_clip_pytorch_model.bin": b""}
     settings = {k: tiny_onnx if v == "@" else v for k, v in settings.items()}
-    node = Node(tmp_path, BIOCLIP_BACKEND="none", **settings)
-    assert node.ended() == 1
+    node = Node(tmp_path, BIOCLIP_BACKEND="none", HF_ENDPOINT=hub.url, **settings)
+    assert node.ended() == 2
     node.stop()
     [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
     assert said in line and "Traceback" not in node.log
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            None,
+            "no such file; allowed: TreeOfLife-10M or TreeOfLife-200M, a JSON file, or a folder with text_vectors.npz",
+        ),
+        ('["Aves"]', "not a JSON list of [[kingdom, ..., species], common name] (row 0 is not "),
+        ("[]", "an empty list"),
+    ],
+)
+def test_species_of_ones_own_that_are_not_usable_are_a_bad_setting(
+    tmp_path: Path, tiny_onnx: Path, content: str | None, said: str
+) -> None:
+    """Lost otherwise: a line that names no variable, and a start that is tried again and again in vain."""
+    path = tmp_path / "species.json"
+    if content is not None:
+        path.write_text(content)
+    model = {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "onnxrt", "BIOCLIP_MODEL": tiny_onnx}
+    node = Node(tmp_path, **model, BIOCLIP_LABELS=path)
+    assert node.ended() == 2
+    node.stop()
+    [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+    assert line.startswith(f"lumen-clip: BIOCLIP_LABELS={path}: {said}") and "Traceback" not in node.log
+
+
+@pytest.mark.parametrize("fault", ["no hub", "a disk that is read-only", "a hub that answers with a page"])
+def test_what_may_be_over_at_the_next_start_ends_with_status_1(
+    tmp_path: Path, hub: FakeHub, tiny_onnx: Path, fault: str
+) -> None:
+    """Lost otherwise: a board that stays down because the network was, or a disk that was full for an hour."""
+    hub.repos[IMMICH_REPO] = folder_content(tiny_onnx)
+    if fault == "a disk that is read-only":
+        (tmp_path / "models").write_text("no folder can be made here")
+    if fault == "a hub that answers with a page":
+        hub.page = b"<html>Welcome to our hotel</html>"
+    endpoint = NOWHERE if fault == "no hub" else hub.url
+    node = Node(tmp_path, CLIP_BACKEND="onnxrt", BIOCLIP_BACKEND="none", HF_ENDPOINT=endpoint)
+    assert node.ended() == 1
+    node.stop()
+    [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+    assert f"cannot download the model from the hub repository {IMMICH_REPO} (" in line and "Traceback" not in node.log
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, tiny_onnx: Path) -> None:
+    """Lost otherwise: a traceback for a model in /home, of which systemd shows the daemon nothing."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0)
+    dropped = "-dac_override,-dac_read_search"
+    limited = ("setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}") if os.geteuid() == 0 else ()
+    for setting in ({"CLIP_MODEL": home / "model"}, {"CLIP_MODEL": tiny_onnx, "CLIP_LABELS": home / "names.json"}):
+        node = Node(tmp_path / "data", program=(*limited, *Node.PROGRAM), **{**one_model(tiny_onnx), **setting})
+        assert node.ended() == 2
+        node.stop()
+        [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
+        assert "ermission denied" in line and str(home) in line and "Traceback" not in node.log
 
 
 def test_while_loading_health_answers_and_the_rest_says_what_is_loaded(tmp_path: Path, tiny_onnx: Path) -> None:

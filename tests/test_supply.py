@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shutil
@@ -97,3 +98,13 @@ def test_no_known_hole_is_in_what_is_installed(tmp_path: Path) -> None:
                 f"{name}: {len(found) - len(unseen)} of {len(found)} packages audited; the registry has no advisories"
             )
         report.unlink()
+
+
+def test_the_keys_that_the_readme_makes_are_never_committed() -> None:
+    """Lost otherwise: the daemon's private key and token, with the next `git add .`."""
+    security = (ROOT / "README.md").read_text().partition("### Security")[2].partition("\n### ")[0]
+    made = set(re.findall(r"\blumen\.(?:key|pem|token)\b", security))
+    assert made == {"lumen.key", "lumen.pem", "lumen.token"}
+    patterns = (ROOT / ".gitignore").read_text().split()
+    for name in (*made, "server.key"):
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns), name
