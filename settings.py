@@ -29,14 +29,14 @@ RETIRED = {
     "CLIP_MDNS_STATUS": "the daemon announces loading or ready, as it is",
     "CLIP_MDNS_VERSION": "the daemon announces MDNS_VERSION of discovery.py",
 }
-PREFIXES = ("CLIP_", "BIOCLIP_", "LUMEN_")  # of all settings but BATCH_SIZE and ADVERTISE_IP
-# What begins so and is read by others: the unit and compose, the client, the tests.
+PREFIXES = ("CLIP_", "BIOCLIP_", "LUMEN_")  # of all settings except BATCH_SIZE and ADVERTISE_IP
+# Variables with these prefixes that the unit, compose.yaml, the client and the tests read.
 READ_ELSEWHERE = (
     *("LUMEN_OPTIONS", "LUMEN_ADDRESS", "LUMEN_MDNS_INTERFACE"),
-    *("LUMEN_SEED", "LUMEN_FUZZ", "LUMEN_MUTANTS", "LUMEN_SOAK_MINUTES"),
+    *("LUMEN_SEED", "LUMEN_FUZZ", "LUMEN_MUTANTS", "LUMEN_SOAK_MINUTES", "LUMEN_PHOTOS"),
     *("LUMEN_ARM64_ROOT", "LUMEN_BOOT_ROOT", "LUMEN_DOCKER_ROOT", "LUMEN_RKNN_VENV"),
 )
-# What Kubernetes sets in every container for a service named `lumen`, `clip` or `lumen-clip`.
+# Variables that Kubernetes sets in every container for a service named `lumen`, `clip` or `lumen-clip`.
 SERVICE_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 # What `--demo` sets: an ordinary model in the ordinary layout, and the names of what it was shown.
 DEMO_DIR = HERE / "gen" / "demo"
