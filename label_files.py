@@ -30,11 +30,11 @@ from model_files import Encode, Vectors
 log = logging.getLogger("lumen.label_files")
 
 SETS_MAX = 64
-ROWS_MAX = 20_000  # of a set: labels, or prompts where a label has its own; 2 to 3 KB each
-PROMPTS_MAX = 200_000  # of a set, templates counted: an hour's work for two cores
+ROWS_MAX = 20_000  # vectors of a set, 2 to 3 KB each: one for a label, or one for each prompt of a label
+PROMPTS_MAX = 200_000  # texts of a set, templates counted: an hour's work for two cores
 FILE_BYTES_MAX = 4 << 20
 TEXT_MAX = 1000  # characters of a label, a prompt or a template
-LIST_MAX = 100  # prompts of a label or of `none`, and templates
+LIST_MAX = 100  # prompts of a label or of `none`; templates
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 KEYS = ("labels", "none", "templates", "threshold")
 SCENES_MAX = 256
@@ -161,13 +161,13 @@ def _checked(content: Any, templates: Sequence[str]) -> SetFile:
     threshold = content.get("threshold", 0.0)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise LabelError(f"threshold: {str(threshold)[:80]}; allowed: a number from 0 to 1")
-    own = content["labels"]
-    names = texts_in(list(own) if isinstance(own, dict) else own, "labels", ROWS_MAX)
+    given = content["labels"]
+    names = texts_in(list(given) if isinstance(given, dict) else given, "labels", ROWS_MAX)
     rows = [[tuple(template.replace("{}", name) for template in templates)] for name in names]
-    if isinstance(own, dict):
-        if len(names) < len(own):
+    if isinstance(given, dict):
+        if len(names) < len(given):
             raise LabelError("labels: one of them stands twice")
-        for at, (name, prompts) in enumerate(zip(names, own.values(), strict=True)):
+        for at, (name, prompts) in enumerate(zip(names, given.values(), strict=True)):
             if prompts != []:
                 rows[at] = [(prompt,) for prompt in texts_in(prompts, f"labels: {name[:80]!r}", LIST_MAX)]
     if "none" in content:
@@ -208,7 +208,7 @@ def check_size(choices: Choices) -> None:
 
 
 class OperatorSet(ChoiceSet):
-    """A label set of the operator's own."""
+    """A label set of the operator."""
 
     def __init__(self, name: str, file: SetFile, vectors: NDArray[Any], logit_scale: float) -> None:
         super().__init__(file.choices, vectors, logit_scale)
@@ -231,7 +231,7 @@ class _Reloaded(Exception):
 class State:
     """Of one name: the set that is used, if any, and what there is to be said about its file."""
 
-    own: OperatorSet | None = None
+    current: OperatorSet | None = None
     note: str = ""
 
 
@@ -247,20 +247,20 @@ class OperatorSets:
         """Raises LabelError, for the client."""
         states = self._states
         if name not in states:
-            ready = sorted(name for name, state in states.items() if state.own)
+            ready = sorted(name for name, state in states.items() if state.current)
             allowed = ", ".join(ready) or "none so far; a file labels/NAME.txt or NAME.json makes one"
             raise LabelError(f"{name[:80]!r} is unknown; allowed: {allowed}")
         state = states[name]
-        if state.own is None:
+        if state.current is None:
             raise LabelError(f"{name!r} is not ready: {state.note}")
-        return state.own
+        return state.current
 
     def facts(self) -> dict[str, str]:
         """For the capability."""
         states = sorted(self._states.items())
-        facts = {"clip_label_sets": ",".join(name for name, state in states if state.own)}
+        facts = {"clip_label_sets": ",".join(name for name, state in states if state.current)}
         for name, state in states:
-            count = [f"{state.own.size} label{'s' * (state.own.size != 1)}"] if state.own else []
+            count = [f"{state.current.size} label{'s' * (state.current.size != 1)}"] if state.current else []
             facts[f"clip_label_set.{name}"] = "; ".join(count + [state.note] * bool(state.note))
         return facts
 
@@ -331,16 +331,16 @@ class OperatorSets:
             if len(paths) > 1:
                 raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
             file = read_set(paths[0], self._templates)
-            own = self._states[name].own if name in self._states else None
-            if own is None or own.file != file:
+            current = self._states[name].current if name in self._states else None
+            if current is None or current.file != file:
                 vectors = self._maker.at_hand(name, file.choices, encode)
                 if vectors is None:
                     self._note(name, "its text vectors are being computed")
                     if not compute:
                         return
                     vectors = self._maker.vectors(name, file.choices, encode, progress)
-                own = OperatorSet(name, file, vectors, self._maker.logit_scale)
-                log.info("label set %s: %d labels", name, own.size)
+                current = OperatorSet(name, file, vectors, self._maker.logit_scale)
+                log.info("label set %s: %d labels", name, current.size)
         except _Reloaded:
             raise
         except LabelError as error:
@@ -349,14 +349,14 @@ class OperatorSets:
             log.exception("label set %s", name)
             self._reject(name, "its text vectors cannot be computed; the daemon's log says more")
         else:
-            self._states = {**self._states, name: State(own)}
+            self._states = {**self._states, name: State(current)}
 
     def _note(self, name: str, note: str) -> None:
-        own = self._states[name].own if name in self._states else None
-        self._states = {**self._states, name: State(own, note)}
+        current = self._states[name].current if name in self._states else None
+        self._states = {**self._states, name: State(current, note)}
 
     def _reject(self, name: str, reason: str) -> None:
-        stays = name in self._states and self._states[name].own is not None
+        stays = name in self._states and self._states[name].current is not None
         log.warning("label set %s: %s%s", name, reason, "; the previous version is used" if stays else "")
         self._note(name, f"not as its file says: {reason}" if stays else reason)
 
