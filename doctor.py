@@ -346,14 +346,12 @@ def cores(visit: Visit) -> Iterator[Finding]:
 
 
 def memory(visit: Visit) -> Iterator[Finding]:
-    match = re.search(r"MemAvailable:\s+(\d+) kB", _text(visit.places.proc / "meminfo"))
-    if not match:
+    proc, sys_folder = visit.places.proc, visit.places.sys
+    groups = machine.control_groups(sys_folder / "fs" / "cgroup", proc / "self" / "cgroup")
+    have, total = machine.memory(groups, proc / "meminfo")
+    if not total:
         yield NOTE, "the system does not say how much is available"
         return
-    have = int(match[1]) * 1024
-    for group in visit.places.sys.glob("fs/cgroup/memory.max"):  # a container's own limit
-        if (limit := _text(group).strip()).isdigit():
-            have = min(have, int(limit))
     need, unknown = 0, []
     for model in visit.models():
         if visit.folder(model) is None:
