@@ -25,7 +25,7 @@ from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.board import Board
 from tests.hub import IMMICH_REPO, FakeHub, folder_content
-from tests.kit import DEMO, IMAGENET, RED, ROOT, code_of, encoded, one, picture, wait_until
+from tests.kit import DEMO, IMAGENET, RED, ROOT, code_of, encoded, in_time, one, picture, wait_until
 
 INSTALL = "docs/deployment.md", "systemd"  # a document and its section, for `code_of`
 
@@ -258,6 +258,43 @@ def test_the_tighter_unit_for_the_cpu_alone_serves_as_well(board: Board) -> None
     [tighter] = code_of(*INSTALL, "ini")
     settle(board, tighter)
     assert board.shows("PrivateUsers", "PrivateDevices", "MemoryDenyWriteExecute", "NRestarts") == ["yes"] * 3 + ["0"]
+
+
+@boots
+def test_a_reload_reads_the_label_sets_again(board: Board) -> None:
+    """Lost otherwise: a restart for each word of a label set."""
+    settle(board)
+    process, folder = board.shows("MainPID"), "/var/lib/lumen-clip/labels"
+    board.run(f"sudo mkdir -p {folder} && printf 'fox\\nhouse\\n' | sudo tee {folder}/pair.txt", user="pi")
+    board.run("sudo systemctl reload lumen-clip", user="pi")
+    fox = (DEMO / "pictures" / "fox.png").read_bytes()
+    with board.channel() as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        response = in_time(lambda: one(stub, "clip_classify", fox, label_set="pair"))
+    assert json.loads(response.result)["labels"][0]["label"] == "fox"
+    assert board.shows("MainPID", "NRestarts") == [*process, "0"]
+
+
+@boots
+def test_tls_and_a_token_with_files_that_only_root_can_read(board: Board) -> None:
+    """Lost otherwise: an evening, because the daemon's user can read neither the key nor the token."""
+    document = "docs/deployment.md", "TLS and token"
+    make, _, copy = code_of(*document)
+    [unit], [variables] = code_of(*document, "ini"), code_of(*document, "env")
+    for line in [*make.replace("192.168.1.20", Board.THERE).splitlines()[:2], copy.strip()]:
+        board.run(line, user="pi")
+    board.run(f"printf '{variables}LUMEN_OPTIONS=--demo\\n' | sudo tee /etc/lumen-clip.env", user="pi")
+    board.drop_in(unit)
+    board.run("sudo systemctl restart lumen-clip", user="pi")
+    certificate, token = (board.run("cat", f"/etc/lumen-clip/lumen.{kind}") for kind in ("pem", "token"))
+    with grpc.secure_channel(f"{Board.THERE}:50051", grpc.ssl_channel_credentials(certificate.encode())) as channel:
+        call = pb_grpc.InferenceStub(channel).GetCapabilities
+        metadata = [("authorization", f"Bearer {token.strip()}")]
+        assert call(Empty(), metadata=metadata, timeout=60, wait_for_ready=True).tasks
+        with pytest.raises(grpc.RpcError) as error:
+            call(Empty(), timeout=60)
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    board.run("rm", "-r", "/etc/lumen-clip", "/home/pi/lumen-clip/lumen.key")
 
 
 @boots
