@@ -88,7 +88,7 @@ SICK_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         },
     ),
     "little memory": (
-        {"proc/meminfo": "MemAvailable: 100 kB\n"},
+        {"proc/meminfo": "MemTotal: 2000000 kB\nMemAvailable: 100 kB\n"},
         {"memory": "! 0.0 GB available, the models need about 0.0 GB; --precision int8 needs less"},
     ),
 }
