@@ -202,6 +202,7 @@ for share in sys.argv[4:]:
 def npu_daemon(machine: Machine, data: Path, model: Path, library: Path, seconds: float = 0.08) -> Node:
     """One whose pictures take so long and use no core, so that what is measured is not this computer."""
     settings = {"CLIP_BACKEND": "rknn", "CLIP_RKNN_TARGET": "rk3588", "CLIP_RKNN_CORES": 1, "CLIP_MODEL": model}
+    settings["CLIP_MDNS_NAME"] = machine.name  # on a busy computer two that start together may take the same name
     return machine.daemon(data, PYTHONPATH=library, FAKE_SECONDS=seconds, BATCH_SIZE=2, **settings)
 
 
