@@ -124,7 +124,8 @@ def full_address(text: str) -> str:
     """
     if GRPC_TARGET.match(text):
         return text
-    if is_ipv6(bare := text.removeprefix("[").removesuffix("]")):
+    bracketed = text.startswith("[") and text.endswith("]")
+    if is_ipv6(bare := text[1:-1] if bracketed else text) and "]" not in bare:
         return f"[{bare}]:{DEFAULT_PORT}"
     host, _, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
     known = is_ipv6(host[1:-1]) if host.startswith("[") else is_text(host) and re.fullmatch(r"[^][:/\s]+", host)
@@ -282,7 +283,7 @@ def reads_heic(capabilities: Iterable[Any], task: str) -> bool:
 
 def heic_note(count: int) -> str:
     were = "HEIC file was" if count == 1 else "HEIC files were"
-    return f"{count} {were} skipped: install pillow-heif for the daemon to read them"
+    return f"{count} {were} skipped: the daemon cannot read them; convert them to JPEG"
 
 
 def pictures_in(folder: str) -> list[str]:
@@ -428,7 +429,9 @@ class Printer(Output):
     def _as_text(self, row: Mapping[str, Any]) -> str:
         if row.get("labels") == []:
             none = row.get("none_score")
-            return f"none of these ({none:.2f})" if none else "no label reaches the minimum score"
+            if none and none >= 0.5:
+                return f"none of these ({none:.2f})"
+            return "no label reaches the minimum score" + (f" (none of these: {none:.2f})" if none else "")
         if "labels" in row:
             return "\n".join(f"{label['score']:7.2%}  {label['label']}" for label in row["labels"])
         first = ", ".join(f"{x:.4f}" for x in row["vector"][:6])

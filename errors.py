@@ -1,4 +1,4 @@
-"""Every exception that crosses a file.
+"""Every exception of the daemon that crosses a file.
 
 The text of each is one line. Texts for clients name the field and what is allowed; they contain no paths. Texts for
 the operator name the setting or the file.

@@ -2,8 +2,7 @@
 
 Decoders spend time and memory on each scan, segment, chunk and box, even if it is empty, and have no limit on their
 number. A small file can therefore occupy a decode thread for minutes. The limits here are several times what cameras
-and editors write. Damaged files pass: the decoder reports what is wrong with them. Nothing
-is decoded here.
+and editors write. Damaged files pass: the decoder reports what is wrong with them. Nothing is decoded here.
 """
 
 from __future__ import annotations

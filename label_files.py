@@ -9,12 +9,14 @@ Scenes are what `smart_classify` distinguishes, and which of them go to BioCLIP:
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,11 @@ class SetFile:
 
     choices: Choices
     threshold: float
+
+    def digest(self) -> str:
+        """Changes with the content. Keeping it takes less memory than keeping the texts."""
+        content = [self.choices.names, self.choices.rows, self.threshold]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_set(path: Path, templates: Sequence[str]) -> SetFile:
@@ -212,7 +219,7 @@ class OperatorSet(ChoiceSet):
 
     def __init__(self, name: str, file: SetFile, vectors: NDArray[Any], logit_scale: float) -> None:
         super().__init__(file.choices, vectors, logit_scale)
-        self.name, self.file, self.threshold = name, file, file.threshold
+        self.name, self.digest, self.threshold = name, file.digest(), file.threshold
         self.size = len(self.names) - (self.names[-1] == NONE)
 
     def answer(self, query: NDArray[np.float32], k: int, min_score: float) -> tuple[list[tuple[str, float]], float]:
@@ -224,7 +231,7 @@ class OperatorSet(ChoiceSet):
 
 
 class _Reloaded(Exception):
-    """The files are to be read again, while the vectors of one are being computed."""
+    """The files are to be read again, and the one whose vectors are being computed has changed."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,7 @@ class OperatorSets:
         threading.Thread(target=run, name="label sets", daemon=True).start()
 
     def reload(self) -> None:
-        """Has the files read again. A set that is being computed is begun anew, without what is computed already."""
+        """Has the files read again. A set that is being computed is completed first, unless its file has changed."""
         self._reload.set()
 
     def read(self, encode: Encode, compute: bool = True) -> None:
@@ -322,8 +329,10 @@ class OperatorSets:
         return found
 
     def _take_over(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> None:
+        begun = _signature(paths)
+
         def progress(done: int, total: int) -> None:
-            if self._reload.is_set():
+            if self._reload.is_set() and _signature(paths) != begun:
                 raise _Reloaded
             self._note(name, f"its text vectors are being computed: {done} of {total}")
 
@@ -332,7 +341,7 @@ class OperatorSets:
                 raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
             file = read_set(paths[0], self._templates)
             current = self._states[name].current if name in self._states else None
-            if current is None or current.file != file:
+            if current is None or current.digest != file.digest():
                 vectors = self._maker.at_hand(name, file.choices, encode)
                 if vectors is None:
                     self._note(name, "its text vectors are being computed")
@@ -359,6 +368,16 @@ class OperatorSets:
         stays = name in self._states and self._states[name].current is not None
         log.warning("label set %s: %s%s", name, reason, "; the previous version is used" if stays else "")
         self._note(name, f"not as its file says: {reason}" if stays else reason)
+
+
+def _signature(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Changes when one of the files is changed or replaced."""
+    found = []
+    for path in paths:
+        with suppress(OSError):  # removed since the folder was read
+            status = path.stat()
+            found.append((path.name, status.st_mtime_ns, status.st_size))
+    return found
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------

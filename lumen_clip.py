@@ -122,16 +122,32 @@ def prepare_process(options: argparse.Namespace) -> None:
     log.setLevel(options.log_level.upper())
 
 
-def has_terminal() -> bool:
-    """Whether the process belongs to a terminal that is open."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
+class Terminal:
+    """The terminal that the daemon was started in, if any. When it closes, the daemon must stop."""
+
+    def __init__(self) -> None:
+        self._present = self._is_open()
+        self._missing = 0  # how many times in a row `look` has not found it
+
+    def look(self) -> None:
+        """Call this every few seconds: a daemon that has outlived its terminal does not stop because of it any more."""
+        self._missing = 0 if self._is_open() else self._missing + 1
+        self._present = self._present and self._missing < 2
+
+    def has_closed(self) -> bool:
+        """Whether the terminal has closed since it was last looked for."""
+        return self._present and not self._is_open()
+
+    @staticmethod
+    def _is_open() -> bool:
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        except OSError:
+            return False
+        return True
 
 
-def handle_signals(events: Events, journal: Journal) -> None:
+def handle_signals(events: Events, journal: Journal, terminal: Terminal) -> None:
     """SIGTERM and SIGINT: the first asks for an orderly stop, the second ends the process at once.
 
     SIGHUP has the label sets read again. A terminal that closes sends it as well, and then it asks for an orderly stop.
@@ -140,9 +156,10 @@ def handle_signals(events: Events, journal: Journal) -> None:
     later. So a thread of its own reads the signals' numbers from a pipe.
     """
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        log.info("SIGHUP is ignored, as nohup asks: label sets are read at the start only")
+    else:
         numbers.append(signal.SIGHUP)
-    had_terminal = has_terminal()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -155,7 +172,7 @@ def handle_signals(events: Events, journal: Journal) -> None:
             number = os.read(reading, 1)[0]
             if number not in numbers:
                 continue
-            if number == signal.SIGHUP and (told or not had_terminal or has_terminal()):
+            if number == signal.SIGHUP and (told or not terminal.has_closed()):
                 events.put(Signal.RELOAD)
                 continue
             if told:
@@ -222,7 +239,7 @@ def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], 
         try:
             done(load_models(daemon.settings, daemon.engine, say))
         except PermissionError as error:
-            done(unreadable(error))
+            done(unreadable(error) if error.filename else error)
         except BaseException as error:
             done(error)
 
@@ -343,7 +360,7 @@ def look_after_memory(daemon: Daemon) -> None:
             log.warning("memory is short (%d MB left): ended %d streams that waited for messages", left >> 20, ended)
 
 
-def supervise(daemon: Daemon, events: Events) -> str:
+def supervise(daemon: Daemon, events: Events, terminal: Terminal) -> str:
     """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
     systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
@@ -357,6 +374,7 @@ def supervise(daemon: Daemon, events: Events) -> str:
                 return ""
             daemon.reload()
         clock.tick(beat)
+        terminal.look()
         daemon.check()
         machine.trim_memory()
         daemon.traffic.log_summary(TRAFFIC_LOG_S)
@@ -398,7 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return see_the_doctor(options)
     journal = Journal()
     events: Events = queue.SimpleQueue()
-    handle_signals(events, journal)
+    terminal = Terminal()
+    handle_signals(events, journal, terminal)
     try:
         settings = Settings.from_environment(environment_of(options))
         daemon = Daemon(settings, journal)
@@ -424,7 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(event)
         _leave(exit_status(event))
     serve(daemon, advertiser, *event)
-    if trouble := supervise(daemon, events):
+    if trouble := supervise(daemon, events, terminal):
         log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
         daemon.stop_serving()
         advertiser.close()

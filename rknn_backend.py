@@ -195,8 +195,8 @@ class NPUImageTower:
 class NPUContext:
     """One program on one core of the NPU, on its own thread.
 
-    Nobody promises that two threads may share a context, and cores that work on one picture together hardly gain
-    (RKNN.md 3.2): each core gets a context, and each context its thread, on which alone it is made and used.
+    It is not documented that threads may share a context, and cores that work on one picture together gain little. So
+    each core has a context, and each context has a thread, on which alone it is created and used.
     """
 
     def __init__(self, path: Path, core: int, choose_core: bool) -> None:

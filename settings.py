@@ -320,6 +320,8 @@ def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping
         text = environment.get(name, "").strip()
         if text:
             path = setting.metadata["path"](text)
+            if setting.name == "model" and environment.get(f"{prefix}ONNX_TEXT", ""):
+                path = ""  # with towers given as files, it may be only a name
             if path and "NOTIFY_SOCKET" in environment and not Path(path).is_absolute():
                 allowed = "paths in systemd's environment file must be absolute"
                 raise SettingError(f"{name}={text}: {path} is not an absolute path; {allowed}")

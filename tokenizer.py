@@ -16,9 +16,6 @@ from errors import BackendError
 Tokens = NDArray[np.int64]  # [n, context_length], padded with 0
 
 
-# --- text -------------------------------------------------------------------------------------------------------
-
-
 class ClipTokenizer:
     """CLIP's byte-pair tokenizer. It gives the same ids as OpenCLIP's SimpleTokenizer, at the speed of `tokenizers`.
 

@@ -197,6 +197,27 @@ def test_a_reload_while_a_set_is_computed_begins_with_the_new_file(tmp_path: Pat
     assert folder.texts.calls < 200  # texts, and not 5,000
 
 
+def test_a_reload_for_another_set_does_not_begin_a_computed_one_anew(tmp_path: Path) -> None:
+    """Lost otherwise: a set that is never ready, where something reloads the daemon again and again."""
+    begun, release = threading.Event(), threading.Event()
+
+    class Slow(Texts):
+        def __call__(self, texts: list[str]) -> Any:
+            begun.set()
+            assert release.wait(LIMIT_S)
+            return super().__call__(texts)
+
+    folder = Folder(tmp_path, Slow())
+    folder.write("many.txt", "\n".join(f"word {i}" for i in range(300)))
+    folder.sets.start(folder.texts)
+    assert begun.wait(LIMIT_S)
+    folder.write("other.txt", "dog")
+    folder.sets.reload()
+    release.set()
+    wait_until(lambda: folder.sets.facts()["clip_label_sets"] == "many,other")
+    assert folder.texts.calls == 301
+
+
 def test_what_a_folder_may_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: memory, to a folder that somebody fills."""
     monkeypatch.setattr(label_files, "SETS_MAX", 2)

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
+import lumen_clip
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import LIMIT_S, ROOT, Node, encoded, one_model, picture, wait_until, write_labels
@@ -188,6 +189,19 @@ def test_a_terminal_that_closes_stops_the_daemon(tmp_path: Path) -> None:
     assert node.ask("clip_embed", b"a dog").result
     os.close(ours)
     assert node.ended() == 0 and node.log.splitlines()[-1].endswith("stopped")
+
+
+def test_a_daemon_that_outlived_its_terminal_reloads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that was started with `& disown` would be stopped by the first reload after the terminal has closed."""
+    monkeypatch.setattr(lumen_clip.Terminal, "_is_open", staticmethod(lambda: True))
+    terminal = lumen_clip.Terminal()
+    assert not terminal.has_closed()
+    monkeypatch.setattr(lumen_clip.Terminal, "_is_open", staticmethod(lambda: False))
+    assert terminal.has_closed()  # the signal comes at the same moment
+    terminal.look()
+    assert terminal.has_closed()
+    terminal.look()
+    assert not terminal.has_closed()
 
 
 def test_sighup_before_the_models_are_there_does_no_harm(stuck: Callable[..., Node]) -> None:
