@@ -5,12 +5,12 @@
     python bench.py --photos ~/Photos        # an import of one's own pictures
     python bench.py --against host:50051     # any server that speaks the protocol
 
-Weights are random, of true size, built once and kept in `data/bench`. Nothing is fetched. Two limits stand beside
-each rate: `model`, the raw model on ready inputs at its best; and `cores`, what the machine would do if decoding and
-the model took their core time and nothing else took any. They, one client, eight and 64 take turns. The clients run on
-the same cores, in a process of their own (`bench_load.py`), and do as little as a client can; `client` is the core time
-that they take. The last column is decoding and the model as a share of all core time that was spent. It does not depend
-on what else the machine does.
+The weights are random and have real size. They are built once and kept in `data/bench`. Nothing is downloaded. Each
+rate is compared with two limits: `model` is the raw model on prepared inputs, at its best batch size. `cores` is the
+rate that the cores would reach if only decoding and the model took core time. The two limits and the loads of 1, 8 and
+64 clients are measured in turns. The clients run on the same cores, in a separate process (`bench_load.py`), and do as
+little as possible. The column `client` is their core time. The last column, `share`, is the share of decoding and the
+model in all core time. It does not depend on other programs on the machine.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> W
     end, core, client = time.perf_counter(), server.core_s() - core, clients.core_s() - client
     answers = np.array(sorted(answer for answer in clients.stop() if begin <= answer[0] < end))
     if len(np.unique(answers)) < 8:
-        raise SystemExit(f"bench: hardly an answer within {seconds:.1f} s; --seconds gives it longer")
+        raise SystemExit(f"bench: fewer than 8 answers within {seconds:.1f} s; set a longer time with --seconds")
     # Answers come in batches. The slope of their count does not depend on how many batches the window's edges cut off.
     per_s = float(np.polyfit(answers[:, 0] - begin, np.arange(len(answers)), 1)[0])
     return Window(end - begin, per_s, answers[:, 1], core, client)

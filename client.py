@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-if __name__ == "__main__":  # gRPC reads this when it is imported; its own log would stand beside our one line
+if __name__ == "__main__":  # gRPC reads this at import; its log must not appear beside the client's messages
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
@@ -83,9 +83,10 @@ class Result:
 
 
 class LumenClient:
-    """A connection to one daemon. It can be used from several threads. `timeout` is in seconds for each call.
+    """A connection to one daemon. It can be used from several threads. The default port is 50051.
 
-    An address without a port has port 50051. Raises UsageError, a ValueError, for one that is none.
+    `timeout`: seconds for each call except `infer_many`, which has no limit. Raises UsageError, a ValueError, for an
+    invalid address.
     """
 
     def __init__(

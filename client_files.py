@@ -165,7 +165,7 @@ def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> C
     for address in addresses if token and not options.tls else ():
         host = address.rpartition(":")[0].strip("[]")
         if not (host == "localhost" or host == "::1" or host.startswith("127.")):
-            raise UsageError(f"--token-file: without --tls the token would travel in the clear to {address}")
+            raise UsageError(f"--token-file: without --tls the token would be sent unencrypted to {address}")
     ca, certificate, key = (path.read_bytes() if path else None for path in (options.ca, options.cert, options.key))
     return Credentials(options.tls, ca, certificate, key, options.server_name, token)
 
@@ -181,7 +181,7 @@ def explain(code: str, said: str, address: str, given: Credentials) -> str:
     if code == "unavailable" and said.startswith("not ready: "):
         return f"the daemon is still loading ({said.removeprefix('not ready: ')}); try again in a minute"
     if re.match("errors resolving|DNS resolution failed", said):
-        return f"no computer is known by the name in {address}; check the name"
+        return f"the host name in {address} cannot be resolved; check the name"
     if not said.startswith("failed to connect to all addresses"):
         return said
     name = given.name or address.rpartition(":")[0].strip("[]")
@@ -362,7 +362,7 @@ def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
 
 
 def row_of(name: str, data: Mapping[str, Any], meta: Mapping[str, str]) -> dict[str, Any]:
-    """What is written of an answer: its data and, of its meta, what `data` lacks."""
+    """The output row of an answer: its data, and the entries `space` and `none_score` of its meta."""
     row = {"input": name, **data}
     if "vector" in data:
         row["space"] = meta.get("space", "")

@@ -1,8 +1,8 @@
-"""What stands between this machine and a running daemon: `python lumen_clip.py --doctor`.
+"""Checks whether the daemon can run on this machine with the current settings: `python lumen_clip.py --doctor`.
 
-One line for each thing that the chosen configuration depends on, with a remedy where it is not well. Settings and the
-files that they name are read by the functions that the start uses. Reads alone: loads no model, writes nothing, and
-imports no runtime into this process (an import can end it on an old processor).
+Prints one line for each requirement of the configuration, and a remedy for each problem. Settings and the files that
+they name are read by the functions that the start uses. Loads no model, leaves no file behind, and imports no runtime
+into this process, because on an old processor the import can end it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from model_files import quiet
 from settings import HERE, ModelOptions, Settings
 
 OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some cores
-# Of a model's files on disk, what is resident while it loads and runs: measured 1.4 (torch) to 2.1 (int8) at
-# ViT-B-32 size, where buffers weigh as much as weights do.
+# Resident memory of a model while it loads and runs, as a multiple of the size of its files. Measured for ViT-B-32,
+# whose buffers are as large as its weights: 1.4 (torch) to 2.1 (int8).
 MEMORY_FACTOR = 2
 WEIGHTS = (".onnx", ".data", ".rknn", ".safetensors", ".bin", ".pt")
 FINE, NOTE, WARNING, FAILURE = "ok", "--", "!", "FAIL"
-# What a runtime says of itself, in a process of its own: its version and providers; torch and OpenCLIP also what they
-# make of the settings, on a second line.
+# Programs that print the version of a runtime, each run in a separate process. onnxruntime also prints its providers.
+# open_clip prints a second line: as JSON, the devices that the settings lead to, and the reasons for refusing models.
 PROBES = {
     "onnxruntime": "import onnxruntime as m; print(m.__version__, *m.get_available_providers())",
     "torch": "import torch as m; print(m.__version__)",
@@ -177,7 +177,7 @@ def board(visit: Visit) -> Iterator[Finding]:
     elif named:
         yield FINE, f"{', '.join(sorted(named))}, as CLIP_RKNN_TARGET or BIOCLIP_RKNN_TARGET says"
     elif not visit.uses("rknn"):
-        yield NOTE, f"{', '.join(names) or platform.machine()}: no Rockchip NPU, and none is asked for"
+        yield NOTE, f"{', '.join(names) or platform.machine()}: no Rockchip NPU, and no model uses one"
     elif names:
         yield visit.npu_mark(), f"{', '.join(names)}: no Rockchip NPU that we know; set CLIP_BACKEND=onnxrt"
     else:
@@ -261,7 +261,7 @@ def npu_nodes(visit: Visit) -> Iterator[Finding]:
         if os.access(node, os.R_OK | os.W_OK):
             yield FINE, f"{node} can be read and written"
         else:
-            yield visit.npu_mark(), f"{node} is not ours; {_group_remedy(node)}"
+            yield visit.npu_mark(), f"{node} is not accessible; {_group_remedy(node)}"
 
 
 def runtimes(visit: Visit) -> Iterator[Finding]:
@@ -274,10 +274,10 @@ def runtimes(visit: Visit) -> Iterator[Finding]:
             continue
         run = visit.probe(module)
         if run.returncode < 0:
-            text = f"{module} dies of signal {-run.returncode} here; the processor lacks what its wheel needs, see CPU"
+            text = f"importing {module} ends with signal {-run.returncode}; the processor lacks a feature, see CPU"
             yield FAILURE, text
         elif run.returncode:
-            last = (run.stderr.strip().splitlines() or ["no word"])[-1]
+            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
             yield FAILURE, f"{module} cannot be imported ({last[:200]}); install it again"
         else:
             version, *providers = run.stdout.splitlines()[0].split()
@@ -310,8 +310,8 @@ def gpu(visit: Visit) -> Iterator[Finding]:
             yield NOTE, f"{there}; where {model.name} runs is not known, see runtime and models"
         elif model.backend == "torch" and kind == "cuda" and int(number or 0) >= said["gpus"]:
             remedy = "in a container: --gpus all; or set it to cpu"
-            yield FAILURE, f"{setting}={device}: torch finds {said['gpus']} GPUs; mend the driver; {remedy}"
-        elif kind.lower() != "cpu":  # what torch runs on is there, whoever made it
+            yield FAILURE, f"{setting}={device}: torch finds {said['gpus']} GPUs; repair the driver; {remedy}"
+        elif kind.lower() != "cpu":  # torch runs on it, so it exists, also if it is not from NVIDIA
             yield (FINE if names or model.backend == "torch" else WARNING), f"{there}; {where}"
         elif names and model.backend == "torch" and not model.device:
             yield WARNING, f"{there}: torch cannot use it; {where}. Install a torch whose CUDA the driver knows"
@@ -359,9 +359,9 @@ def memory(visit: Visit) -> Iterator[Finding]:
         need += sum(path.stat().st_size for path in visit.weights(model))
     text = f"{have / 1e9:.1f} GB available"
     if unknown:
-        text += f"; what {' and '.join(unknown)} need is known once they are downloaded"
+        text += f"; the memory for {' and '.join(unknown)} is known after the download"
     if need * MEMORY_FACTOR > have:
-        yield WARNING, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB; --precision int8 needs less"
+        yield WARNING, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB; an int8 export needs less"
     else:
         yield FINE, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB" if need else text
 
@@ -425,7 +425,7 @@ def tls(visit: Visit) -> Iterator[Finding]:
 
 def token(visit: Visit) -> Iterator[Finding]:
     used = security.read_token(visit.settings, visit.host)
-    yield (FINE, "every call must carry it") if used else (NOTE, "none; everybody who reaches the port is served")
+    yield (FINE, "every call must carry it") if used else (NOTE, "none; every client that reaches the port is served")
 
 
 def port(visit: Visit) -> Iterator[Finding]:
@@ -484,7 +484,7 @@ def read_settings(environment: Mapping[str, str]) -> tuple[Settings, list[Line]]
         try:
             settings = Settings.from_environment(environment)
         except SettingError as error:
-            lines.append(("settings", FAILURE, f"{error}; the rest is of the defaults"))
+            lines.append(("settings", FAILURE, f"{error}; the other checks use the defaults"))
             settings = Settings.from_environment({})
     return settings, lines
 
@@ -499,7 +499,7 @@ def examine(visit: Visit) -> list[Line]:
                     lines.append((name, mark, text))
             except DaemonError as error:  # the start ends with it
                 lines.append((name, FAILURE, str(error)))
-            except Exception as error:  # a doctor who faints helps nobody; the line says what happened
+            except Exception as error:  # one failed check must not prevent the others; the line says what happened
                 lines.append((name, WARNING, f"could not be checked ({type(error).__name__}: {error})"))
     return lines
 

@@ -50,7 +50,7 @@ LARGEST_PROTOBUF = 1_800_000_000  # bytes; a larger tower keeps its weights in a
 
 @dataclass(frozen=True)
 class Floors:
-    """The least cosine to OpenCLIP's vectors, of samples at export and of the golden inputs on a device."""
+    """Minimum cosine similarity to OpenCLIP: of the samples at export, and of the reference inputs on a device."""
 
     worst: float
     golden: float
@@ -131,7 +131,7 @@ def _write_tower(
 
 
 def _fold_constants(graph: Any) -> None:
-    """Computes what hangs on weights alone and the exporter left to be computed for each picture, such as a Split."""
+    """Computes the nodes that depend on weights only, such as a Split, once. The exporter leaves them in the graph."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -173,10 +173,10 @@ def _fingerprint(array: NDArray[Any]) -> tuple[tuple[int, ...], str]:
 def quantize_towers(folder: Path) -> None:
     """Both towers to int8: weights per channel, activations by the range that each input turns out to have.
 
-    Convolution, attention's own products, LayerNorm and softmax stay in float. Seven bits of the eight are used,
-    because x86 without VNNI adds pairs of products in 16 bits. A range is taken over the whole input, and a vector
-    must not depend on who else asked, so a tower then takes one picture or text at a time; at true ViT-B-32 size that
-    is as fast as eight at once.
+    Convolution, the products inside attention, LayerNorm and softmax stay in float. Only seven of the eight bits are
+    used, because x86 without VNNI adds pairs of products in 16 bits. The range is that of the whole input, and a vector
+    must not depend on other requests. So a tower takes one picture or text at a time. For ViT-B-32 this is as fast as
+    a batch of eight.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -382,7 +382,7 @@ def export(
 
 
 def refuse_what_is_not_clip(source: TorchBackend, model: str) -> None:
-    """SigLIP's and others' text towers look both ways: no true length, other tokenizers, other scores."""
+    """Raises ExportError for SigLIP and others. They need text at full length, other tokenizers and other scores."""
     if getattr(source.model, "logit_bias", None) is not None:
         raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
     if not isinstance(source.tokenizer, tokenizer.ClipTokenizer):

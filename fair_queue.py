@@ -2,11 +2,12 @@
 
 This is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) on measured work. Each flow has an account of the
 work that it has received, and the flow that has received least is served first. A flow that was idle starts at the
-virtual time, which is the account of the flow that was served last: idle time earns no credit, and past work is no
-debt. So a single picture does not wait for the queue of an import, whatever its length.
+virtual time, which is the account of the flow that was served last. So it gains nothing from its idle time and loses
+nothing by its past work, and a single picture does not wait behind the queue of an import, however long that is.
 
-How much work something is becomes known when it is done. Until then its flow is charged what is expected, which counts
-for the order but not for the virtual time: a flow that joins would come last if others were charged too much.
+The work of an item is known when the item is done. Until then its flow is charged the expected work. Expected work
+counts for the order, but not for the virtual time. Otherwise a new flow would come last if others were charged too
+much.
 
 Flows have two levels. Connections share the resource with each other, and the streams of a connection share the part
 of their connection. The first protects clients from an app that opens many streams; the second protects clients that
@@ -63,7 +64,7 @@ class Shares:
             account.expected += expected
 
     def end(self, flow: Flow, expected: float, seconds: float) -> None:
-        """Work is done that was begun with `expected`; it took so many core seconds."""
+        """Work that was begun with `expected` core seconds is done. It took `seconds` core seconds."""
         for path in (flow[:1], flow):
             account = self._account(path)
             account.expected = max(0.0, account.expected - expected)
@@ -109,11 +110,11 @@ class FairQueue(Generic[T]):
         self._length += 1
 
     def priority(self) -> float:
-        """The work of the connection that is next; the queue with the lowest is served first. Not of an empty queue."""
+        """The work of the next connection. The queue with the lowest value is served first. It must not be empty."""
         return self._shares.work((self._next()[0],))
 
     def head(self) -> tuple[Flow, T]:
-        """The item that is next, and its flow. Not of an empty queue."""
+        """The next item and its flow. The queue must not be empty."""
         flow = self._next()
         return flow, self._queued[flow[0]][flow[1]][0]
 

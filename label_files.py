@@ -1,10 +1,11 @@
-"""The operator's own label sets, `labels/NAME.txt` and `NAME.json`, and scenes: read, checked, encoded and scored.
+"""The operator's label sets, `labels/NAME.txt` and `NAME.json`, and the scenes of `smart_classify`.
 
-A file that is new or changed becomes a set on a thread of its own, whose prompts are encoded among all other work.
-Until then, and when the file is wrong, the previous version is used. What requests look at is replaced as a whole, so
-they need no lock.
+A separate thread reads new and changed files. The engine encodes their prompts in the background. Until a set is ready,
+or if its file is invalid, the previous version is used. The table of sets is replaced as a whole, so requests read it
+without a lock.
 
-Scenes are what `smart_classify` distinguishes, and which of them go to BioCLIP: SCENES, or a file of the same form.
+A table of scenes lists what `smart_classify` distinguishes, and which scenes go to BioCLIP. It is SCENES, or a file of
+the same form.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ PROMPTS = Recipe("prompts", json.loads)  # a row's text is the JSON of its promp
 
 @dataclass(frozen=True)
 class Choices:
-    """What there is to choose from: names, of which each has one or more rows of prompts.
+    """The labels of a set. Each has a name and one or more rows of prompts.
 
-    The vectors of a row's prompts are averaged: one thing in several wordings. The probabilities of a name's rows are
-    added: several things under one name.
+    The prompts of a row describe one thing in several ways, so their vectors are averaged. The rows of a name describe
+    several things under one name, so their probabilities are added.
     """
 
     names: tuple[str, ...]
-    rows: tuple[tuple[tuple[str, ...], ...], ...]  # of each name
+    rows: tuple[tuple[tuple[str, ...], ...], ...]  # the rows of each name, in the order of `names`
 
     def texts(self) -> list[str]:
-        """Of all rows in order, for PROMPTS."""
+        """One text for each row, in order, in the form that PROMPTS reads."""
         return [json.dumps(row) for rows in self.rows for row in rows]
 
 
@@ -137,12 +138,12 @@ def read_set(path: Path, templates: Sequence[str]) -> SetFile:
 
 
 def lines_of(text: str) -> list[str]:
-    """One label a line; blank lines and those that begin with # count for nothing."""
+    """The labels of a text file, one on each line. Blank lines and lines that begin with # are ignored."""
     return [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
 
 
 def parse_json(text: str) -> Any:
-    """Raises LabelError; also when a key stands twice, of which Python would drop one without a word."""
+    """Parses JSON. Raises LabelError, also if a key appears twice. Python's parser would silently drop one of them."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -223,7 +224,7 @@ class OperatorSet(ChoiceSet):
         self.size = len(self.names) - (self.names[-1] == NONE)
 
     def answer(self, query: NDArray[np.float32], k: int, min_score: float) -> tuple[list[tuple[str, float]], float]:
-        """(the k best labels that have `min_score` and are likelier than none of these, what that has)."""
+        """(the k best labels with at least `min_score` and a better score than NONE, the score of NONE)."""
         row = self.probabilities(query[None])[0]
         best = self.top(row, min(k + 1, len(self)))
         found = itertools.takewhile(lambda pair: pair[0] != NONE and pair[1] >= min_score, best)
@@ -231,12 +232,12 @@ class OperatorSet(ChoiceSet):
 
 
 class _Reloaded(Exception):
-    """The files are to be read again, and the one whose vectors are being computed has changed."""
+    """Interrupts the computation of a set whose file has changed, so that all files are read again."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Of one name: the set that is used, if any, and what there is to be said about its file."""
+    """The state of one name: the set that is used, if any, and a note about its file."""
 
     current: OperatorSet | None = None
     note: str = ""
@@ -286,13 +287,13 @@ class OperatorSets:
         threading.Thread(target=run, name="label sets", daemon=True).start()
 
     def reload(self) -> None:
-        """Has the files read again. A set that is being computed is completed first, unless its file has changed."""
+        """Makes the thread read the files again. A set in progress is completed first, unless its file has changed."""
         self._reload.set()
 
     def read(self, encode: Encode, compute: bool = True) -> None:
-        """Takes over the files as they are now. Without `compute` only sets whose vectors are kept.
+        """Reads the files and updates the sets. If `compute` is false, only sets with cached vectors are updated.
 
-        A set whose new file is wrong stays as it was.
+        If the new file of a set is invalid, the set does not change.
         """
         try:
             files = self._files()
@@ -382,8 +383,8 @@ def _signature(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
 
 # --- scenes -----------------------------------------------------------------------------------------------------
 
-# The first six names are upstream's own, which old clients compare by string. Prompts are worded as captions of CLIP's
-# training are; docs/species-and-labels.md says how these were found and what they bring.
+# The first six names are those of upstream Lumen. Old clients compare them as strings. The prompts are worded like the
+# captions of CLIP's training data. docs/species-and-labels.md says how they were chosen and what they improve.
 SCENES: dict[str, Any] = {
     "a photo of an animal": {"prompts": ["a photo of an animal", "a photo of a wild animal"], "species": True},
     "a photo of a bird": {"species": True},
@@ -421,9 +422,10 @@ class SceneSet(ChoiceSet):
         self._species = scenes.species
 
     def settle(self, ranked: list[tuple[str, float]]) -> tuple[str, float] | None:
-        """All scenes of a picture with their scores, best first -> its scene, or None if it goes to BioCLIP.
+        """The scene of a picture, or None if it goes to BioCLIP. `ranked`: all scenes with their scores, best first.
 
-        It does if the scenes that go there are together likelier than the rest, even if one of the rest is likeliest.
+        It goes to BioCLIP if the scenes of BioCLIP have more than half of the probability together, even if another
+        scene is the most likely one.
         """
         rest = [(name, score) for name, score in ranked if name not in self._species]
         if sum(score for _, score in rest) < 0.5 or not rest:

@@ -62,7 +62,7 @@ def read_token(settings: Settings, host: str) -> bytes:
     if not re.fullmatch(rb"[!-~]{16,4096}", token):
         raise SettingError(f"LUMEN_TOKEN_FILE={path}: allowed: one token of 16 printable ASCII characters or more")
     if not settings.lumen_tls_cert and not _is_loopback(host):
-        text = "without LUMEN_TLS_CERT the token would travel in the clear; allowed then: --host 127.0.0.1"
+        text = "without LUMEN_TLS_CERT the token would be sent unencrypted; allowed then: --host 127.0.0.1"
         raise SettingError(f"LUMEN_TOKEN_FILE={path}: {text}")
     if Path(path).stat().st_mode & 0o077:
         log.warning("LUMEN_TOKEN_FILE=%s can be read by others on this machine; chmod 600", path)

@@ -26,7 +26,7 @@ SPECIES_SOURCES = ("TreeOfLife-10M", "TreeOfLife-200M")  # values of BIOCLIP_LAB
 DEFAULT_MODELS = {"CLIP": "ViT-B-32:laion2b_s34b_b79k", "BIOCLIP": "hf-hub:imageomics/bioclip-2"}
 # Former settings, and what the daemon does instead.
 RETIRED = {
-    "CLIP_MDNS_STATUS": "the daemon announces loading or ready, as it is",
+    "CLIP_MDNS_STATUS": "the daemon announces its real state, loading or ready",
     "CLIP_MDNS_VERSION": "the daemon announces MDNS_VERSION of discovery.py",
 }
 PREFIXES = ("CLIP_", "BIOCLIP_", "LUMEN_")  # of all settings except BATCH_SIZE and ADVERTISE_IP
@@ -144,10 +144,10 @@ def _setting(
     path: Callable[[str], str] = lambda text: "",
     idle: Callable[[Any], str] = lambda owner: "",
 ) -> Any:
-    """A field that a variable sets.
+    """A field whose value comes from an environment variable.
 
-    `parse` makes its value of a text, `path` finds the path that a text contains, and `idle` tells of the whole
-    dataclass which other setting leaves this one without effect.
+    `parse` converts the text to the value. `path` returns the path in the text, or "". `idle` receives the whole
+    dataclass and returns the other setting because of which this one has no effect, or "".
     """
     return field(default=default, metadata={"parse": parse, "path": path, "idle": idle})
 
@@ -198,11 +198,11 @@ class ModelOptions:
             object.__setattr__(self, "model", DEFAULT_MODELS[self.name])
 
     def error(self, variable: str, value: str, text: str) -> SettingError:
-        """For what the operator has to change."""
+        """The error for a value that the operator has to change."""
         return SettingError(self.line(variable, value, text))
 
     def failure(self, variable: str, value: str, text: str) -> BackendError:
-        """For what may be different at the next start: downloads, damaged files, the machine."""
+        """The error for a failure that may not occur at the next start: a download, a damaged file, the machine."""
         return BackendError(self.line(variable, value, text))
 
     def line(self, variable: str, value: str, text: str) -> str:
@@ -232,15 +232,15 @@ class Settings:
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     # The instance name, by which people recognize the daemon in an app's list.
     clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name, idle=_with_mdns)
-    # The identity that is announced; empty: made once and kept in the data folder, which a container may lose.
+    # The identity that is announced. Empty: created once and kept in the data folder. A container may lose that folder.
     clip_mdns_uuid: str = _setting("", idle=_with_mdns)
-    # The IPv4 address that is announced; empty: found. Needed in a container, whose own address nobody reaches.
+    # The IPv4 address that is announced. Empty: chosen by the daemon. Set it if a container's address is not reachable.
     advertise_ip: str = _setting("", _ipv4, idle=_with_mdns)
     # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
     lumen_data_dir: Path = _setting(DATA_DIR, Path, path=_file)
-    # Whether a JPEG may be decoded at a fraction of its size, several times as fast. 0 decodes all of it.
+    # Whether a JPEG may be decoded at a fraction of its size, in about half of the time. 0: always at full size.
     lumen_jpeg_draft: bool = _setting(True, _switch)
-    # Whether the first start tries for a few seconds how images run best here. 0: a batch of BATCH_SIZE on each core.
+    # Whether the first start measures for about ten seconds how images run fastest. 0: BATCH_SIZE images on each core.
     lumen_tune: bool = _setting(True, _switch)
     # PEM files. A certificate and its key switch TLS on; photo apps then no longer reach the daemon.
     lumen_tls_cert: str = _setting("", path=_file)
@@ -249,10 +249,10 @@ class Settings:
     lumen_tls_client_ca: str = _setting("", path=_file)
     # A file with a token that every call must carry.
     lumen_token_file: str = _setting("", path=_file)
-    # Seconds after which a batch, or the decoding of a picture, counts as hung and the process ends. Less ends it while
-    # a slow board works; more leaves it useless for longer.
+    # Seconds after which a batch, or the decoding of a picture, counts as hung and the process ends. A lower value may
+    # end the daemon on a slow board while it works. A higher value delays the restart of a daemon that hangs.
     lumen_hang_s: int = _setting(120, _number(1, 86_400))
-    # Open Infer streams, each with two threads. A client beyond that receives RESOURCE_EXHAUSTED.
+    # Open Infer streams, each with two threads. A stream beyond that receives RESOURCE_EXHAUSTED.
     lumen_max_streams: int = _setting(64, _number(1, 4096))
     # Megabytes (2^20 bytes) of one request. Four times as much may be held over all streams.
     lumen_max_request_mb: int = _setting(64, _number(1, 1024))

@@ -1,6 +1,6 @@
-"""The Infer streams: requests to jobs, responses in the order of the requests, and how many streams may be open.
+"""The Infer streams: they turn requests into jobs, send the responses in order, and limit the number of streams.
 
-Each stream has two threads: a reader, which makes jobs of messages, and gRPC's own, which answers them.
+Each stream has two threads: a reader thread turns messages into jobs, and gRPC's thread sends the responses.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tasks import Models, Request
 log = logging.getLogger("lumen.streams")
 
 WINDOW = 32  # maximum requests in progress per stream; beyond it the server stops reading (backpressure)
-# Seconds after which a stream is ended:
-CHUNK_IDLE_S = 30  # without the next chunk of an incomplete request
-STREAM_IDLE_S = 300  # without a request in progress
+# Time limits in seconds. The daemon ends a stream that exceeds one of the first six.
+CHUNK_IDLE_S = 30  # time without the next chunk of an incomplete request
+STREAM_IDLE_S = 300  # time without a request in progress
 WANTED_IDLE_S = 30  # the same, while another stream waits for a place
-READER_IDLE_S = 60  # in which the client does not read a response
-UPLOAD_S = 20  # in which a request is incomplete, while others have waited WANTED_BYTES_S for memory
-WANTED_BYTES_S = 2
-READING_S = 0.5  # in which a message has not arrived completely, while memory is short
-ANSWERED_S = 1  # seconds for which a new stream waits for the place of one that was just answered and may end now
-OPEN_PER_PLACE = 2  # limit on all open streams, for each place; see `Stream.needs_place`
+READER_IDLE_S = 60  # time in which the client does not read a response
+UPLOAD_S = 20  # age of an incomplete request, while other requests have waited WANTED_BYTES_S for memory
+READING_S = 0.5  # time that the reader has waited for a complete message, while memory is short
+WANTED_BYTES_S = 2  # see UPLOAD_S
+ANSWERED_S = 1  # time that a new stream waits for the place of a stream that may end soon; see `Stream.may_end`
+OPEN_PER_PLACE = 2  # limit on all open streams, as a multiple of the places; see `Stream.needs_place`
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Stream:
         self._held = 0  # bytes taken from the budget for incomplete requests
         self._idle_since = clock.now()
         self._reading_since: float | None = None  # when the reader began to wait for a message
-        self._yielding_since: float | None = None  # when gRPC was given a response that it has not taken yet
+        self._yielding_since: float | None = None  # when gRPC began to send the current response
         self._answered_since: float | None = None  # when the last request in progress was answered
         self._half_closed = False  # the client sends no more requests
         self.over = False  # its thread has ended
@@ -350,10 +350,10 @@ class Streams:
             oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
 
     def make_room(self) -> int:
-        """Ends the streams that have been waiting for a message for READING_S; -> how many. For when memory is short.
+        """Ends the streams that have waited for a message for READING_S, and returns their number.
 
-        gRPC holds up to LUMEN_MAX_REQUEST_MB of each message before we see a byte of it, and has no limit over all
-        messages. Requests in progress are answered first.
+        This is called when memory is short. gRPC buffers up to LUMEN_MAX_REQUEST_MB of each message before it passes it
+        on, and has no limit for all messages together. Requests in progress are answered first.
         """
         now = clock.now()
         slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]

@@ -70,7 +70,7 @@ SICK_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "node not passed in": (
         {"dev/dri/renderD129": "missing"},
-        {"NPU nodes": "! .*renderD129 is not ours; it is not in /dev; in a container: --device /dev/dri"},
+        {"NPU nodes": "! .*renderD129 is not accessible; it is not in /dev; in a container: --device /dev/dri"},
     ),
     "hidden device tree": (
         {"proc/device-tree/compatible": "missing"},
@@ -89,7 +89,7 @@ SICK_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "little memory": (
         {"proc/meminfo": "MemTotal: 2000000 kB\nMemAvailable: 100 kB\n"},
-        {"memory": "! 0.0 GB available, the models need about 0.0 GB; --precision int8 needs less"},
+        {"memory": "! 0.0 GB available, the models need about 0.0 GB; an int8 export needs less"},
     ),
 }
 
@@ -173,7 +173,10 @@ def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
         assert run.returncode == 1 and re.search(r"^FAIL port .*Address already in use; stop what", run.stdout, re.M)
     for changes, said in (
         ({"CLIP_BACKEND": "rknn"}, r"^FAIL NPU library +rknn-toolkit-lite2 is not installed; it has wheels for"),
-        ({"CLIP_TEMPLATES": "3"}, r"^FAIL settings +CLIP_TEMPLATES=3: allowed: 1, 7, 80; the rest is of the defaults$"),
+        (
+            {"CLIP_TEMPLATES": "3"},
+            r"^FAIL settings +CLIP_TEMPLATES=3: allowed: 1, 7, 80; the other checks use the defaults$",
+        ),
         ({"CLIP_MODEL": "ViT-B-32:laion2b_s34b_b79k"}, r"^FAIL hub .*CLIP's model must be downloaded; copy a folder"),
         ({"CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"}, r"^FAIL runtime +CLIP_ORT_PROVIDERS=CUDAExecutionProvider:"),
     ):
@@ -322,7 +325,7 @@ def test_the_doctor_leaves_a_large_set_of_species_as_it_is(tmp_path: Path, monke
             {"gpus": 0, "CLIP": {"device": "cuda"}},
             (
                 "FAIL",
-                "CLIP_DEVICE=cuda: torch finds 0 GPUs; mend the driver; in a container: --gpus all; or set it to cpu",
+                "CLIP_DEVICE=cuda: torch finds 0 GPUs; repair the driver; in a container: --gpus all; or set it to cpu",
             ),
         ),
         (
@@ -331,7 +334,7 @@ def test_the_doctor_leaves_a_large_set_of_species_as_it_is(tmp_path: Path, monke
             {"gpus": 1, "CLIP": {"device": "cuda:1"}},
             (
                 "FAIL",
-                "CLIP_DEVICE=cuda:1: torch finds 1 GPUs; mend the driver; in a container: --gpus all; or set it to cpu",
+                "CLIP_DEVICE=cuda:1: torch finds 1 GPUs; repair the driver; in a container: --gpus all; or set it to cpu",
             ),
         ),
         ({}, "", None, ("--", "no NVIDIA GPU; where CLIP runs is not known, see runtime and models")),

@@ -156,6 +156,6 @@ def test_on_loopback_a_token_needs_no_tls(certificates: Path, tiny_onnx: Path, t
         assert run_client("clip_embed", "x", *own, address=node.address).returncode == 0
         # The client does not send the token unencrypted to another machine.
         remote = run_client("clip_embed", "x", *own, address="192.0.2.1:50051")
-        assert remote.returncode == 2 and "would travel in the clear" in remote.stderr
+        assert remote.returncode == 2 and "would be sent unencrypted" in remote.stderr
     finally:
         assert node.stop() == 0
