@@ -206,8 +206,18 @@ def test_programs_get_the_advice_and_what_grpc_said() -> None:
         ("unavailable", f"{prefix}Failed to connect to remote host: No route to host", plain, "a:1 does not answer"),
         ("unavailable", f"{prefix}Failed to connect to remote host: Timeout occurred: FD Shutdown", plain, "a:1 does"),
         ("unavailable", f"{prefix}SSL: CERTIFICATE_VERIFY_FAILED: certificate has expired: OK", tls, "has expired"),
-        ("unavailable", "errors resolving a:1: [field:hostname lookup error:...]", plain, "by the name in a:1; check"),
-        ("unavailable", "DNS resolution failed for a:1: C-ares status", plain, "by the name in a:1; check the name"),
+        (
+            "unavailable",
+            "errors resolving a:1: [field:hostname lookup error:...]",
+            plain,
+            "a:1 cannot be resolved; check",
+        ),
+        (
+            "unavailable",
+            "DNS resolution failed for a:1: C-ares status",
+            plain,
+            "a:1 cannot be resolved; check the name",
+        ),
         ("unavailable", f"{prefix}something new", tls, f"{prefix}something new"),
         ("unavailable", "Socket closed", plain, "Socket closed"),  # of a connection that there was
         ("resource_exhausted", "64 Infer streams are open already; try later", plain, "64 Infer streams"),

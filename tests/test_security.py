@@ -131,7 +131,7 @@ def test_every_call_needs_the_token_and_calls_without_it_occupy_no_streams(
         ),
         ({"LUMEN_TOKEN_FILE": "nowhere"}, "LUMEN_TOKEN_FILE=.*nowhere: No such file or directory"),
         ({"LUMEN_TOKEN_FILE": "short"}, "LUMEN_TOKEN_FILE=.*short: allowed: one token of 16 printable"),
-        ({"LUMEN_TOKEN_FILE": "token"}, "LUMEN_TOKEN_FILE=.*token: without LUMEN_TLS_CERT the token would travel"),
+        ({"LUMEN_TOKEN_FILE": "token"}, "LUMEN_TOKEN_FILE=.*token: without LUMEN_TLS_CERT the token would be sent"),
     ],
 )
 def test_unusable_security_settings_stop_the_start(
