@@ -250,7 +250,7 @@ def lan() -> Iterator[Lan]:
 def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     """A board with the installation of docs/deployment.md; LUMEN_BOOT_ROOT keeps the bare Debian for the next time."""
     if "boot" not in request.config.option.markexpr:
-        pytest.skip("takes eight minutes; run it with: python -m pytest -s -m boot")
+        pytest.skip("takes four minutes; run it with: python -m pytest -s -m boot")
     tools = ("debootstrap", "systemd-nspawn", "nsenter", "ip")
     if os.geteuid() != 0 or not all(map(shutil.which, tools)):
         pytest.skip(f"needs root and {', '.join(tools)} (Debian: debootstrap, systemd-container, iproute2)")
