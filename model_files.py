@@ -255,7 +255,7 @@ def fetch_file(
 
 
 @contextmanager
-def report_download(report: Callable[[str], None], what: str, folder: Path, files: Mapping[str, int]) -> Iterator[None]:
+def report_download(report: Say, what: str, folder: Path, files: Mapping[str, int]) -> Iterator[None]:
     """Reports the progress of a download once a second while the body runs, but only after new bytes have arrived.
 
     `files`: the names of the files in `folder` and their sizes in bytes, 0 if unknown.

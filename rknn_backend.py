@@ -213,10 +213,8 @@ class NPUContext:
         from rknnlite.api import RKNNLite
 
         self._npu = RKNNLite()
-        for level in (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
-            logging.addLevelName(
-                level, _LEVEL_NAMES[level]
-            )  # the library renames the levels of all loggers to one letter
+        for level, name in _LEVEL_NAMES.items():  # the library has renamed the levels of all loggers to one letter
+            logging.addLevelName(level, name)
         with _overheard(self._npu.rknn_log.logger) as reason:
             if self._npu.load_rknn(str(path)) != 0:
                 raise NPURefused("the NPU's library cannot read the program", reason())

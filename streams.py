@@ -209,7 +209,7 @@ class Stream:
         try:
             request = self._assembler.add(message, payload)
         except BadInput as error:
-            self._start(message.correlation_id[:ID_MAX], None, BadInput(str(error)))
+            self._start(message.correlation_id[:ID_MAX], None, error)
         else:
             if request:
                 self._held -= request.held
@@ -286,9 +286,6 @@ class Streams:
         self._streams: set[Stream] = set()  # each until gRPC has sent its status
         self._changed = threading.Condition()
         self.draining = False
-
-    def __len__(self) -> int:
-        return len(self._streams)
 
     def admit(self, stream: Stream) -> bool:
         """Admits a stream if there is a place, or if one becomes free within ANSWERED_S.

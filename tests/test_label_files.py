@@ -175,23 +175,29 @@ def test_a_restart_computes_no_label_set_again_and_waits_for_none(tmp_path: Path
         other.labels("pets")
 
 
+class HeldTexts(Texts):
+    """Encodes nothing until the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, texts: list[str]) -> Any:
+        self.begun.set()
+        assert self.release.wait(LIMIT_S)
+        return super().__call__(texts)
+
+
 def test_a_reload_while_a_set_is_computed_begins_with_the_new_file(tmp_path: Path) -> None:
     """Lost otherwise: an hour, when somebody notices a mistake in a long list after a minute."""
-    begun, release = threading.Event(), threading.Event()
-
-    class Slow(Texts):
-        def __call__(self, texts: list[str]) -> Any:
-            begun.set()
-            assert release.wait(LIMIT_S)
-            return super().__call__(texts)
-
-    folder = Folder(tmp_path, Slow())
+    texts = HeldTexts()
+    folder = Folder(tmp_path, texts)
     folder.write("many.txt", "\n".join(f"word {i}" for i in range(5000)))
     folder.sets.start(folder.texts)
-    assert begun.wait(LIMIT_S)
+    assert texts.begun.wait(LIMIT_S)
     folder.write("many.txt", "\n".join(f"better {i}" for i in range(10)))
     folder.sets.reload()
-    release.set()
+    texts.release.set()
     wait_until(lambda: folder.sets.facts()["clip_label_sets"] == "many")
     assert folder.labels("many") == [f"better {i}" for i in range(10)]
     assert folder.texts.calls < 200  # texts, and not 5,000
@@ -199,21 +205,14 @@ def test_a_reload_while_a_set_is_computed_begins_with_the_new_file(tmp_path: Pat
 
 def test_a_reload_for_another_set_does_not_begin_a_computed_one_anew(tmp_path: Path) -> None:
     """Lost otherwise: a set that is never ready, where something reloads the daemon again and again."""
-    begun, release = threading.Event(), threading.Event()
-
-    class Slow(Texts):
-        def __call__(self, texts: list[str]) -> Any:
-            begun.set()
-            assert release.wait(LIMIT_S)
-            return super().__call__(texts)
-
-    folder = Folder(tmp_path, Slow())
+    texts = HeldTexts()
+    folder = Folder(tmp_path, texts)
     folder.write("many.txt", "\n".join(f"word {i}" for i in range(300)))
     folder.sets.start(folder.texts)
-    assert begun.wait(LIMIT_S)
+    assert texts.begun.wait(LIMIT_S)
     folder.write("other.txt", "dog")
     folder.sets.reload()
-    release.set()
+    texts.release.set()
     wait_until(lambda: folder.sets.facts()["clip_label_sets"] == "many,other")
     assert folder.texts.calls == 301
 
