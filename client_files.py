@@ -283,7 +283,7 @@ def reads_heic(capabilities: Iterable[Any], task: str) -> bool:
 
 def heic_note(count: int) -> str:
     were = "HEIC file was" if count == 1 else "HEIC files were"
-    return f"{count} {were} skipped: the daemon cannot read them; convert them to JPEG"
+    return f"{count} {were} skipped: the daemon cannot read them; install pillow-heif beside it"
 
 
 def pictures_in(folder: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks the structure of an encoded picture before a decoder reads it: JPEG, PNG, WebP, AVIF.
+"""Checks the structure of an encoded picture before a decoder reads it: JPEG, PNG, WebP, AVIF, HEIC.
 
 Decoders spend time and memory on each scan, segment, chunk and box, even if it is empty, and have no limit on their
 number. A small file can therefore occupy a decode thread for minutes. The limits here are several times what cameras
@@ -32,7 +32,8 @@ EXIF_BYTES_MAX = 1 << 20
 EXIF_SEGMENTS_MAX = 8
 # Compressed chunks of a PNG (texts, ICC profile). Pillow unpacks each to at most 1 MB, in 2 ms; editors write a few.
 PACKED_CHUNKS_MAX = 256
-# Bytes of JPEG tables (Huffman, quantization) and headers. A scan has at most 4 Huffman tables of 280 bytes.
+# Bytes of JPEG tables (Huffman, quantization) and headers: a scan has at most 4 Huffman tables of 280 bytes. Bytes of
+# HEVC parameters: a camera writes 100 to 200, an encoder with a comment 2,500.
 TABLE_BYTES_MAX = 256 << 10
 # Bytes before the first scan of a JPEG that belong to no segment. Pillow reads them one at a time.
 PADDING_BYTES_MAX = 64 << 10
@@ -40,8 +41,12 @@ PADDING_BYTES_MAX = 64 << 10
 ITEM_TABLE_BYTES_MAX = 64 << 10
 # Bytes of the sample tables of an AVIF animation: ten minutes at 30 frames a second have 600 KB.
 SAMPLE_TABLE_BYTES_MAX = 1 << 20
-# AV1 frames of an AVIF, in pictures of the pixel limit: colour, alpha, gain map, and up to four layers of each.
-AV1_PICTURES_MAX = 8
+# Frames of an AVIF or HEIC, in pictures of the pixel limit: colour, alpha, gain map, and up to four layers of each.
+FRAMES_MAX = 8
+# Bytes of entity groups of an AVIF or HEIC. pillow-heif copies all groups for each image; a camera writes one of 24.
+GROUP_BYTES_MAX = 1024
+# libheif refuses HEVC data of more pixels than the item says, unless it has fewer than these: ImageItem::get_decoder.
+HEVC_PIXELS_MIN = 65_536
 
 SEARCH_BYTES = 1 << 20  # of one search; other threads run between two searches
 
@@ -49,12 +54,12 @@ SEARCH_BYTES = 1 << 20  # of one search; other threads run between two searches
 def check_structure(data: bytes, max_pixels: int) -> int:
     """Raises BadInput if decoding `data` could cost far more than a real picture of `max_pixels` pixels.
 
-    Also raises for WebP and AVIF files whose coded size is above `max_pixels`: libwebp allocates memory for it before
-    Pillow reports the size, and the size that an AVIF reports can be smaller. Bytes of other formats pass.
+    Also raises for WebP, AVIF and HEIC files whose coded size is above `max_pixels`: libwebp allocates memory for it
+    before Pillow reports the size, and the size that an AVIF reports can be smaller. Bytes of other formats pass.
 
     Returns for how many pixels the decoder may need memory, if that can be more than the picture has: those of the
-    largest AV1 frame of an AVIF; `max_pixels` for a WebP with lossless data, so that such files are decoded one at a
-    time; else 0.
+    largest frame of an AVIF or HEIC; `max_pixels` for a WebP with lossless data, so that such files are decoded one at
+    a time; else 0.
     """
     if data.startswith(b"\xff\xd8\xff"):
         _check_jpeg(data)
@@ -63,7 +68,7 @@ def check_structure(data: bytes, max_pixels: int) -> int:
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return max_pixels if _check_webp(data, max_pixels) else 0
     elif data[4:8] == b"ftyp":
-        return _AvifCheck(data, max_pixels).run()
+        return _BoxFileCheck(data, max_pixels).run()
     return 0
 
 
@@ -205,12 +210,13 @@ def _check_webp(data: bytes, max_pixels: int) -> bool:
     return lossless
 
 
-# --- AVIF ---------------------------------------------------------------------------------------------------------
+# --- AVIF and HEIC ------------------------------------------------------------------------------------------------
 
 # Boxes with boxes in them -> bytes of their own before these (ISO/IEC 14496-12); `iinf` is longer from version 1 on.
 _CONTAINERS = {b"meta": 4, b"iinf": 6, b"iprp": 0, b"ipco": 0, b"stsd": 8, b"av01": 78}
 _CONTAINERS |= dict.fromkeys((b"moov", b"trak", b"mdia", b"minf", b"stbl"), 0)
 _ITEM_TABLES = {b"iloc", b"iref", b"ipma", b"grpl", b"stsc"}
+_DERIVED = {b"grid", b"iden"}  # items that are made of other items
 
 
 def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
@@ -232,11 +238,11 @@ class _Integers:
     """Reads big-endian unsigned integers one after the other; 0 past the end, as in a damaged file."""
 
     def __init__(self, data: bytes | memoryview, position: int) -> None:
-        self._data, self._position = data, position
+        self._data, self.position = data, position
 
     def next(self, size: int) -> int:
-        self._position += size
-        return int.from_bytes(self._data[self._position - size : self._position], "big")
+        self.position += size
+        return int.from_bytes(self._data[self.position - size : self.position], "big")
 
 
 @dataclass
@@ -250,6 +256,15 @@ class _Item:
 
 
 @dataclass
+class _Reference:
+    """An entry of the `iref` box: the item `source` consists of `targets` (kind "dimg") or describes them ("cdsc")."""
+
+    kind: bytes
+    source: int
+    targets: list[int]
+
+
+@dataclass
 class _Track:
     """What a track's sample table says."""
 
@@ -259,11 +274,11 @@ class _Track:
     samples_per_chunk: int = 0  # at most
 
 
-class _AvifCheck:
-    """One walk over the boxes of an AVIF file, then over the AV1 data of its items and of each track's first sample.
+class _BoxFileCheck:
+    """One walk over the boxes of an AVIF or HEIC, then over the data of its items and of each track's first sample.
 
     Pillow decodes the first frame only. libavif scales AV1 data of any size to the size that the boxes say, so the
-    size is read from the AV1 data itself.
+    size is read from the AV1 data itself. libheif compares the size of HEVC data with the boxes before it decodes.
     """
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
@@ -273,31 +288,52 @@ class _AvifCheck:
         self._idats: list[int] = []
         self._items: list[_Item] = []
         self._tracks: list[_Track] = []
-        self._units = self._pixels = self._largest = 0  # AV1 units; pixels of all AV1 frames and of the largest
+        self._properties: list[tuple[bytes, int, int]] = []  # kind, start and end of each box in `ipco`
+        self._associations: list[tuple[int, int]] = []  # item number, number of its property from 1 on
+        self._references: list[_Reference] = []
+        self._units = self._pixels = self._largest = 0  # AV1 or HEVC units; pixels of all frames and of the largest
 
     def run(self) -> int:
         self._walk()
         data = memoryview(self._data)
         total = metadata = 0
+        slices: dict[int, int] = {}  # HEVC item -> slices
+        sizes: dict[int, int] = {}  # item -> bytes
         for item in self._items:
             size = sum(length for _, length in item.extents)
             total += size
-            _limit(total, len(data) + (1 << 20), "bytes of items of the AVIF")  # identical tiles are stored once
-            kinds = self._kinds.get(item.number, ())
-            if b"av01" in kinds:
-                for start in self._idats if item.in_idat else [0]:
-                    base = start + item.base
-                    parts = [data[base + offset : base + offset + length] for offset, length in item.extents]
-                    self._check_av1(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)))
+            _limit(total, len(data) + (1 << 20), "bytes of items of the file")  # identical tiles are stored once
+            kinds = self._kinds.get(item.number, set())
+            sizes[item.number] = sizes.get(item.number, 0) + size
+            for payload in self._payloads(item) if kinds & {b"av01", b"hvc1", b"grid"} else ():
+                if b"av01" in kinds:
+                    self._check_av1(payload)
+                if b"hvc1" in kinds:
+                    slices[item.number] = slices.get(item.number, 0) + self._count_slices(payload)
+                if b"grid" in kinds:
+                    integers = _Integers(payload, 1)
+                    side = 4 if integers.next(1) & 1 else 2
+                    integers.next(2)  # rows and columns
+                    _check_size(integers.next(side), integers.next(side), self._max_pixels)
+            if kinds & {b"av01", b"hvc1"}:
                 continue
             metadata += size
-            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the AVIF")
+            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the file")
             if b"Exif" in kinds:
-                _limit(size, EXIF_BYTES_MAX, "bytes of EXIF of the AVIF")
+                _limit(size, EXIF_BYTES_MAX, "bytes of EXIF of the file")
         for track in self._tracks:
-            _limit(track.chunks * track.samples_per_chunk, DATA_PARTS_MAX, "frames of the AVIF")
+            _limit(track.chunks * track.samples_per_chunk, DATA_PARTS_MAX, "frames of the file")
             self._check_av1(data[track.offset : track.offset + track.size])
+        if slices:
+            self._check_hevc(slices, sizes)
         return self._largest
+
+    def _payloads(self, item: _Item) -> Iterator[memoryview]:
+        data = memoryview(self._data)
+        for start in self._idats if item.in_idat else [0]:
+            base = start + item.base
+            parts = [data[base + offset : base + offset + length] for offset, length in item.extents]
+            yield parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
     def _walk(self) -> None:
         """Counts the boxes, and reads those that say where the AV1 data is."""
@@ -307,36 +343,61 @@ class _AvifCheck:
             parent, *row = waiting.pop()
             if parent == b"stbl":
                 self._tracks.append(_Track())
+            if parent == b"ipco":
+                _limit(len(self._properties), 0, "second ipco box of the file")
             for kind, start, stop in _boxes(self._data, *row):
                 parts += 1
-                _limit(parts, PARTS_MAX, "boxes of the AVIF")
+                _limit(parts, PARTS_MAX, "boxes of the file")
                 version = _Integers(self._data, start).next(1)
                 if kind in (b"meta", b"moov"):
-                    _limit(stop - start, METADATA_BYTES_MAX, "bytes of metadata of the AVIF")
+                    _limit(stop - start, METADATA_BYTES_MAX, "bytes of metadata of the file")
                 if kind in _ITEM_TABLES:
                     item_tables += stop - start
-                    _limit(item_tables, ITEM_TABLE_BYTES_MAX, "bytes of tables of the AVIF")
+                    _limit(item_tables, ITEM_TABLE_BYTES_MAX, "bytes of tables of the file")
                 if parent == b"stbl":
                     sample_tables += stop - start
-                    _limit(sample_tables, SAMPLE_TABLE_BYTES_MAX, "bytes of sample tables of the AVIF")
+                    _limit(sample_tables, SAMPLE_TABLE_BYTES_MAX, "bytes of sample tables of the file")
                     self._read_track(kind, _Integers(self._data, start + 4), self._tracks[-1])
+                if parent == b"ipco":
+                    self._properties.append((kind, start, stop))
+                if kind == b"grpl":
+                    _limit(stop - start, GROUP_BYTES_MAX, "bytes of entity groups of the file")
                 if kind in _CONTAINERS:
                     longer = 2 if kind == b"iinf" and version else 0
                     waiting.append((kind, start + _CONTAINERS[kind] + longer, stop))
                 else:
-                    self._read_item_box(kind, start, version)
+                    self._read_item_box(kind, start, stop, version)
 
-    def _read_item_box(self, kind: bytes, start: int, version: int) -> None:
+    def _read_item_box(self, kind: bytes, start: int, stop: int, version: int) -> None:
         integers = _Integers(self._data, start + 4)
         if kind == b"idat":
             self._idats.append(start)
-            _limit(len(self._idats), 2, "idat boxes of the AVIF")
+            _limit(len(self._idats), 2, "idat boxes of the file")
         elif kind == b"infe":
             number = integers.next(4 if version > 2 else 2)
             integers.next(2)  # protection
-            self._kinds.setdefault(number, set()).add(integers.next(4).to_bytes(4, "big"))
+            item_kind = integers.next(4).to_bytes(4, "big")
+            self._kinds.setdefault(number, set()).add(item_kind)
+            if item_kind == b"iovl":
+                raise BadInput("payload: pictures that are composed of overlays are not supported")
+            if item_kind == b"mime" and any(self._data[integers.position : stop].split(b"\0")[2:]):
+                raise BadInput("payload: compressed metadata is not supported")  # its size is not known
         elif kind == b"iloc":
             self._read_iloc(integers, version)
+        elif kind == b"ipma":
+            size = 2 if self._data[start + 3 : start + 4] > b"\0" else 1
+            for _ in range(integers.next(4)):
+                if integers.position >= stop:
+                    break
+                number = integers.next(4 if version else 2)
+                for _ in range(integers.next(1)):
+                    self._associations.append((number, integers.next(size) & (1 << 8 * size - 1) - 1))
+        elif kind == b"iref":
+            for reference, inner, inner_stop in _boxes(self._data, start + 4, stop):
+                size, integers = 4 if version else 2, _Integers(self._data, inner)
+                source = integers.next(size)
+                count = min(integers.next(2), (inner_stop - inner) // size)
+                self._references.append(_Reference(reference, source, [integers.next(size) for _ in range(count)]))
 
     def _read_iloc(self, integers: _Integers, version: int) -> None:
         sizes = integers.next(2)
@@ -344,7 +405,7 @@ class _AvifCheck:
         index_size = sizes & 15 if version in (1, 2) else 0
         long = 4 if version == 2 else 2
         count = integers.next(long)
-        _limit(count, PARTS_MAX, "items of the AVIF")
+        _limit(count, PARTS_MAX, "items of the file")
         extents = 0
         for _ in range(count):
             number = integers.next(long)
@@ -353,7 +414,7 @@ class _AvifCheck:
             item = _Item(number, integers.next(base_size), in_idat, [])
             count = integers.next(2)
             extents += count
-            _limit(extents, PARTS_MAX, "extents of the AVIF")
+            _limit(extents, PARTS_MAX, "extents of the file")
             for _ in range(count):
                 integers.next(index_size)
                 item.extents.append((integers.next(offset_size), integers.next(length_size)))
@@ -376,12 +437,68 @@ class _AvifCheck:
                     raise BadInput("payload: the AVIF has chunks without samples")  # the first sample is elsewhere then
                 track.samples_per_chunk = max(track.samples_per_chunk, each)
 
+    def _count_slices(self, payload: memoryview) -> int:
+        """The slices of an HEVC item, each of which can cover the whole picture. H.265, section 7.3.1.2."""
+        position = slices = 0
+        while position + 5 <= len(payload):
+            self._units += 1
+            _limit(self._units, DATA_PARTS_MAX, "HEVC units of the HEIC")
+            slices += payload[position + 4] >> 1 & 63 < 32
+            position += 4 + int.from_bytes(payload[position : position + 4], "big")
+        return slices
+
+    def _check_hevc(self, slices: dict[int, int], sizes: dict[int, int]) -> None:
+        """Adds up the pixels that libheif decodes and the bytes that pillow-heif copies for each image of the file."""
+        areas: dict[int, int] = {}
+        copied = 0
+        for number, index in self._associations:
+            kind, start, stop = self._properties[index - 1] if 0 < index <= len(self._properties) else (b"", 0, 0)
+            copied += stop - start
+            if kind == b"ispe":
+                integers = _Integers(self._data, start + 4)
+                areas[number] = max(areas.get(number, 0), integers.next(4) * integers.next(4))
+        parameters = [(start, stop) for kind, start, stop in self._properties if kind == b"hvcC"]
+        _limit(sum(stop - start for start, stop in parameters), TABLE_BYTES_MAX, "bytes of parameters of the HEIC")
+        for start, stop in parameters:
+            self._check_parameters(start, stop)
+        frames = {
+            number: count * max(areas.get(number, self._max_pixels), HEVC_PIXELS_MIN)
+            for number, count in slices.items()
+        }
+        for number, area in areas.items():
+            if number in slices:
+                self._largest = max(self._largest, area)
+        self._pixels += sum(frames.values())
+        for reference in self._references:
+            if reference.kind == b"cdsc":
+                copied += sizes.get(reference.source, 0) * len(reference.targets)
+            if reference.kind == b"dimg":
+                self._pixels += sum(frames.get(target, 0) for target in reference.targets)
+                derived = [number for number in reference.targets if self._kinds.get(number, set()) & _DERIVED]
+                if derived and self._kinds.get(reference.source, set()) & _DERIVED:
+                    raise BadInput("payload: HEIC with grids in grids is not supported")
+        _limit(copied, METADATA_BYTES_MAX, "bytes of metadata of the HEIC")
+        _limit(self._pixels, FRAMES_MAX * self._max_pixels, "pixels of all frames of the HEIC")
+
+    def _check_parameters(self, start: int, stop: int) -> None:
+        """Refuses picture data in an `hvcC` box, where it is decoded as well. ISO/IEC 14496-15, section 8.3.3.1.2."""
+        integers = _Integers(self._data, start + 22)
+        for _ in range(integers.next(1)):
+            integers.next(1)
+            for _ in range(integers.next(2)):
+                if integers.position >= stop:
+                    return
+                length = integers.next(2)
+                if integers.next(1) >> 1 & 63 < 32:
+                    raise BadInput("payload: the HEIC has picture data among its parameters")
+                integers.next(length - 1)
+
     def _check_av1(self, payload: memoryview) -> None:
         """Adds the frames of one item or sample to `_pixels`. AV1 specification, section 5.3 to 5.5."""
         position = frame = 0
         while position < len(payload):
             self._units += 1
-            _limit(self._units, DATA_PARTS_MAX, "AV1 units of the AVIF")
+            _limit(self._units, DATA_PARTS_MAX, "AV1 units of the file")
             header = payload[position]
             position += 2 if header & 4 else 1  # an extension
             size = 0
@@ -400,7 +517,7 @@ class _AvifCheck:
                 self._largest = max(self._largest, frame)
             elif header >> 3 & 15 in (3, 6, 7):  # a frame header alone, with its frame, or repeated
                 self._pixels += frame
-                _limit(self._pixels, AV1_PICTURES_MAX * self._max_pixels, "pixels of all AV1 frames of the AVIF")
+                _limit(self._pixels, FRAMES_MAX * self._max_pixels, "pixels of all AV1 frames of the file")
             position += size
 
 

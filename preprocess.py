@@ -17,6 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, features
 
+try:
+    import pillow_heif
+except ImportError:  # optional: there are no wheels for some platforms
+    pillow_heif = None
+
 from errors import BackendError, BadInput
 from image_structure import check_structure
 
@@ -34,6 +39,10 @@ PngImagePlugin.MAX_TEXT_MEMORY = (
     16 << 20
 )  # characters of a PNG's decompressed texts; Pillow's default is four times as much
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
+if pillow_heif is not None:
+    # Pictures are decoded one on each thread, and of each the primary image alone.
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    IMAGE_FORMATS += ("HEIF",)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------
@@ -105,6 +114,8 @@ def decode_image(
         raise
     except Exception as error:  # Pillow raises various exceptions for damaged files
         log.debug("not an image: %r", error)
+        if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev") and pillow_heif is None:
+            raise BadInput("payload: HEIC; this daemon reads it if pillow-heif is installed") from error
         raise BadInput(
             f"payload: not an image that can be read; allowed: whole files of {', '.join(IMAGE_FORMATS)}"
         ) from error
@@ -144,7 +155,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit greyscale; Pillow's own conversion clips at 255.
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         rgb = Image.new("RGB", image.size)
         for top in range(0, image.height, STRIP_LINES):  # all at once, a small file could take 600 MB
             strip = image.crop((0, top, image.width, min(top + STRIP_LINES, image.height))).convert("RGBA")

@@ -324,8 +324,12 @@ def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
     return Answer("embedding_v1", content, meta)
 
 
-IMAGE_MIMES = ("image/jpeg", "image/png", "image/webp") + (
-    ("image/avif",) if "AVIF" in preprocess.IMAGE_FORMATS else ()
+_MIMES = {"AVIF": ("image/avif",), "HEIF": ("image/heic", "image/heif")}  # of formats that not all machines read
+IMAGE_MIMES = (
+    "image/jpeg",
+    "image/png",
+    "image/webp",
+    *(mime for name in preprocess.IMAGE_FORMATS for mime in _MIMES.get(name, ())),
 )
 TEXT_MIMES = ("text/plain", "text/markdown", "text/html")
 

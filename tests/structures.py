@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
@@ -171,3 +171,56 @@ def av1_units(av1: bytes) -> list[bytes]:
         position += size
         units.append(av1[start:position])
     return units
+
+
+# --- HEIC ---------------------------------------------------------------------------------------------------------
+
+
+def heic(
+    kind: bytes = b"hvc1",
+    size: tuple[int, int] = SIZE,
+    *,
+    coded: tuple[int, int] = SIZE,
+    canvas: tuple[int, int] | None = None,
+    grid: tuple[int, int] = (1, 1),
+    targets: Sequence[int] = (2,),
+    slices: int = 1,
+    parameters: bytes = b"",
+    properties: bytes = b"",
+    associations: bytes = b"",
+    association_count: int = 0,
+    items: bytes = b"",
+    item_count: int = 0,
+    more: bytes = b"",
+    references: bytes = b"",
+    meta_boxes: bytes = b"",
+) -> bytes:
+    """A HEIC file. Item 2 is HEVC data of `coded` pixels; item 1 has the same, or is made of `targets`.
+
+    `size`: what the boxes say of the picture; `coded`: what they say of item 2, and what the data has; `canvas`: what
+    a grid of `grid` rows and columns has, if not `size`; `slices`: how often the data is repeated; `parameters`: added
+    to the data's own; `more`: the bytes of item 3.
+    """
+    base = encoded(Image.new("RGB", coded, RED), "HEIF", quality=50)
+    hevc = base[base.index(b"mdat") + 4 :] * slices
+    body = struct.pack(">BBBBHH", 0, 0, grid[0] - 1, grid[1] - 1, *(canvas or size))
+    start = box(b"ftyp", b"heic\0\0\0\0mif1heicmiaf")
+    first = len(start) + 8
+    places = [(1, first, len(hevc)), (2, first, len(hevc)), (3, first + len(hevc) + len(body), len(more))]
+    if kind != b"hvc1":
+        places[0] = (1, first + len(hevc), len(body))
+    own = full_box(b"ispe", struct.pack(">II", *size)) + full_box(b"ispe", struct.pack(">II", *coded))
+    headers = bytearray(box_of(base, b"hvcC") + parameters)
+    headers[:4] = len(headers).to_bytes(4, "big")
+    headers[30] += bool(parameters)  # one array more
+    own += bytes(headers) + box_of(base, b"colr") + box_of(base, b"pixi")
+    meta = full_box(b"hdlr", bytes(4) + b"pict" + bytes(13)) + full_box(b"pitm", b"\0\1")
+    rows = b"".join(struct.pack(">HHHII", number, 0, 1, *place) for number, *place in places)
+    meta += full_box(b"iloc", struct.pack(">BBH", 0x44, 0, len(places)) + rows)
+    meta += full_box(b"iinf", struct.pack(">H", 2 + item_count) + item(1, kind) + item(2, b"hvc1") + items)
+    associated = struct.pack(">H5B", 1, 4, 1, 0x83, 4, 5) + struct.pack(">H5B", 2, 4, 2, 0x83, 4, 5) + associations
+    associated = full_box(b"ipma", struct.pack(">I", 2 + association_count) + associated)
+    meta += box(b"iprp", box(b"ipco", own + properties) + associated)
+    made_of = b"" if kind == b"hvc1" else struct.pack(f">HH{len(targets)}H", 1, len(targets), *targets)
+    meta += full_box(b"iref", (box(b"dimg", made_of) if made_of else b"") + references)
+    return start + box(b"mdat", hevc + body + more) + full_box(b"meta", meta + meta_boxes)

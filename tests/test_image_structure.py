@@ -34,6 +34,7 @@ from tests.structures import (
     exif,
     flat_progressive,
     full_box,
+    heic,
     item,
     jpeg,
     many_scans,
@@ -49,6 +50,7 @@ from tests.structures import (
 
 PHOTO = encoded(picture(RED, SIZE))
 WITH_AVIF = "AVIF" in preprocess.IMAGE_FORMATS
+WITH_HEIC = "HEIF" in preprocess.IMAGE_FORMATS
 
 
 @functools.cache
@@ -135,6 +137,18 @@ def honest_others() -> dict[str, bytes]:
             "animated AVIF": encoded(photo, "AVIF", save_all=True, append_images=frames),
             "AVIF of many items": avif(items=b"".join(map(item, range(2, 1200))), item_count=1198),
         }
+    if WITH_HEIC:
+        large = picture(RED, (4032, 3024))
+        more = {"icc_profile": noise(1 << 20), "exif": b"Exif\0\0" + exif(40), "xmp": noise(3 << 20)}
+        files |= {
+            "HEIC": encoded(photo, "HEIF"),
+            "HEIC of a phone": encoded(large, "HEIF", tile_size=512, thumbnails=[320], exif=b"Exif\0\0" + exif(40)),
+            "HEIC with alpha": encoded(photo.convert("RGBA"), "HEIF"),
+            "HEIC with metadata": encoded(photo, "HEIF", **more),
+            "HEIC of several pictures": encoded(photo, "HEIF", save_all=True, append_images=frames[:5]),
+            "HEIC of the general brand": encoded(photo, "HEIF").replace(b"ftypheic", b"ftypmif1"),
+            "HEIC that repeats a tile": heic(b"grid", (640, 640), coded=(64, 64), grid=(10, 10), targets=[2] * 100),
+        }
     return files
 
 
@@ -206,7 +220,7 @@ def attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
         "pixels of a lossy WebP": ("16000 x 16000 pixels", lambda: sized_webp(b"VP8 ")),
         "pixels of a lossless WebP": ("16000 x 16000 pixels", lambda: sized_webp(b"VP8L")),
     }  # fmt: skip
-    return made | (avif_attacks() if WITH_AVIF else {})
+    return made | (avif_attacks() if WITH_AVIF else {}) | (heic_attacks() if WITH_HEIC else {})
 
 
 def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
@@ -273,6 +287,43 @@ def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
     }  # fmt: skip
 
 
+def heic_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
+    many = range(4, 900)
+    size = (8000, 5000)
+    images = {"items": b"".join(item(number, b"hvc1") for number in many), "item_count": len(many)}
+    metadata, described = item(3, b"mime") + bytes(2), struct.pack(f">HH{len(many)}H", 3, len(many), *many)
+    numbers = [struct.pack(">H2B", number, 1, 6) for number in many]
+    profile = {"properties": full_box(b"colr", b"prof" + bytes(1 << 20)), "associations": b"".join(numbers)}
+    slice_of_parameters = struct.pack(">BHH", 0xA0, 1, 2) + b"\x28\1"
+    group = full_box(b"altr", struct.pack(">II", 1, 15_000) + bytes(60_000))
+    boxes = {name: full_box(name, b"\xff" * 60_000) for name in (b"ipma", b"iref")}
+    return {
+        "one tile in 65,536 places": ("frames", lambda: heic(b"grid", (64, 64), coded=(4000, 3000), grid=(100, 100),
+                                                              targets=[2] * 10_000)),
+        "small tiles in 65,536 places": ("frames", lambda: heic(b"grid", (64, 64), grid=(200, 120),
+                                                                 targets=[2] * 24_000)),
+        "a canvas of 900 megapixels": ("30000 x 30000", lambda: heic(b"grid", (99, 99), canvas=(30_000, 30_000),
+                                                                      coded=(4096, 4096), grid=(8, 8), targets=[2])),
+        "slices of a HEIC": ("frames", lambda: heic(b"iden", size, coded=size, slices=99)),
+        "picture data among the parameters": ("parameters", lambda: heic(parameters=slice_of_parameters)),
+        "parameters of a HEIC": ("parameters", lambda: heic(properties=box(b"hvcC", bytes(1 << 20)))),
+        "units of a HEIC": ("units", lambda: heic(b"iden", slices=70_000)),
+        "grids in grids": ("grids", lambda: heic(b"grid", targets=[1, 2], grid=(1, 2))),
+        "a grid in an identical picture": ("grids", lambda: heic(b"iden", items=item(3, b"grid"), item_count=1,
+                                                                   targets=[3])),
+        "overlays": ("overlays", lambda: heic(b"iovl", targets=[2] * 500)),
+        "metadata of all pictures": ("metadata", lambda: heic(
+            items=metadata + images["items"], item_count=1 + len(many), more=bytes(1 << 20),
+            references=box(b"cdsc", described))),
+        "a profile of all pictures": ("metadata", lambda: heic(**images, **profile, association_count=len(many))),
+        "groups of a HEIC": ("groups", lambda: heic(**images, meta_boxes=box(b"grpl", group))),
+        "compressed metadata": ("compressed", lambda: heic(items=full_box(
+            b"infe", b"\0\3\0\0mime\0text/xml\0deflate\0", 2), item_count=1)),
+        "associations of nothing": ("metadata|frames", lambda: heic(meta_boxes=boxes[b"ipma"], slices=9000)),
+        "references to nothing": ("frames", lambda: heic(meta_boxes=boxes[b"iref"], slices=9000)),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", attacks())
 def test_structures_that_no_camera_writes_are_refused_at_once(name: str) -> None:
     """All clients lose the server for minutes, or it is killed for its memory, if one such file is decoded."""
@@ -308,6 +359,18 @@ def most_expensive() -> dict[str, Callable[[], bytes]]:
     }
     if WITH_AVIF:
         files["AVIF"] = lambda: avif(items=b"".join(map(item, range(2, 2000))), item_count=1998)
+    if WITH_HEIC:
+        tile = (4000, 2500)
+        images = b"".join(item(number, b"hvc1") for number in range(4, 900))
+        files |= {
+            "HEIC tiles": lambda: heic(b"grid", (64, 64), coded=tile, grid=(5, 6), targets=[2] * 30),
+            "HEIC slices": lambda: heic(b"iden", tile, coded=tile, slices=15),
+            "HEIC units": lambda: heic(b"iden", slices=2400),
+            "HEIC pictures": lambda: heic(items=images, item_count=896),
+            "HEIC data larger than it says": lambda: heic(size=SIZE, coded=size).replace(
+                struct.pack(">II", *size), struct.pack(">II", *SIZE)
+            ),
+        }
     return files
 
 
@@ -331,10 +394,11 @@ def test_damaged_structures_are_checked_at_once_and_cost_no_more() -> None:
         encoded(photo, "WEBP", icc_profile=profile, save_all=True, append_images=[picture(BLUE, SIZE)]),
     ]
     kinds += [encoded(photo.convert("RGBA"), "AVIF", icc_profile=profile)] * WITH_AVIF
-    marks = [rb"\xff[\xc0-\xfe]", rb"IHDR|IDAT|acTL|fcTL|iCCP|IEND", rb"VP8X|ANIM|ANMF|ICCP", rb"[a-z]{4}|mdat|iloc"]
+    kinds += [encoded(photo, "HEIF", icc_profile=profile, tile_size=64)] * WITH_HEIC
+    marks = [rb"\xff[\xc0-\xfe]", rb"IHDR|IDAT|acTL|fcTL|iCCP|IEND", rb"VP8X|ANIM|ANMF|ICCP"] + [rb"[a-z]{4}"] * 2
     lengths = [b"\0\0", b"\0\1", b"\xff\xff", b"\0\0\0\0", b"\0\0\0\1", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"]
     accepted = 0
-    for number in range(400):
+    for number in range(500):
         kind = number % len(kinds)
         data = bytearray(kinds[kind])
         for _ in range(int(rng.integers(1, 6))):
@@ -361,7 +425,7 @@ def test_damaged_structures_are_checked_at_once_and_cost_no_more() -> None:
         finally:
             assert time.thread_time() - before < 4 * honest_cost()
         assert cost(bytes(data)) < 10 * honest_cost()
-    assert 60 < accepted < 400
+    assert 60 < accepted < 500
 
 
 @pytest.mark.skipif(not WITH_AVIF, reason="this Pillow reads no AVIF")

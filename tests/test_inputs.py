@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 
 import backends
+import client
 import errors
 import preprocess
 import tokenizer
 from settings import ModelOptions
-from tests.kit import GREEN, RED, encoded, picture, pixels_of
+from tests.kit import GREEN, RED, ROOT, Node, encoded, picture, pixels_of
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_damaged_and_foreign_files_are_bad_input_and_nothing_else() -> None:
     """Lost otherwise: a crashed thread, or a secret from an exception's text."""
     rng = np.random.default_rng(3)
     refused = 0
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for kind in preprocess.IMAGE_FORMATS:
         whole = encoded(picture(RED), kind)
         with pytest.raises(errors.BadInput, match=r"damaged or cut off|not an image that can be read"):
             pixels_of(whole[: len(whole) // 2])
@@ -104,6 +106,46 @@ def test_damaged_and_foreign_files_are_bad_input_and_nothing_else() -> None:
     for kind in ("TIFF", "GIF", "BMP"):
         with pytest.raises(errors.BadInput, match="allowed: whole files of JPEG, PNG, WEBP"):
             pixels_of(encoded(picture(RED), kind))
+
+
+def test_a_heic_of_a_phone_is_the_same_picture_and_upright() -> None:
+    """Lost otherwise: the photographs of every iPhone, or those that were taken upright."""
+    pytest.importorskip("pillow_heif")
+    photo = picture(GREEN, (1600, 1200))
+    photo.paste("blue", (0, 0, 1600, 300))
+    exif = Image.Exif()
+    for orientation in (1, 6, 8):
+        exif[0x0112] = orientation
+        of_phone = encoded(photo, "HEIF", quality=95, tile_size=512, exif=exif.tobytes())
+        same = pixels_of(encoded(photo, quality=95, exif=exif.tobytes()))
+        assert np.abs(pixels_of(of_phone).astype(int) - same).mean() < 3, orientation
+    deep = Image.fromarray(np.full((300, 300), 0x8000, np.uint16))
+    assert np.abs(pixels_of(encoded(deep, "HEIF", quality=95)).astype(int) - 128).max() < 4
+    glass = encoded(Image.new("RGBA", (300, 300), (255, 0, 0, 0)), "HEIF", quality=95)
+    assert (pixels_of(glass) > 250).all()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_capability_says_whether_heic_is_read_and_so_does_the_answer(tmp_path: Path, installed: bool) -> None:
+    """Lost otherwise: a client that sends what the daemon cannot read, or an owner who is not told what to install."""
+    pytest.importorskip("pillow_heif")
+    program = (
+        f"import sys; sys.path.insert(0, sys.argv.pop(1)); {installed} or sys.modules.update(pillow_heif=None)\n"
+        "import lumen_clip; sys.exit(lumen_clip.main())"
+    )
+    node = Node(tmp_path, ("--demo",), (sys.executable, "-c", program, str(ROOT))).ready()
+    try:
+        photo = encoded(Image.open(ROOT / "gen/demo/pictures/fox.png").convert("RGB"), "HEIF", quality=95)
+        with client.LumenClient(node.address) as daemon:
+            mimes = {mime for capability in daemon.capabilities() for mime in capability.tasks[0].input_mimes}
+            assert ("image/heic" in mimes) == ("image/heif" in mimes) == installed
+            if installed:
+                assert daemon.classify(photo, topk=1)[0][0] == "fox"
+            else:
+                with pytest.raises(client.LumenError, match="payload: HEIC; this daemon reads it if pillow-heif is"):
+                    daemon.classify(photo)
+    finally:
+        node.stop()
 
 
 def test_a_scaled_jpeg_decode_sees_the_same_picture(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from settings import VERSION
 from tests.kit import ROOT, Node
 
-EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "dev"}
+EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "dev"}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ def test_an_installation_brings_what_is_needed_and_no_module(tmp_path: Path) -> 
     required = re.findall('^Requires-Dist: ([^;\n]*)(?:;.*extra == "(.*)")?', metadata, re.MULTILINE)
     names = {(re.split("[<>=]", requirement)[0], extra) for requirement, extra in required}
     assert names >= {("grpcio", ""), ("onnxruntime", ""), ("torch", "cpu"), ("torch", "gpu"), ("pytest", "dev")}
+    assert ("pillow-heif", "heic") in names and ("pillow-heif", "") not in names
     assert ("torch", "") not in names
 
 
