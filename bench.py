@@ -69,7 +69,7 @@ class Row:
     memory_mb: float = 0.0
     core_ms: float = 0.0  # the daemon's, of one request
     client_ms: float = 0.0  # the clients' core time of one request
-    spent_well: float = 0.0  # what decoding and the model take, as a share of both
+    useful_share: float = 0.0  # what decoding and the model take, as a share of both
 
     def cells(self) -> list[str]:
         def share(limit: float) -> str:
@@ -77,7 +77,7 @@ class Row:
 
         times = [f"{value:.0f}" for value in (self.p50_ms, self.p95_ms, self.p99_ms)]
         rest = [f"{self.memory_mb:.0f}" if self.memory_mb else "", f"{self.core_ms:.1f}" if self.core_ms else ""]
-        rest += [f"{self.client_ms:.1f}", f"{self.spent_well:.2f}" if self.core_ms and self.spent_well else ""]
+        rest += [f"{self.client_ms:.1f}", f"{self.useful_share:.2f}" if self.core_ms and self.useful_share else ""]
         rates = [f"{self.per_s:.1f}", share(self.model_per_s), share(self.cores_per_s)]
         return [self.case, str(self.clients), *rates, *times, *rest]
 
@@ -192,7 +192,7 @@ class Server:
 
     def __init__(self, address: str, environment: dict[str, str] | None) -> None:
         self.process: subprocess.Popen[str] | None = None
-        self.said: list[str] = []
+        self.output: list[str] = []
         if environment is not None:
             command = [sys.executable, str(HERE / "lumen_clip.py"), "--host", "127.0.0.1", "--port", "0"]
             self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -205,13 +205,13 @@ class Server:
         assert self.process and self.process.stderr
         port = ""
         for line in self.process.stderr:
-            self.said.append(line)
+            self.output.append(line)
             if found := re.search(r"listening on \S+ port (\d+)", line):
                 port = found[1]
             if "ready: " in line:
                 threading.Thread(target=self.process.stderr.read, daemon=True).start()
                 return f"127.0.0.1:{port}"
-        raise SystemExit("bench: the daemon did not start:\n" + "".join(self.said))
+        raise SystemExit("bench: the daemon did not start:\n" + "".join(self.output))
 
     def memory_mb(self) -> float:
         if not self.process:
@@ -290,7 +290,7 @@ def measure_cases(server: Server, limits: Limits | None, cases: Sequence[Case], 
             row = row_of(case.name, clients, seen, found)
             row.memory_mb = server.memory_mb()
             if limits:
-                row.spent_well = 1000 * limits.cores / row.cores_per_s / (row.core_ms + row.client_ms)
+                row.useful_share = 1000 * limits.cores / row.cores_per_s / (row.core_ms + row.client_ms)
             rows.append(row)
             print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
     return rows
@@ -381,6 +381,7 @@ def build_model(data: Path, options: argparse.Namespace) -> str:
 
 
 def environment_of(data: Path, options: argparse.Namespace, model: str) -> dict[str, str]:
+    data.mkdir(parents=True, exist_ok=True)
     names = data / "names.json"  # ImageNet's are on a hub
     names.write_text(json.dumps([f"thing {i}" for i in range(1000)]))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CLIP_", "BIOCLIP_", "LUMEN_", "BATCH_"))}
@@ -461,7 +462,7 @@ def report(server: Server, backend: model_files.Backend | None, options: argpars
     over.set()
     health = 1000 * np.percentile(found.get(), 99)
     pinging.join()
-    waits["Health in all of it: p99"] = float(health)
+    waits["Health during all cases: p99"] = float(health)
     for name, milliseconds in waits.items():
         print(f"{name}: {milliseconds:.1f} ms")
     parts: dict[str, float] = {}

@@ -126,8 +126,8 @@ class LumenClient:
             yield
         except grpc.RpcError as error:
             call: Any = error  # grpc.RpcError is a Call too, which its type does not say
-            code, said = call.code().name.lower(), call.details() or "the call failed"
-            raise LumenError(code, files.explain(code, said, self.address, self._credentials), said) from error
+            code, details = call.code().name.lower(), call.details() or "the call failed"
+            raise LumenError(code, files.explain(code, details, self.address, self._credentials), details) from error
 
     def infer(self, task: str, payload: bytes, mime: str = "", meta: Mapping[str, str] | None = None) -> Result:
         """Sends one request and returns its answer. Raises LumenError."""
@@ -441,7 +441,9 @@ def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]
     finally:
         browser.close()
     if not addresses:
-        raise LumenError("unavailable", f"no daemon answered on mDNS in {seconds:.0f} s")
+        raise LumenError(
+            "unavailable", f"no daemon answered on mDNS within {seconds:.0f} s; start one, or give --address"
+        )
     return list(dict.fromkeys(addresses))
 
 

@@ -170,20 +170,20 @@ def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> C
     return Credentials(options.tls, ca, certificate, key, options.server_name, token)
 
 
-def explain(code: str, said: str, address: str, given: Credentials) -> str:
+def explain(code: str, details: str, address: str, given: Credentials) -> str:
     """What to do about a call that failed, or gRPC's own text if that is not known.
 
-    `code` is the gRPC status in lower case, `said` is its text.
+    `code` is the gRPC status in lower case, `details` is its text.
     """
     if code == "unauthenticated":
         asked = "does not accept the token in" if given.token else "asks for a token; give"
         return f"the daemon {asked} --token-file FILE"
-    if code == "unavailable" and said.startswith("not ready: "):
-        return f"the daemon is still loading ({said.removeprefix('not ready: ')}); try again in a minute"
-    if re.match("errors resolving|DNS resolution failed", said):
+    if code == "unavailable" and details.startswith("not ready: "):
+        return f"the daemon is still loading ({details.removeprefix('not ready: ')}); try again in a minute"
+    if re.match("errors resolving|DNS resolution failed", details):
         return f"the host name in {address} cannot be resolved; check the name"
-    if not said.startswith("failed to connect to all addresses"):
-        return said
+    if not details.startswith("failed to connect to all addresses"):
+        return details
     name = given.name or address.rpartition(":")[0].strip("[]")
     if given.ca:
         unsigned = "the daemon's certificate is not signed by the CA in --ca FILE; give the CA that signed it"
@@ -203,9 +203,9 @@ def explain(code: str, said: str, address: str, given: Credentials) -> str:
         ("Socket closed|Connection reset", f"the daemon closed the connection; {closed}"),
         ("No route|unreachable|[Tt]imed? ?out", f"{address} does not answer; check the address and the network"),
     ):
-        if re.search(pattern, said):
+        if re.search(pattern, details):
             return advice
-    return said
+    return details
 
 
 # --- names and texts that may not be UTF-8 ----------------------------------------------------------------------

@@ -64,8 +64,8 @@ class Places:
 
 
 @dataclass
-class Visit:
-    """What is examined."""
+class Setup:
+    """The configuration and the machine that are examined."""
 
     settings: Settings
     host: str
@@ -88,13 +88,13 @@ class Visit:
             self.probes[module] = subprocess.run(command, capture_output=True, text=True, timeout=120)
         return self.probes[module]
 
-    def torch_says(self) -> dict[str, Any]:
-        """What the probe of OpenCLIP says of the settings, or {} where it does not run."""
+    def torch_report(self) -> dict[str, Any]:
+        """The result of OpenCLIP's probe for the settings, or {} if it does not run."""
         if not self.uses("torch") or importlib.util.find_spec("open_clip") is None:
             return {}
         run = self.probe("open_clip")
-        said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
-        return said
+        report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
+        return report
 
     def refusals(self, model: ModelOptions) -> list[str]:
         """Why the start refuses what a model's settings name, as far as that is known without a download."""
@@ -102,7 +102,7 @@ class Visit:
             backends.check_sources(model)
         except SettingError as error:
             return [str(error)]
-        return list(self.torch_says().get(model.name, {}).get("refusals", [])) if model.backend == "torch" else []
+        return list(self.torch_report().get(model.name, {}).get("refusals", [])) if model.backend == "torch" else []
 
     def folder(self, model: ModelOptions) -> Path | None:
         """Where a model's files lie (for torch perhaps one file), or None while they are not here."""
@@ -149,8 +149,8 @@ class Visit:
         folder = self.folder(model)
         return bool(model.onnx_image) or bool(folder and (folder / "visual" / "model.onnx").is_file())
 
-    def npu_mark(self) -> str:
-        """How bad it is that the NPU cannot be used."""
+    def npu_severity(self) -> str:
+        """The severity of a finding that prevents the use of the NPU."""
         on_npu = [model for model in self.models() if model.backend == "rknn"]
         if not on_npu:
             return NOTE
@@ -166,113 +166,103 @@ Line = tuple[str, str, str]  # what, mark, text
 # --- the checks -------------------------------------------------------------------------------------------------
 
 
-def board(visit: Visit) -> Iterator[Finding]:
-    path = visit.places.proc / "device-tree" / "compatible"
+def board(setup: Setup) -> Iterator[Finding]:
+    path = setup.places.proc / "device-tree" / "compatible"
     names = path.read_bytes().decode("ascii", "replace").strip("\0").split("\0") if path.exists() else []
     target = machine.npu_target(" ".join(names))
-    named = {model.rknn_target for model in visit.models() if model.backend == "rknn" and model.rknn_target}
+    named = {model.rknn_target for model in setup.models() if model.backend == "rknn" and model.rknn_target}
     if target:
         cores = machine.NPU_CORES[target]
         yield FINE, f"{', '.join(names)}: runs programs for {target}, on {cores} NPU core{'s' * (cores > 1)}"
     elif named:
         yield FINE, f"{', '.join(sorted(named))}, as CLIP_RKNN_TARGET or BIOCLIP_RKNN_TARGET says"
-    elif not visit.uses("rknn"):
+    elif not setup.uses("rknn"):
         yield NOTE, f"{', '.join(names) or platform.machine()}: no Rockchip NPU, and no model uses one"
     elif names:
-        yield visit.npu_mark(), f"{', '.join(names)}: no Rockchip NPU that we know; set CLIP_BACKEND=onnxrt"
+        yield setup.npu_severity(), f"{', '.join(names)}: no Rockchip NPU that we know; set CLIP_BACKEND=onnxrt"
     else:
         text = f"{path} is not readable; in a container: --security-opt systempaths=unconfined, or set CLIP_RKNN_TARGET"
-        yield visit.npu_mark(), text
+        yield setup.npu_severity(), text
 
 
-def npu_driver(visit: Visit) -> Iterator[Finding]:
-    if not visit.uses("rknn"):
-        yield NOTE, "not needed: no model uses the NPU"
-        return
+def npu_driver(setup: Setup) -> Iterator[Finding]:
     for path in ("kernel/debug/rknpu/version", "module/rknpu/version"):
-        said = _text(visit.places.sys / path)
-        if match := re.search(r"(\d+)\.(\d+)\.(\d+)", said):
+        version = _text(setup.places.sys / path)
+        if match := re.search(r"(\d+)\.(\d+)\.(\d+)", version):
             if tuple(map(int, match.groups())) >= OLDEST_DRIVER:
                 yield FINE, match[0]
             else:
-                yield visit.npu_mark(), f"{match[0]} is too old; 0.9.8 and later work: update the vendor's kernel"
+                yield setup.npu_severity(), f"{match[0]} is too old; 0.9.8 and later work: update the vendor's kernel"
             return
-    if _nodes(visit.places):
-        yield FINE, "there, of unknown version (it stands in /sys/kernel/debug/rknpu/version, for root)"
-    elif (visit.places.dev / "accel").exists():
-        yield visit.npu_mark(), "mainline's rocket driver; Rockchip's library wants the vendor's kernel (5.10 or 6.1)"
+    if _nodes(setup.places):
+        yield FINE, "there, of unknown version (its number is in /sys/kernel/debug/rknpu/version, for root)"
+    elif (setup.places.dev / "accel").exists():
+        text = "mainline's rocket driver; Rockchip's library wants the vendor's kernel (5.10 or 6.1)"
+        yield setup.npu_severity(), text
     else:
-        yield visit.npu_mark(), "no rknpu driver; boot the vendor's kernel (5.10 or 6.1 with rknpu)"
+        yield setup.npu_severity(), "no rknpu driver; boot the vendor's kernel (5.10 or 6.1 with rknpu)"
 
 
-def npu_library(visit: Visit) -> Iterator[Finding]:
-    if not visit.uses("rknn"):
-        yield NOTE, "not needed: no model uses the NPU"
-        return
+def npu_library(setup: Setup) -> Iterator[Finding]:
     if importlib.util.find_spec("rknnlite") is None:
         remedy = "it has wheels for aarch64 and Python up to 3.12: pip install -r requirements-edge.txt there"
         yield FAILURE, f"rknn-toolkit-lite2 is not installed; {remedy}, or set CLIP_BACKEND=onnxrt"
     else:
         yield FINE, f"rknn-toolkit-lite2 {_version('rknn-toolkit-lite2')}"
-    found = [path for folder in visit.places.libraries if (path := folder / "librknnrt.so").is_file()]
+    found = [path for folder in setup.places.libraries if (path := folder / "librknnrt.so").is_file()]
     if not found:
         text = "librknnrt.so is not in /usr/lib; copy it there from rknn-toolkit2's rknpu2/runtime"
-        yield visit.npu_mark(), text
+        yield setup.npu_severity(), text
         return
     version = _search(found[0], rb"librknnrt version: (\d+\.\d+\.\d+)")
     yield FINE, f"librknnrt {version or 'of unknown version'} ({found[0]})"
 
 
-def npu_programs(visit: Visit) -> Iterator[Finding]:
-    on_npu = [model for model in visit.models() if model.backend == "rknn"]
-    if not on_npu:
-        yield NOTE, "not needed: no model uses the NPU"
-    board_names = _text(visit.places.proc / "device-tree" / "compatible")
+def npu_programs(setup: Setup) -> Iterator[Finding]:
+    on_npu = [model for model in setup.models() if model.backend == "rknn"]
+    board_names = _text(setup.places.proc / "device-tree" / "compatible")
     for model in on_npu:
         target = model.rknn_target or machine.npu_target(board_names)
-        folder = visit.folder(model)
+        folder = setup.folder(model)
         path = Path(model.rknn_model) if model.rknn_model else None
         if path is None and folder is not None and target:
             path = folder / "visual" / "rknpu" / target / "model.rknn"
         if path is None:
             yield NOTE, f"{model.name}: {'not downloaded yet' if target else 'no target'}"
         elif not path.is_file():
-            mark = FAILURE if model.rknn_model else visit.npu_mark()
+            mark = FAILURE if model.rknn_model else setup.npu_severity()
             yield mark, f"{model.name}: {path} is missing; make it on a PC: export.py --rknn {target}"
         else:
             # The file says both of itself, in the JSON that it carries.
             toolkit = _search(path, rb'"version":"(\d+\.\d+\.\d+)"')
             made_for = _search(path, rb'"target_platform":\["(\w+)"')
             if made_for and target and made_for != target:
-                yield visit.npu_mark(), f"{model.name}: {path} is for {made_for}, the board wants {target}"
+                yield setup.npu_severity(), f"{model.name}: {path} is for {made_for}, the board wants {target}"
             else:
                 yield FINE, f"{model.name}: {path}, made by toolkit {toolkit or 'of unknown version'}"
 
 
-def npu_nodes(visit: Visit) -> Iterator[Finding]:
-    if not visit.uses("rknn"):
-        yield NOTE, "not needed: no model uses the NPU"
-        return
-    nodes = _nodes(visit.places)
+def npu_nodes(setup: Setup) -> Iterator[Finding]:
+    nodes = _nodes(setup.places)
     if not nodes:
         text = "no device node of the NPU in /dev/dri; in a container: --device /dev/dri (never link /dev/rknpu to one)"
-        yield visit.npu_mark(), text
+        yield setup.npu_severity(), text
     for node in nodes:
         if os.access(node, os.R_OK | os.W_OK):
             yield FINE, f"{node} can be read and written"
         else:
-            yield visit.npu_mark(), f"{node} is not accessible; {_group_remedy(node)}"
+            yield setup.npu_severity(), f"{node} is not accessible; {_group_remedy(node)}"
 
 
-def runtimes(visit: Visit) -> Iterator[Finding]:
-    wanted = {"onnxruntime"} if visit.uses("onnxrt") or visit.uses("rknn") else set()
-    wanted |= {"torch", "open_clip"} if visit.uses("torch") else set()
+def runtimes(setup: Setup) -> Iterator[Finding]:
+    wanted = {"onnxruntime"} if setup.uses("onnxrt") or setup.uses("rknn") else set()
+    wanted |= {"torch", "open_clip"} if setup.uses("torch") else set()
     for module in sorted(wanted):
         if importlib.util.find_spec(module) is None:
             file = "requirements.txt" if module != "onnxruntime" else "requirements-edge.txt"
             yield FAILURE, f"{module} is not installed; pip install -r {file}"
             continue
-        run = visit.probe(module)
+        run = setup.probe(module)
         if run.returncode < 0:
             text = f"importing {module} ends with signal {-run.returncode}; the processor lacks a feature, see CPU"
             yield FAILURE, text
@@ -282,7 +272,7 @@ def runtimes(visit: Visit) -> Iterator[Finding]:
         else:
             version, *providers = run.stdout.splitlines()[0].split()
             yield FINE, f"{module} {version}" + (f": {', '.join(providers)}" if providers else "")
-            for model in visit.models():
+            for model in setup.models():
                 if module == "onnxruntime" and model.backend != "torch":
                     yield from _refusal(onnx_backend.wanted_providers, model, providers)
 
@@ -294,13 +284,13 @@ def _refusal(check: Callable[..., Any], *arguments: Any) -> Iterator[Finding]:
         yield FAILURE, str(error)
 
 
-def gpu(visit: Visit) -> Iterator[Finding]:
-    names = machine.nvidia_gpus(visit.places.proc / "driver" / "nvidia" / "gpus")
-    there, said = names or "no NVIDIA GPU", visit.torch_says()
-    for model in visit.models():
+def gpu(setup: Setup) -> Iterator[Finding]:
+    names = machine.nvidia_gpus(setup.places.proc / "driver" / "nvidia" / "gpus")
+    there, devices = names or "no NVIDIA GPU", setup.torch_report()
+    for model in setup.models():
         setting = f"{model.name}_{'DEVICE' if model.backend == 'torch' else 'ORT_PROVIDERS'}"
         if model.backend == "torch":
-            device = said.get(model.name, {}).get("device", "")
+            device = devices.get(model.name, {}).get("device", "")
         else:  # of the NPU's model the texts
             device = next(iter(model.ort_providers), "CPU").removesuffix("ExecutionProvider")
         kind, _, number = device.partition(":")
@@ -308,9 +298,9 @@ def gpu(visit: Visit) -> Iterator[Finding]:
         where = f"{model.name} {'runs' if model.backend != 'rknn' else 'has its texts'} on {place}"
         if not device:
             yield NOTE, f"{there}; where {model.name} runs is not known, see runtime and models"
-        elif model.backend == "torch" and kind == "cuda" and int(number or 0) >= said["gpus"]:
+        elif model.backend == "torch" and kind == "cuda" and int(number or 0) >= devices["gpus"]:
             remedy = "in a container: --gpus all; or set it to cpu"
-            yield FAILURE, f"{setting}={device}: torch finds {said['gpus']} GPUs; repair the driver; {remedy}"
+            yield FAILURE, f"{setting}={device}: torch finds {devices['gpus']} GPUs; repair the driver; {remedy}"
         elif kind.lower() != "cpu":  # torch runs on it, so it exists, also if it is not from NVIDIA
             yield (FINE if names or model.backend == "torch" else WARNING), f"{there}; {where}"
         elif names and model.backend == "torch" and not model.device:
@@ -319,8 +309,8 @@ def gpu(visit: Visit) -> Iterator[Finding]:
             yield NOTE, f"{there}{f': not used; {setting} chooses it' if names else ''}; {where}"
 
 
-def processor(visit: Visit) -> Iterator[Finding]:
-    lines = _text(visit.places.proc / "cpuinfo").splitlines()
+def processor(setup: Setup) -> Iterator[Finding]:
+    lines = _text(setup.places.proc / "cpuinfo").splitlines()
     flags = {
         flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()
     }
@@ -333,30 +323,30 @@ def processor(visit: Visit) -> Iterator[Finding]:
     missing = [flag for flag in wanted if flag not in flags]
     if not missing:
         yield FINE, f"{machine} with {', '.join(wanted)}"
-    elif machine == "x86_64" and visit.uses("torch") and "avx2" in missing:
+    elif machine == "x86_64" and setup.uses("torch") and "avx2" in missing:
         yield WARNING, f"{machine} without {', '.join(missing)}; torch may die of SIGILL: CLIP_BACKEND=onnxrt"
     else:
         yield WARNING, f"{machine} without {', '.join(missing)}; it works, only slower"
 
 
-def cores(visit: Visit) -> Iterator[Finding]:
+def cores(setup: Setup) -> Iterator[Finding]:
     there, usable = os.cpu_count() or 1, machine.usable_cores()
     text = f"{usable} of {there} usable, by affinity and quota"
     yield (FINE, text) if usable > 1 else (WARNING, f"{text}; pictures will be decoded and embedded in turn")
 
 
-def memory(visit: Visit) -> Iterator[Finding]:
-    proc, sys_folder = visit.places.proc, visit.places.sys
+def memory(setup: Setup) -> Iterator[Finding]:
+    proc, sys_folder = setup.places.proc, setup.places.sys
     groups = machine.control_groups(sys_folder / "fs" / "cgroup", proc / "self" / "cgroup")
     have, total = machine.memory(groups, proc / "meminfo")
     if not total:
         yield NOTE, "the system does not say how much is available"
         return
     need, unknown = 0, []
-    for model in visit.models():
-        if visit.folder(model) is None:
+    for model in setup.models():
+        if setup.folder(model) is None:
             unknown.append(model.name)
-        need += sum(path.stat().st_size for path in visit.weights(model))
+        need += sum(path.stat().st_size for path in setup.weights(model))
     text = f"{have / 1e9:.1f} GB available"
     if unknown:
         text += f"; the memory for {' and '.join(unknown)} is known after the download"
@@ -366,12 +356,12 @@ def memory(visit: Visit) -> Iterator[Finding]:
         yield FINE, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB" if need else text
 
 
-def cache(visit: Visit) -> Iterator[Finding]:
-    data, missing = visit.settings.lumen_data_dir, visit.to_download()
-    for model in visit.models():
-        for refusal in (refusals := visit.refusals(model)):
+def cache(setup: Setup) -> Iterator[Finding]:
+    data, missing = setup.settings.lumen_data_dir, setup.to_download()
+    for model in setup.models():
+        for refusal in (refusals := setup.refusals(model)):
             yield FAILURE, refusal
-        if not refusals and (folder := visit.folder(model)):
+        if not refusals and (folder := setup.folder(model)):
             yield FINE, f"{model.name}: {folder}"
     for what in missing:
         yield NOTE, f"{what} will be downloaded"
@@ -384,9 +374,9 @@ def cache(visit: Visit) -> Iterator[Finding]:
         yield FAILURE, f"{data} cannot be written, and something is to be downloaded; set LUMEN_DATA_DIR"
 
 
-def hub(visit: Visit) -> Iterator[Finding]:
+def hub(setup: Setup) -> Iterator[Finding]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    missing = visit.to_download()
+    missing = setup.to_download()
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=3):
             yield FINE, f"{endpoint} answers"
@@ -401,60 +391,71 @@ def hub(visit: Visit) -> Iterator[Finding]:
             yield NOTE, f"{endpoint} does not answer ({reason}); nothing is to be downloaded"
 
 
-def scenes(visit: Visit) -> Iterator[Finding]:
-    count, own = len(read_scenes(visit.settings.lumen_scenes).choices.names), visit.settings.lumen_scenes
+def scenes(setup: Setup) -> Iterator[Finding]:
+    count, own = len(read_scenes(setup.settings.lumen_scenes).choices.names), setup.settings.lumen_scenes
     yield (FINE, f"{own}: {count} scenes") if own else (NOTE, f"the built-in table of {count}")
 
 
-def classes(visit: Visit) -> Iterator[Finding]:
-    settings, own = visit.settings, visit.settings.clip.labels
-    count = len(labels.class_names(settings.lumen_data_dir, own, quiet)) if own and "clip" in settings.models() else 0
-    yield (FINE, f"{own}: {count} names") if count else (NOTE, "ImageNet-1k")
+def classes(setup: Setup) -> Iterator[Finding]:
+    settings, own = setup.settings, setup.settings.clip.labels
+    if "clip" not in settings.models():
+        yield NOTE, "none: CLIP is not served"
+    elif own:
+        yield FINE, f"{own}: {len(labels.class_names(settings.lumen_data_dir, own, quiet))} names"
+    else:
+        yield NOTE, "ImageNet-1k"
 
 
-def species(visit: Visit) -> Iterator[Finding]:
-    source = visit.settings.bioclip.labels
-    count = tree_of_life.count_own(source) if "bioclip" in visit.settings.models() else None
-    yield (NOTE, source or "chosen at the start") if count is None else (FINE, f"{source}: {count:,} species")
+def species(setup: Setup) -> Iterator[Finding]:
+    source = setup.settings.bioclip.labels
+    if "bioclip" not in setup.settings.models():
+        yield NOTE, "none: BioCLIP is not served"
+    elif (count := tree_of_life.count_own(source)) is None:
+        yield NOTE, source or "chosen at the start"
+    else:
+        yield FINE, f"{source}: {count:,} species"
 
 
-def tls(visit: Visit) -> Iterator[Finding]:
-    used = security.tls_credentials(visit.settings)
-    yield (FINE, f"{visit.settings.lumen_tls_cert} with its key") if used else (NOTE, "off")
+def tls(setup: Setup) -> Iterator[Finding]:
+    used = security.tls_credentials(setup.settings)
+    yield (FINE, f"{setup.settings.lumen_tls_cert} with its key") if used else (NOTE, "off")
 
 
-def token(visit: Visit) -> Iterator[Finding]:
-    used = security.read_token(visit.settings, visit.host)
+def token(setup: Setup) -> Iterator[Finding]:
+    used = security.read_token(setup.settings, setup.host)
     yield (FINE, "every call must carry it") if used else (NOTE, "none; every client that reaches the port is served")
 
 
-def port(visit: Visit) -> Iterator[Finding]:
-    family = socket.AF_INET6 if ":" in visit.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((visit.host, visit.port))
-        except OSError as error:
-            text = f"{visit.host} port {visit.port}: {error.strerror or error}"
-            yield FAILURE, f"{text}; stop what uses it, or set --port"
-        else:
-            yield FINE, f"{visit.host} port {visit.port} is free"
+def ports(setup: Setup) -> Iterator[Finding]:
+    family = socket.AF_INET6 if ":" in setup.host else socket.AF_INET
+    metrics_port = setup.settings.lumen_metrics_port
+    wanted = {"--port": setup.port} | ({"LUMEN_METRICS_PORT": metrics_port} if metrics_port else {})
+    for option, number in wanted.items():
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((setup.host, number))
+            except OSError as error:
+                text = f"{setup.host} port {number}: {error.strerror or error}"
+                yield FAILURE, f"{text}; stop what uses it, or set {option}"
+            else:
+                yield FINE, f"{setup.host} port {number} is free"
 
 
-def discovery(visit: Visit) -> Iterator[Finding]:
+def discovery(setup: Setup) -> Iterator[Finding]:
     from discovery import advertised_ip
 
-    if not visit.settings.clip_mdns_type:
+    if not setup.settings.clip_mdns_type:
         yield NOTE, "off"
         return
-    address = visit.settings.advertise_ip or advertised_ip(visit.host)
+    address = setup.settings.advertise_ip or advertised_ip(setup.host)
     if address:
-        yield FINE, f"{visit.settings.clip_mdns_name} will be announced at {address}"
+        yield FINE, f"{setup.settings.clip_mdns_name} will be announced at {address}"
     else:
         yield WARNING, "no address that others could reach; set ADVERTISE_IP to be found"
 
 
-CHECKS: tuple[tuple[str, Callable[[Visit], Iterator[Finding]]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Setup], Iterator[Finding]]], ...] = (
     ("board", board),
     ("NPU driver", npu_driver),
     ("NPU library", npu_library),
@@ -472,7 +473,7 @@ CHECKS: tuple[tuple[str, Callable[[Visit], Iterator[Finding]]], ...] = (
     ("species", species),
     ("TLS", tls),
     ("token", token),
-    ("port", port),
+    ("port", ports),
     ("mDNS", discovery),
 )
 
@@ -489,13 +490,15 @@ def read_settings(environment: Mapping[str, str]) -> tuple[Settings, list[Line]]
     return settings, lines
 
 
-def examine(visit: Visit) -> list[Line]:
+def examine(setup: Setup) -> list[Line]:
     """Never raises: what cannot be checked says so."""
     lines: list[Line] = []
     for name, check in CHECKS:
+        if name.startswith("NPU") and not setup.uses("rknn"):
+            continue
         with _warnings_in(lines, name):
             try:
-                for mark, text in check(visit):
+                for mark, text in check(setup):
                     lines.append((name, mark, text))
             except DaemonError as error:  # the start ends with it
                 lines.append((name, FAILURE, str(error)))

@@ -1,6 +1,6 @@
 """Scheduling: the request queues, the inference thread, its workers and the decode pool.
 
-A task is a generator that yields `(line, items)` and receives the results of the items. It knows nothing of threads or
+A task is a generator that yields `(stage, items)` and receives the results of the items. It knows nothing of threads or
 batches. This file knows nothing of gRPC, models or tasks. Only the engine's own thread advances a task.
 """
 
@@ -41,7 +41,7 @@ BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait,
 IDLE_S = 1.0
 
 
-class Line:
+class Stage:
     """The queue of one model tower or label set, whose items run in batches: `run(items) -> one result for each item`.
 
     `kind` decides the order. SCORING comes first, because it completes requests. TEXT and BULK take turns. BACKGROUND
@@ -67,7 +67,7 @@ class Line:
         are suspected; see `Journal`."""
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
-        self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives lines of one kind the same shares
+        self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives stages of one kind the same shares
         self.cost = FIRST_COST  # core seconds of an item, a moving average
         self.ran_items, self.ran_s = 0, 0.0  # of all batches: their items, and the seconds that they took
         self.alone_items, self.alone_s = 0, 0.0  # the same of those that began while no request was in progress
@@ -83,7 +83,7 @@ class Line:
         log.warning("%s: batches of at most %d for the next %d s", self.name, self._fits, SMALLER_S)
 
 
-Steps = Generator[tuple[Line, Sequence[Any]], list[Any], "Answer"]  # a task at work
+Steps = Generator[tuple[Stage, Sequence[Any]], list[Any], "Answer"]  # a task at work
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ Entry = tuple[_Step, int]  # an item: its step, and its position there
 class Batch:
     """Entries that run together."""
 
-    line: Line
+    stage: Stage
     entries: list[Entry]
     expected: list[float]  # core seconds of each entry, preparation included
     results: Sequence[Any] = ()
@@ -188,7 +188,7 @@ Handed = queue.SimpleQueue[Batch | None]  # None ends the thread
 class Engine:
     """One inference thread, and a worker for each core. There is no timer: a batch is what arrived while the last ran.
 
-    Batches of a line that is spread run on the workers, so that no core waits for another one. The workers have a lower
+    Batches of a stage that is spread run on the workers, so that no core waits for another one. Workers have a lower
     priority, so a text does not wait for pictures. All other batches run one at a time: background batches on a thread
     with the priority of a worker, the rest on the inference thread. Meanwhile the engine's own thread advances the
     tasks and forms the next batches.
@@ -200,14 +200,14 @@ class Engine:
         traffic: Traffic | None = None,
         workers: int = 1,
     ) -> None:
-        """`holding`: a context for each batch, called with the digests of its payloads if its line is journaled."""
+        """`holding`: a context for each batch, called with the digests of its payloads if its stage is journaled."""
         self._traffic = traffic or Traffic()
         self._began: dict[int, float] = {}  # thread -> when its batch or its pass began, by `machine.clock`
         self.failures = Counter[str]()  # tower -> how many batches in a row failed completely
         self._holding = holding or (lambda digests: nullcontext())
         self._changed = threading.Condition()
-        self._lines: list[Line] = []
-        self._shares = {kind: Shares() for kind in (Line.SCORING, Line.TEXT, Line.BULK, Line.BACKGROUND)}
+        self._stages: list[Stage] = []
+        self._shares = {kind: Shares() for kind in (Stage.SCORING, Stage.TEXT, Stage.BULK, Stage.BACKGROUND)}
         self._new: list[Job] = []
         self._cancelled: set[Flow] = set()  # flows of which a job was cancelled
         self._expected = 0  # requests that wait for their responses, in whatever stage
@@ -228,10 +228,10 @@ class Engine:
             threading.Thread(target=self._work, args=arguments, name=name, daemon=True) for name, *arguments in work
         ]
 
-    def add(self, line: Line) -> Line:
-        line.queue = FairQueue(self._shares[line.kind])
-        self._lines.append(line)
-        return line
+    def add(self, stage: Stage) -> Stage:
+        stage.queue = FairQueue(self._shares[stage.kind])
+        self._stages.append(stage)
+        return stage
 
     def start(self) -> None:
         for thread in (self.thread, *self._threads):
@@ -300,49 +300,53 @@ class Engine:
             self._advance(job, None)
         for batch in ended:
             self._account_for(batch)
-            if batch.line.kind != Line.TEXT:
+            if batch.stage.kind != Stage.TEXT:
                 self._settle(batch)
         self._begin_all()
         for batch in ended:  # after `_begin_all`, because responses to 64 clients take 10 ms
-            if batch.line.kind == Line.TEXT:
+            if batch.stage.kind == Stage.TEXT:
                 self._settle(batch)
         self._begin_all()
 
     def _sweep(self, flows: set[Flow]) -> None:
         """Removes the items of cancelled jobs from the queues, with their pixels."""
         for flow in flows:
-            for line in self._lines:
-                for step, position in line.queue.remove(flow, lambda entry: entry[0].job.answer.cancelled()):
+            for stage in self._stages:
+                for step, position in stage.queue.remove(flow, lambda entry: entry[0].job.answer.cancelled()):
                     step.results[position] = None
                     step.job.discard()
 
     def _begin_all(self) -> None:
-        while line := self._choose():
-            self._begin(line)
+        while stage := self._choose():
+            self._begin(stage)
 
-    def _choose(self) -> Line | None:
-        """Chooses the line whose batch starts next, or None.
+    def _choose(self) -> Stage | None:
+        """Chooses the stage whose batch starts next, or None.
 
         Scoring comes first, because it completes requests. Text comes next, but never twice in a row while pictures
         wait. Within a kind, the fair order decides. Background work comes last; see BACKGROUND_SHARE.
         """
-        ready = [ln for ln in self._lines if ln.queue and (self._free_workers if ln.spread else not self._inferring)]
-        background = [line for line in ready if line.kind == Line.BACKGROUND]
+        ready = [
+            stage
+            for stage in self._stages
+            if stage.queue and (self._free_workers if stage.spread else not self._inferring)
+        ]
+        background = [stage for stage in ready if stage.kind == Stage.BACKGROUND]
         if background and (time.monotonic() >= self._background_from or self._is_idle()):
             return background[0]
-        ready = [line for line in ready if line.kind != Line.BACKGROUND]
+        ready = [stage for stage in ready if stage.kind != Stage.BACKGROUND]
         if not ready:
             return None
-        kinds = {line.kind for line in ready}
-        if Line.SCORING in kinds:
-            kind = Line.SCORING
-        elif kinds == {Line.TEXT, Line.BULK}:
-            kind = Line.BULK if self._text_ran_last else Line.TEXT
+        kinds = {stage.kind for stage in ready}
+        if Stage.SCORING in kinds:
+            kind = Stage.SCORING
+        elif kinds == {Stage.TEXT, Stage.BULK}:
+            kind = Stage.BULK if self._text_ran_last else Stage.TEXT
         else:
             kind = min(kinds)
-        chosen = min((line for line in ready if line.kind == kind), key=lambda line: line.queue.priority())
-        if kind != Line.SCORING and not chosen.spread:  # batches of workers do not use the inference thread
-            self._text_ran_last = kind == Line.TEXT
+        chosen = min((stage for stage in ready if stage.kind == kind), key=lambda stage: stage.queue.priority())
+        if kind != Stage.SCORING and not chosen.spread:  # batches of workers do not use the inference thread
+            self._text_ran_last = kind == Stage.TEXT
         return chosen
 
     def _is_idle(self) -> bool:
@@ -350,12 +354,12 @@ class Engine:
         return not self._is_busy() and time.monotonic() >= self._idle_from
 
     def _is_busy(self) -> bool:
-        waiting = any(line.queue for line in self._lines if line.kind != Line.BACKGROUND)
+        waiting = any(stage.queue for stage in self._stages if stage.kind != Stage.BACKGROUND)
         return bool(self._expected or waiting or self._inferring or self._free_workers < self._workers)
 
     def _until_background(self) -> float | None:
         """Seconds until background work may run; None if there is none, or if a batch must end first."""
-        if self._inferring or not any(line.queue for line in self._lines if line.kind == Line.BACKGROUND):
+        if self._inferring or not any(stage.queue for stage in self._stages if stage.kind == Stage.BACKGROUND):
             return None
         begin = self._background_from if self._is_busy() else min(self._background_from, self._idle_from)
         return max(0.0, begin - time.monotonic())
@@ -367,7 +371,7 @@ class Engine:
             return
         assert job.steps is not None  # set before submit()
         try:
-            line, items = job.steps.throw(error) if error else job.steps.send(results)  # type: ignore[arg-type]
+            stage, items = job.steps.throw(error) if error else job.steps.send(results)  # type: ignore[arg-type]
         except StopIteration as end:
             job.finish(end.value)
         except Exception as failure:
@@ -375,30 +379,30 @@ class Engine:
         else:
             step = _Step(job, items)
             for position in range(len(items)):
-                line.queue.push(job.flow, (step, position))
+                stage.queue.push(job.flow, (step, position))
 
-    def _begin(self, line: Line) -> None:
-        """Forms a line's next batch and gives it to the inference thread, a worker or the background thread."""
-        most = line.size_limit()
-        size = min(most, -(-len(line.queue) // self._free_workers)) if line.spread else most
-        alone = line.kind == Line.BACKGROUND and self._is_idle()
-        if line.kind == Line.BACKGROUND and not alone:
+    def _begin(self, stage: Stage) -> None:
+        """Forms a stage's next batch and gives it to the inference thread, a worker or the background thread."""
+        most = stage.size_limit()
+        size = min(most, -(-len(stage.queue) // self._free_workers)) if stage.spread else most
+        alone = stage.kind == Stage.BACKGROUND and self._is_idle()
+        if stage.kind == Stage.BACKGROUND and not alone:
             size = 1  # a text that arrives meanwhile has to wait for it
-        batch = Batch(line, [], [], alone=alone)
+        batch = Batch(stage, [], [], alone=alone)
         largest = 0.0
-        while line.queue:
-            flow, (step, position) = line.queue.head()
-            largest = max(largest, line.share(step.results[position]))
+        while stage.queue:
+            flow, (step, position) = stage.queue.head()
+            largest = max(largest, stage.share(step.results[position]))
             if batch.entries and (len(batch.entries) + 1) * largest > size:
                 break
-            batch.expected.append(line.cost + step.job.prepared_s)
-            batch.entries.append(line.queue.pop(flow, batch.expected[-1]))
-        if line.spread:
+            batch.expected.append(stage.cost + step.job.prepared_s)
+            batch.entries.append(stage.queue.pop(flow, batch.expected[-1]))
+        if stage.spread:
             self._free_workers -= 1
             self._for_workers.put(batch)
         else:
             self._inferring = True
-            (self._for_background if line.kind == Line.BACKGROUND else self._for_inference).put(batch)
+            (self._for_background if stage.kind == Stage.BACKGROUND else self._for_inference).put(batch)
 
     def _work(self, handed: Handed, lower: int) -> None:
         machine.lower_thread_priority(lower)
@@ -413,41 +417,41 @@ class Engine:
 
     def _run(self, batch: Batch) -> Sequence[Any]:
         items = [step.results[position] for step, position in batch.entries]
-        digests = list(dict.fromkeys(step.job.digest for step, _ in batch.entries)) if batch.line.journaled else []
+        digests = list(dict.fromkeys(step.job.digest for step, _ in batch.entries)) if batch.stage.journaled else []
         thread = threading.get_ident()
         self._began[thread] = clock.now()
         with self._holding(digests):
-            results = self._results(batch.line, items)
+            results = self._results(batch.stage, items)
         del self._began[thread]
         return results
 
     def _account_for(self, batch: Batch) -> None:
         """Marks the batch's thread as free, and charges the flows for the time that the batch took."""
-        line, count = batch.line, len(batch.entries)
-        if line.spread:
+        stage, count = batch.stage, len(batch.entries)
+        if stage.spread:
             self._free_workers += 1
         else:
             self._inferring = False
-        cores = 1 if line.spread else self._workers
+        cores = 1 if stage.spread else self._workers
         # If a batch took much longer than others, the cause is outside: a stopped process, a model that was loaded
         # again. Its flows are not charged for that.
-        cost = min(batch.seconds * cores / count, max(COST_RISE * line.cost, COST_FLOOR))
+        cost = min(batch.seconds * cores / count, max(COST_RISE * stage.cost, COST_FLOOR))
         seconds = cost * count / cores
-        if line.kind == Line.BACKGROUND:
+        if stage.kind == Stage.BACKGROUND:
             self._background_from = time.monotonic() + seconds * (1 / BACKGROUND_SHARE - 1)
         for (step, _), expected in zip(batch.entries, batch.expected, strict=True):
-            self._shares[line.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
+            self._shares[stage.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
             step.job.prepared_s = 0.0
-        line.cost += COST_WEIGHT * (cost - line.cost)
-        line.ran_items += count
-        line.ran_s += seconds
+        stage.cost += COST_WEIGHT * (cost - stage.cost)
+        stage.ran_items += count
+        stage.ran_s += seconds
         if batch.alone:
-            line.alone_items += count
-            line.alone_s += seconds
-        self._traffic.count_batch(line.name, count)
-        if line.tower:
+            stage.alone_items += count
+            stage.alone_s += seconds
+        self._traffic.count_batch(stage.name, count)
+        if stage.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)
-            self.failures[line.tower] = self.failures[line.tower] + 1 if failed else 0
+            self.failures[stage.tower] = self.failures[stage.tower] + 1 if failed else 0
 
     def _settle(self, batch: Batch) -> None:
         """Gives the results of a finished batch to its tasks, and advances them."""
@@ -460,24 +464,24 @@ class Engine:
                 self._advance(step.job, step.results, step.error)
 
     @staticmethod
-    def _results(line: Line, items: list[Any]) -> Sequence[Any]:
+    def _results(stage: Stage, items: list[Any]) -> Sequence[Any]:
         """Runs a batch. If it fails, it is run again in halves, so that an item that cannot be run fails alone.
 
-        If all items succeed in smaller batches, the size was the cause, and the line keeps the size that worked.
+        If all items succeed in smaller batches, the size was the cause, and the stage keeps the size that worked.
         """
         try:
-            log.debug("%s: batch of %d", line.name, len(items))
-            return line.run(items)
+            log.debug("%s: batch of %d", stage.name, len(items))
+            return stage.run(items)
         except Exception as error:
             error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None  # this frame has items
             forget_locals(error)
             if len(items) == 1:
                 return [error]
-            log.warning("%s: a batch of %d failed, running it in halves (%s)", line.name, len(items), error)
+            log.warning("%s: a batch of %d failed, running it in halves (%s)", stage.name, len(items), error)
         half = -(-len(items) // 2)
-        results = [*Engine._results(line, items[:half]), *Engine._results(line, items[half:])]
+        results = [*Engine._results(stage, items[:half]), *Engine._results(stage, items[half:])]
         if not any(isinstance(result, Exception) for result in results):
-            line.remember_size(half)
+            stage.remember_size(half)
         return results
 
 

@@ -54,7 +54,7 @@ class DamagedFile(BackendError):
 class NPURefused(DaemonError):
     """The NPU of this board cannot be used or trusted. The text is a clause, without its library's messages.
 
-    `detail` is what the library said, for the log alone.
+    `detail` is the library's own message, for the log alone.
     """
 
     def __init__(self, text: str, detail: str = "") -> None:

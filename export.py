@@ -360,7 +360,7 @@ def export(
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
     source = TorchBackend(ExportOptions("CLIP", "torch", model, data_dir, device="cpu"))
-    refuse_what_is_not_clip(source, model)
+    refuse_other_models(source, model)
     # Vectors of two precisions must not be mixed in one index unseen, so the name says which these are.
     name = (model_id or source.model_id) + ("" if precision == "fp32" else f"-{precision}")
     wanted, reference = Wanted(name, precision, notice, tower), Reference(source, model)
@@ -381,7 +381,7 @@ def export(
     print(f"{to}: {wanted.model_id}, {source.dim} dimensions, {size / 1e6:.1f} MB")
 
 
-def refuse_what_is_not_clip(source: TorchBackend, model: str) -> None:
+def refuse_other_models(source: TorchBackend, model: str) -> None:
     """Raises ExportError for SigLIP and others. They need text at full length, other tokenizers and other scores."""
     if getattr(source.model, "logit_bias", None) is not None:
         raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     socs, sdpa = options.pop("rknn"), not options.pop("no_sdpa")
     if not options["model"] and not socs:
-        parser.error("--model or --rknn: one of the two is needed")
+        parser.error("--model, --rknn or both are needed")
     try:
         if options["model"]:
             export(**options)

@@ -129,12 +129,12 @@ def read_tower(folder: Path, pictures: Sequence[Image.Image]) -> Tower:
 
 def make_program(tower: Tower, soc: str, fused: bool, to: Path) -> dict[str, Any]:
     """Compiles and checks a program; -> its model.json. `fused`: attention as one operator. Raises ExportError."""
-    found, said = _compile(tower, soc, fused, to)
-    table = cost_table(said)
+    found, log = _compile(tower, soc, fused, to)
+    table = cost_table(log)
     cosine = float(np.sum(model_files.unit_rows(found) * tower.expected, axis=1).min())
     print(f"{soc}: cosine to ONNX Runtime in the simulator, {len(tower.inputs)} pictures: worst {cosine:.7f}")
     print(f"{soc}: {summary(table)}")
-    if "out of the float16" in said:
+    if "out of the float16" in log:
         raise ExportError(f"{soc}: a value leaves the range of float16; nothing is left")
     if not cosine >= SIMULATOR_FLOOR:
         raise ExportError(f"{soc}: allowed: cosine {SIMULATOR_FLOOR} and more; nothing is left")
@@ -231,7 +231,7 @@ def _compile(tower: Tower, soc: str, fused: bool, to: Path) -> tuple[NDArray[np.
 
     recipe, pixels = tower.recipe, tower.inputs
     mean, std = ([255 * value for value in values] for values in (recipe.mean, recipe.std))
-    with tempfile.TemporaryDirectory() as scratch, _captured(Path(scratch)) as said:
+    with tempfile.TemporaryDirectory() as scratch, _captured(Path(scratch)) as log:
         graph = Path(scratch) / "model.onnx"
         onnx.save_model(npu_graph(tower.path), graph)
         from rknn.api import RKNN
@@ -240,7 +240,7 @@ def _compile(tower: Tower, soc: str, fused: bool, to: Path) -> tuple[NDArray[np.
 
         def done(step: str, status: int) -> None:
             if status != 0:
-                errors = [line for line in said().splitlines() if line.startswith("E RKNN")]
+                errors = [line for line in log().splitlines() if line.startswith("E RKNN")]
                 raise ExportError(f"{soc}: the toolkit failed at {step} ({' '.join(errors[-2:])[:400]})")
 
         try:
@@ -268,13 +268,13 @@ def _compile(tower: Tower, soc: str, fused: bool, to: Path) -> tuple[NDArray[np.
                 rows.append(np.asarray(outputs[0], np.float32).reshape(1, -1))
         finally:
             rknn.release()
-        return np.concatenate(rows), said()
+        return np.concatenate(rows), log()
 
 
 @contextmanager
 def _captured(scratch: Path) -> Iterator[Callable[[], str]]:
     """Sends both output streams of this process, also those of native code, to a file; -> a function that reads it."""
-    path = scratch / "said.txt"
+    path = scratch / "log.txt"
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
@@ -316,9 +316,9 @@ class Operator:
 _COST_ROW = re.compile(r"^D RKNN: \[[\d:.]+\] \d+\s+(\S+)\s+\S+\s+(CPU|NPU)\s.*?\d+/\d+/(\d+)\s+\d+", re.MULTILINE)
 
 
-def cost_table(said: str) -> list[Operator]:
+def cost_table(log: str) -> list[Operator]:
     """The compiler's table of estimated cycles. Raises ExportError if there is none."""
-    table = [Operator(kind, target == "CPU", int(cycles)) for kind, target, cycles in _COST_ROW.findall(said)]
+    table = [Operator(kind, target == "CPU", int(cycles)) for kind, target, cycles in _COST_ROW.findall(log)]
     if not table:
         raise ExportError("the toolkit printed no table of cycles; is it another version?")
     return table

@@ -86,7 +86,7 @@ class Maker:
     dim: int
     logit_scale: float
 
-    def at_hand(self, name: str, choices: Choices, encode: Encode) -> NDArray[Any] | None:
+    def cached(self, name: str, choices: Choices, encode: Encode) -> NDArray[Any] | None:
         """float32 `[rows, dim]` from the cache `name`, if it fits."""
         texts, key = self._key(choices)
         found = label_cache.load_or_none(self.folder / name / label_cache.FILE, key.meta())
@@ -150,7 +150,7 @@ def parse_json(text: str) -> Any:
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise LabelError(f"{twice[:80]!r} stands twice")
+            raise LabelError(f"{twice[:80]!r} appears twice")
         return found
 
     try:
@@ -174,7 +174,7 @@ def _checked(content: Any, templates: Sequence[str]) -> SetFile:
     rows = [[tuple(template.replace("{}", name) for template in templates)] for name in names]
     if isinstance(given, dict):
         if len(names) < len(given):
-            raise LabelError("labels: one of them stands twice")
+            raise LabelError("labels: one of them appears twice")
         for at, (name, prompts) in enumerate(zip(names, given.values(), strict=True)):
             if prompts != []:
                 rows[at] = [(prompt,) for prompt in texts_in(prompts, f"labels: {name[:80]!r}", LIST_MAX)]
@@ -343,7 +343,7 @@ class OperatorSets:
             file = read_set(paths[0], self._templates)
             current = self._states[name].current if name in self._states else None
             if current is None or current.digest != file.digest():
-                vectors = self._maker.at_hand(name, file.choices, encode)
+                vectors = self._maker.cached(name, file.choices, encode)
                 if vectors is None:
                     self._note(name, "its text vectors are being computed")
                     if not compute:
@@ -368,7 +368,7 @@ class OperatorSets:
     def _reject(self, name: str, reason: str) -> None:
         stays = name in self._states and self._states[name].current is not None
         log.warning("label set %s: %s%s", name, reason, "; the previous version is used" if stays else "")
-        self._note(name, f"not as its file says: {reason}" if stays else reason)
+        self._note(name, f"its file is not used: {reason}" if stays else reason)
 
 
 def _signature(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
@@ -421,7 +421,7 @@ class SceneSet(ChoiceSet):
         super().__init__(scenes.choices, vectors, logit_scale)
         self._species = scenes.species
 
-    def settle(self, ranked: list[tuple[str, float]]) -> tuple[str, float] | None:
+    def resolve(self, ranked: list[tuple[str, float]]) -> tuple[str, float] | None:
         """The scene of a picture, or None if it goes to BioCLIP. `ranked`: all scenes with their scores, best first.
 
         It goes to BioCLIP if the scenes of BioCLIP have more than half of the probability together, even if another

@@ -200,7 +200,7 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-def see_the_doctor(options: argparse.Namespace) -> int:
+def run_doctor(options: argparse.Namespace) -> int:
     """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
     try:
         import doctor
@@ -208,7 +208,7 @@ def see_the_doctor(options: argparse.Namespace) -> int:
         print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
         return 2
     settings, findings = doctor.read_settings(environment_of(options))
-    return doctor.report(findings + doctor.examine(doctor.Visit(settings, options.host, options.port)))
+    return doctor.report(findings + doctor.examine(doctor.Setup(settings, options.host, options.port)))
 
 
 # --- start ------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     prepare_process(options)
     if options.doctor:
-        return see_the_doctor(options)
+        return run_doctor(options)
     journal = Journal()
     events: Events = queue.SimpleQueue()
     terminal = Terminal()

@@ -131,7 +131,7 @@ def internal_error(error: BaseException) -> str:
     return f"internal error {number}; the daemon's log says more"
 
 
-MALFORMED = object()  # stands for a message that could not be parsed
+MALFORMED = object()  # in place of a message that could not be parsed
 
 
 def tolerant_parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

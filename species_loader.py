@@ -17,7 +17,7 @@ from typing import Any
 import label_cache
 import machine
 import tree_of_life
-from engine import Answer, Engine, Job, Line, Steps
+from engine import Answer, Engine, Job, Stage, Steps
 from errors import LabelError, SettingError
 from label_cache import TextVectors
 from labels import ENCODE_BATCH
@@ -51,7 +51,7 @@ class SpeciesLoader:
         self._published_folder = folder / tree_of_life.PUBLISHED
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
         self._through_engine = model.encoder(engine)
-        self._unload = engine.add(Line("bioclip unload", self._let_go, 1, Line.BACKGROUND))
+        self._unload = engine.add(Stage("bioclip unload", self._let_go, 1, Stage.BACKGROUND))
 
     def at_once(self, say: Callable[[str], None]) -> Species | None:
         """The species, if they are kept or few; before the inference thread runs.
@@ -133,14 +133,14 @@ class SpeciesLoader:
 
         Decides when labels have been computed for `patience` seconds, and logs what is chosen.
         """
-        line = self._model.background
+        stage = self._model.background
         before: tuple[float, ...] = ()
         decided = False
 
         def measured(done: int, total: int) -> None:
             nonlocal before, decided
             report(done, total)
-            now = (time.monotonic(), done, line.ran_items, line.ran_s, line.alone_items, line.alone_s)
+            now = (time.monotonic(), done, stage.ran_items, stage.ran_s, stage.alone_items, stage.alone_s)
             passed, labels, ran, ran_s, alone, alone_s = (a - b for a, b in zip(now, before or now, strict=True))
             if not before or ran < labels:  # some came from a saved shard: measuring begins after it
                 before = now

@@ -115,7 +115,7 @@ class Stream:
         silent = now - self._idle_since
         if self._yielding_since is not None:
             if now - self._yielding_since > READER_IDLE_S and not self._gone:
-                log.info("a stream ended: its client does not read")
+                log.info("a stream ended: the client does not read its responses")
                 self._gone = True
                 self._context.cancel()
         elif self._in_progress:
@@ -172,7 +172,7 @@ class Stream:
                 self._reading_since, self._idle_since = None, clock.now()
                 empty = False
                 if message is MALFORMED:
-                    closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "bytes that are no InferRequest")
+                    closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an InferRequest")
                     break
                 self._take(message)
                 del message  # otherwise it stays in memory until the next one arrives
@@ -313,7 +313,7 @@ class Streams:
         silent = max(self._streams, key=lambda stream: stream.silent(now))
         if silent.silent(now) < WANTED_IDLE_S:
             return False
-        text = f"no request for {WANTED_IDLE_S} s, and others wanted the place"
+        text = f"no request for {WANTED_IDLE_S} s, and other clients needed the stream"
         silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
         return True
 

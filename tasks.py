@@ -19,7 +19,7 @@ import numpy as np
 import backends
 import model_files
 import preprocess
-from engine import TENSOR_MIME, Answer, Engine, Job, Line, Steps
+from engine import TENSOR_MIME, Answer, Engine, Job, Stage, Steps
 from errors import BadInput, LabelError, NotReady
 from label_files import OperatorSet, OperatorSets, SceneSet
 from labels import LabelSet
@@ -73,21 +73,21 @@ class Model:
 
         images_at_once = tuning.batch_size if tuning else batch_size
         self.image = engine.add(
-            Line(
+            Stage(
                 f"{name} image",
                 images,
                 images_at_once,
-                Line.BULK,
+                Stage.BULK,
                 backend.workers > 1,
                 tower=f"{name} image",
                 journaled=True,
             )
         )
         tower = f"{name} text"
-        self.text = engine.add(Line(tower, texts, batch_size, Line.TEXT, share=share, tower=tower))
-        self.prompts = engine.add(Line(f"{name} prompts", texts, batch_size, Line.BULK, share=share, tower=tower))
+        self.text = engine.add(Stage(tower, texts, batch_size, Stage.TEXT, share=share, tower=tower))
+        self.prompts = engine.add(Stage(f"{name} prompts", texts, batch_size, Stage.BULK, share=share, tower=tower))
         self.background = engine.add(
-            Line(f"{name} background prompts", texts, BACKGROUND_BATCH, Line.BACKGROUND, tower=tower)
+            Stage(f"{name} background prompts", texts, BACKGROUND_BATCH, Stage.BACKGROUND, tower=tower)
         )
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; only the engine's own thread uses it
 
@@ -95,13 +95,13 @@ class Model:
         """The meta that every answer has."""
         return {"model_id": self.backend.model_id, "space": self.backend.space}
 
-    def embed(self, tokens: Any, line: Line) -> Generator[Any, Any, list[Any]]:
+    def embed(self, tokens: Any, stage: Stage) -> Generator[Any, Any, list[Any]]:
         """Step: the vectors of token rows, int64 `[n, context_length]`. Cached ones are not computed again."""
         keys = [np.trim_zeros(row, "b").tobytes() for row in tokens]
         found = {key: self._known[key] for key in keys if key in self._known}
         missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
         if missing:
-            rows = yield line, list(missing.values())
+            rows = yield stage, list(missing.values())
             # Copies: a row of a batch would keep the whole batch in memory.
             found.update((key, np.array(row)) for key, row in zip(missing, rows, strict=True))
         for key in keys:
@@ -148,15 +148,15 @@ class Models:
         self.species: Species | None = None
         self.progress: Progress | None = None  # of species that are not available yet
         self._engine, self._batch_size = engine, batch_size
-        self._lines = {name: self._line(name, labelset) for name, labelset in sets.items()}
-        self._operator_line = engine.add(Line("own sets scoring", self._operator_scorer, batch_size, Line.SCORING))
+        self._stages = {name: self._stage(name, labelset) for name, labelset in sets.items()}
+        self._operator_stage = engine.add(Stage("own sets scoring", self._operator_scorer, batch_size, Stage.SCORING))
         self._scenes = sets.get("scenes")
         if isinstance(species := sets.get("species"), Species):
             self.species = species
 
     def add_species(self, species: Species) -> None:
         """Adds species while the daemon serves."""
-        self._lines["species"] = self._line("species", species)
+        self._stages["species"] = self._stage("species", species)
         self.species, self.progress = species, None
 
     def ask_species(self) -> Species:
@@ -165,8 +165,8 @@ class Models:
             raise NotReady(f"species are not available yet: {self.progress or 'loading'}")
         return self.species
 
-    def _line(self, name: str, labelset: LabelSet | Species) -> Line:
-        return self._engine.add(Line(f"{name} scoring", self._scorer(labelset), self._batch_size, Line.SCORING))
+    def _stage(self, name: str, labelset: LabelSet | Species) -> Stage:
+        return self._engine.add(Stage(f"{name} scoring", self._scorer(labelset), self._batch_size, Stage.SCORING))
 
     @staticmethod
     def _operator_scorer(items: list[Any]) -> Sequence[Any]:
@@ -210,11 +210,11 @@ class Models:
 
     def best(self, labelset: str, vector: Any, ask: int | Ask) -> Generator[Any, Any, Any]:
         """Step: the k best labels of a built-in set, or the best species for `ask`."""
-        return (yield self._lines[labelset], [(vector, ask)])[0]
+        return (yield self._stages[labelset], [(vector, ask)])[0]
 
     def best_of_operator_set(self, chosen: OperatorSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best labels of an operator's set, and the score of "none of these"."""
-        return (yield self._operator_line, [(vector, chosen, request.topk, request.min_score)])[0]
+        return (yield self._operator_stage, [(vector, chosen, request.topk, request.min_score)])[0]
 
     def best_of_caller_labels(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best of the labels in the request."""
@@ -283,7 +283,7 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 def smart_classify(models: Models, request: Request) -> Steps:
     clip = models.ask("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
-    scene = models.scenes.settle((yield from models.best("scenes", vector, len(models.scenes))))
+    scene = models.scenes.resolve((yield from models.best("scenes", vector, len(models.scenes))))
     if scene is None:
         return (yield from bioclip_classify(models, request))
     return _labels_answer([scene], clip, "scene_classification")

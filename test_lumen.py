@@ -206,7 +206,7 @@ def test_clients_share_batches(daemon: Daemon) -> None:
 
 
 def test_a_bad_request_fails_alone(daemon: Daemon) -> None:
-    """Each error names the field, and stands in the response of its own request; the stream goes on."""
+    """Each error names the field, and is in the response of its own request; the stream goes on."""
     good = pb.InferRequest(task="clip_image_embed", payload=PICTURES["fox"])
     bad = {
         "payload: ": pb.InferRequest(task="clip_image_embed", payload=PICTURES["fox"][:200]),

@@ -84,7 +84,7 @@ def describe(models: str) -> None:
     import open_clip
     import torch
 
-    said: dict[str, Any] = {"gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    report: dict[str, Any] = {"gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
     for options in (ModelOptions(**values) for values in json.loads(models)):
         device, refusals = "", []
         try:
@@ -95,9 +95,9 @@ def describe(models: str) -> None:
             is_repository(options) or find_weights(options)
         except (SettingError, OSError) as error:
             refusals.append(str(error))
-        said[options.name] = {"device": device, "refusals": refusals}
+        report[options.name] = {"device": device, "refusals": refusals}
     print(open_clip.__version__)
-    print(json.dumps(said))
+    print(json.dumps(report))
 
 
 class TorchBackend:

@@ -409,11 +409,11 @@ def one(stub: Any, task: str, payload: bytes, **meta: str) -> pb.InferResponse:
     return response
 
 
-def submitted(to: engine.Engine, line: engine.Line) -> engine.Job:
+def submitted(to: engine.Engine, stage: engine.Stage) -> engine.Job:
     """A request of one item, without a daemon; an engine that gives items back answers "1"."""
 
     def steps() -> engine.Steps:
-        return engine.Answer("", str((yield line, [1])[0]).encode(), {})
+        return engine.Answer("", str((yield stage, [1])[0]).encode(), {})
 
     job = engine.Job("", "", 0)
     job.steps = steps()

@@ -71,7 +71,7 @@ def test_a_copy_of_some_files_serves_the_demo_on_aarch64(arm64_root: Path, drawi
 
 @pytest.mark.arm64
 @pytest.mark.timeout(7200)
-def test_the_real_npu_library_tells_its_faults_in_one_line(arm64_root: Path) -> None:
+def test_the_real_npu_library_reports_its_faults_in_one_line(arm64_root: Path) -> None:
     """Lost otherwise: tracebacks on the boards of those whose NPU is not set up yet, which is everybody's first day.
 
     The library is rknn-toolkit-lite2 as PyPI has it; the board is a device tree of our own in the root's empty /proc.

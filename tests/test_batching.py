@@ -38,7 +38,7 @@ def test_eight_clients_are_one_forward_pass_when_the_thread_is_busy(watched: Any
     assert backend.batches == [("image", 1), ("image", 8)]
 
 
-def test_one_poison_image_in_a_batch_fails_alone(watched: Any) -> None:
+def test_one_failing_image_in_a_batch_fails_alone(watched: Any) -> None:
     """Lost otherwise: seven good photographs, and the reason of the eighth; and no client reads our paths."""
     backend, stub = watched
     photos = [encoded(picture(RED, seed=i), "PNG") for i in range(7)] + [

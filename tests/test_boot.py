@@ -31,7 +31,7 @@ INSTALL = "docs/deployment.md", "systemd"  # a document and its section, for `co
 
 
 @pytest.mark.parametrize(("drop_in", "limit"), [(False, 20), (True, 15)], ids=["with an NPU", "on the CPU only"])
-def test_the_unit_is_well_formed_and_a_tight_cage(tmp_path: Path, drop_in: bool, limit: int) -> None:
+def test_the_unit_is_well_formed_and_restrictive(tmp_path: Path, drop_in: bool, limit: int) -> None:
     """Lost otherwise: a start on some systems, and the rest of the machine if a picture takes over a decoder."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze (Debian: systemd)")
@@ -212,7 +212,7 @@ def test_a_stop_under_load_answers_all_that_was_accepted(board: Board) -> None:
 
 
 @boots
-def test_the_cage_lets_the_daemon_at_an_npus_nodes_and_no_other_device(board: Board) -> None:
+def test_the_unit_gives_access_to_an_npus_nodes_and_no_other_device(board: Board) -> None:
     """Lost otherwise: the NPU, or the rest of the board's devices. Where the kernel knows no DRM, a class stands in."""
     if Path("/run/systemd/system").exists():
         pytest.skip("systemd's own scope for the container keeps its devices away")

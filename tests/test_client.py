@@ -31,7 +31,7 @@ from tests.hub import FakeHub, folder_content
 from tests.kit import KEPT, LIMIT_S, ROOT, Node, run_client, wait_until, write_labels
 
 
-def test_the_command_line_speaks_to_people_and_to_programs(onnx_node: Node, album: Path) -> None:
+def test_the_command_line_serves_people_and_programs(onnx_node: Node, album: Path) -> None:
     """Lost otherwise: the way in for everybody without a photo app."""
     address, photo = onnx_node.address, str(album / "0" / "0.jpg")
     assert Path(photo).stat().st_size > 1 << 20  # it is sent in chunks
@@ -343,7 +343,7 @@ def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path)
         assert supervisor.recv(4096) == b"STOPPING=1"
 
 
-def test_a_start_is_given_time_for_as_long_as_it_gets_on(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
+def test_a_start_is_given_time_as_long_as_it_makes_progress(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
     """Lost otherwise: a first start that systemd ends in the middle of its download, or one that hangs for ever."""
     files = hub.repos["org/model"] = folder_content(tiny_onnx)
     whole = round(sum(map(len, files.values())) / 1e6)

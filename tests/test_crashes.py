@@ -154,7 +154,7 @@ def test_pictures_of_a_batch_that_crashed_get_a_second_chance(misbehaving: Calla
     assert node.stop() == 0
 
 
-def test_being_killed_is_held_against_no_picture(misbehaving: Callable[..., Node]) -> None:
+def test_a_kill_makes_no_picture_suspect(misbehaving: Callable[..., Node]) -> None:
     """Lost otherwise: every photograph in work whenever the power fails."""
     slow = encoded(picture((255, 255, 255)), "PNG")
     node = misbehaving()
@@ -179,7 +179,7 @@ def test_being_killed_is_held_against_no_picture(misbehaving: Callable[..., Node
         ("scoring", "clip_classify", encoded(picture(GREEN))),
     ],
 )
-def test_a_crash_over_a_text_or_a_label_set_is_held_against_nobody(
+def test_a_crash_over_a_text_or_a_label_set_makes_no_payload_suspect(
     misbehaving: Callable[..., Node], fault: str, task: str, payload: bytes
 ) -> None:
     """Lost otherwise: a search that works no more, or a good photograph, after a crash that had another reason."""

@@ -106,9 +106,7 @@ def top1(backend: model_files.Backend, drawings: list[Drawing], files: list[byte
     return float(np.mean([names[i] == drawing.name for i, drawing in zip(best, drawings, strict=True)]))
 
 
-def test_every_backend_path_tells_what_an_unseen_artist_drew(
-    demo_backend: model_files.Backend, drawings: list[Drawing]
-) -> None:
+def test_every_backend_recognises_held_out_drawings(demo_backend: model_files.Backend, drawings: list[Drawing]) -> None:
     """Lost otherwise: meaning. Vectors can agree with each other and all be wrong."""
     names = demo_names()
     assert len(names) >= 800 and len(drawings) >= 800
@@ -124,7 +122,7 @@ def test_every_backend_path_tells_what_an_unseen_artist_drew(
     assert right >= 0.8
 
 
-def test_scaled_decode_costs_no_meaning(drawings: list[Drawing]) -> None:
+def test_scaled_decode_keeps_the_accuracy(drawings: list[Drawing]) -> None:
     """Lost otherwise: a faster import of a library in which less is found."""
     backend = backends.create_backend(ModelOptions("CLIP", "onnxrt", str(DEMO), DEMO))
     shown = drawings[::6]
@@ -134,7 +132,7 @@ def test_scaled_decode_costs_no_meaning(drawings: list[Drawing]) -> None:
     assert scaled >= full - 0.02
 
 
-def test_int8_costs_no_meaning_and_says_what_it_is(
+def test_int8_keeps_the_accuracy_and_names_its_precision(
     demo_openclip: Path, drawings: list[Drawing], tmp_path: Path
 ) -> None:
     """Lost otherwise: a smaller, faster model in which less is found, or whose vectors get mixed with others."""
@@ -252,8 +250,8 @@ def test_smart_classify_sends_plants_too_and_loses_nothing(drawings: list[Drawin
         table.choices.texts(), label_files.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part))
     )
     found = label_files.SceneSet(table, vectors, backend.logit_scale)
-    settled = [found.settle(found.top(row, len(found))) for row in found.probabilities(images)]
-    after = [scene and scene[0] for scene in settled]
+    resolved = [found.resolve(found.top(row, len(found))) for row in found.probabilities(images)]
+    after = [scene and scene[0] for scene in resolved]
 
     def sent(answers: list[str | None], group: str) -> float:
         return float(np.mean([a is None for a, d in zip(answers, shown, strict=True) if d.name in groups[group]]))

@@ -77,7 +77,7 @@ def copy_as_the_image_does(folder: Path) -> None:
                     shutil.copy(file, to)
 
 
-def test_what_the_image_takes_is_the_daemon_whole_and_no_more(tmp_path: Path) -> None:
+def test_the_image_contains_the_whole_daemon_and_nothing_else(tmp_path: Path) -> None:
     """Lost otherwise: every container, when a new module stays behind; or room, for tests and tools in each."""
     app = tmp_path / "app"
     copy_as_the_image_does(app)
@@ -97,7 +97,7 @@ def test_what_the_image_takes_is_the_daemon_whole_and_no_more(tmp_path: Path) ->
         assert node.stop() == 0, node.log
 
 
-def test_a_machine_full_of_other_things_sends_none_of_them_to_the_builder() -> None:
+def test_the_build_context_contains_no_other_files() -> None:
     """Lost otherwise: minutes before each build, and keys and photographs in a layer that somebody pushes."""
     for path in (".git/config", ".venv/lib/x.py", "data/clip/x.npz", "lumen.key", "lumen-clip.env", "models/x.onnx"):
         assert not in_build_context(path), path
@@ -105,14 +105,14 @@ def test_a_machine_full_of_other_things_sends_none_of_them_to_the_builder() -> N
     assert in_build_context("gen/demo/visual/model.onnx") and in_build_context("requirements-edge-locked.txt")
 
 
-def test_the_dockerfile_has_nothing_that_its_linter_minds() -> None:
+def test_the_dockerfile_passes_its_linter() -> None:
     """Lost otherwise: what everybody knows to go wrong in images."""
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
     run = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_no_target_is_root_or_lacks_a_pulse() -> None:
+def test_no_target_runs_as_root_or_without_a_health_check() -> None:
     """Lost otherwise: a decoder's hole that is the machine's, or a dead container that looks alive."""
     rows = dockerfile()
     assert image_targets() == ["cuda", "rocm", "rknn", "cpu"]

@@ -51,7 +51,7 @@ HEALTHY_BOARD = {
 }
 
 
-SICK_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+FAULTY_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "healthy": ({}, {}),
     "no library": (
         {"lib/librknnrt.so": "missing"},
@@ -94,13 +94,13 @@ SICK_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("board", SICK_BOARDS)
+@pytest.mark.parametrize("board", FAULTY_BOARDS)
 @pytest.mark.parametrize("tower", ["with an ONNX tower", "without"])
-def test_the_doctor_names_what_ails_a_board(
+def test_the_doctor_names_the_fault_of_a_board(
     tiny_onnx: Path, tmp_path: Path, npu_library: Path, board: str, tower: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lost otherwise: an evening with forums. What the daemon can do without is a warning, and no failure."""
-    changes, expected = SICK_BOARDS[board]
+    changes, expected = FAULTY_BOARDS[board]
     folder = with_program(tiny_onnx, tmp_path / "model", golden={})
     with (folder / "visual" / "rknpu" / "rk3588" / "model.rknn").open("ab") as program:
         program.write(b'"target_platform":["rk3588"],"version":"2.5.0","virtual_tensor":[]')
@@ -109,8 +109,8 @@ def test_the_doctor_names_what_ails_a_board(
     settings = settings_of(
         clip_backend="rknn", bioclip_backend="none", clip_model=str(folder), lumen_data_dir=write_labels(tmp_path / "d")
     )
-    visit = doctor.Visit(settings, "127.0.0.1", 0, a_board(tmp_path / "root", **changes))
-    findings = doctor.examine(visit)
+    setup = doctor.Setup(settings, "127.0.0.1", 0, a_board(tmp_path / "root", **changes))
+    findings = doctor.examine(setup)
     said: dict[str, list[str]] = {}
     for name, mark, text in findings:
         said.setdefault(name, []).append(f"{mark} {text}")
@@ -125,7 +125,7 @@ def test_the_doctor_names_what_ails_a_board(
     assert not [line for line in printed if "could not be checked" in line]
 
 
-def test_the_doctor_never_faints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_of_the_machine_stops_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the one tool for a machine on which everything else fails."""
     nothing = doctor.Places(tmp_path / "a", tmp_path / "b", tmp_path / "c", (tmp_path / "d",))
     garbage = tmp_path / "garbage"
@@ -140,16 +140,17 @@ def test_the_doctor_never_faints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for places in (nothing, odd):
         for backend in ("onnxrt", "rknn"):
             settings = settings_of(clip_backend=backend, clip_model="x:y", lumen_data_dir=tmp_path / "e" / "f")
-            found = doctor.examine(doctor.Visit(settings, "127.0.0.1", 0, places))
-            assert {name for name, _, _ in found} == {name for name, _ in doctor.CHECKS}
+            found = doctor.examine(doctor.Setup(settings, "127.0.0.1", 0, places))
+            checks = {name for name, _ in doctor.CHECKS if backend == "rknn" or not name.startswith("NPU")}
+            assert {name for name, _, _ in found} == checks
             assert not [text for _, _, text in found if "could not be checked" in text]
     monkeypatch.setattr(doctor, "_nodes", lambda places: 1 / 0)
     settings = settings_of(clip_backend="rknn", clip_model="x:y", lumen_data_dir=tmp_path)
-    found = doctor.examine(doctor.Visit(settings, "127.0.0.1", 0, nothing))
+    found = doctor.examine(doctor.Setup(settings, "127.0.0.1", 0, nothing))
     assert ("NPU nodes", "!", "could not be checked (ZeroDivisionError: division by zero)") in found
 
 
-def see_the_doctor(tmp_path: Path, *arguments: str, **environment: Any) -> subprocess.CompletedProcess[str]:
+def run_doctor(tmp_path: Path, *arguments: str, **environment: Any) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k in KEPT}
     clean |= {"LUMEN_DATA_DIR": str(tmp_path), "HF_ENDPOINT": NOWHERE} | {k: str(v) for k, v in environment.items()}
     command = [*Node.PROGRAM, "--doctor", "--host", "127.0.0.1", *arguments]
@@ -160,7 +161,7 @@ def see_the_doctor(tmp_path: Path, *arguments: str, **environment: Any) -> subpr
 
 def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: the first thing to run when something is wrong."""
-    well = see_the_doctor(tmp_path, "--demo", "--port", "0")
+    well = run_doctor(tmp_path, "--demo", "--port", "0")
     assert well.returncode == 0 and not re.search(r"^(FAIL|!)", well.stdout, re.MULTILINE), well.stdout
     assert "CPUExecutionProvider" in well.stdout and "nothing is to be downloaded" in well.stdout
     assert list(tmp_path.iterdir()) == []  # it looks and leaves no trace
@@ -169,8 +170,13 @@ def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        run = see_the_doctor(write_labels(tmp_path), "--port", str(taken.getsockname()[1]), **plain)
-        assert run.returncode == 1 and re.search(r"^FAIL port .*Address already in use; stop what", run.stdout, re.M)
+        run = run_doctor(write_labels(tmp_path), "--port", str(taken.getsockname()[1]), **plain)
+        assert run.returncode == 1 and re.search(
+            r"^FAIL port .*already in use; stop what uses it, or set --p", run.stdout, re.M
+        )
+        run = run_doctor(tmp_path, "--port", "0", **plain, LUMEN_METRICS_PORT=taken.getsockname()[1])
+        line = r"^FAIL port .*already in use; stop what uses it, or set LUMEN_METRICS_PORT"
+        assert run.returncode == 1 and re.search(line, run.stdout, re.M)
     for changes, said in (
         ({"CLIP_BACKEND": "rknn"}, r"^FAIL NPU library +rknn-toolkit-lite2 is not installed; it has wheels for"),
         (
@@ -180,10 +186,10 @@ def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
         ({"CLIP_MODEL": "ViT-B-32:laion2b_s34b_b79k"}, r"^FAIL hub .*CLIP's model must be downloaded; copy a folder"),
         ({"CLIP_ORT_PROVIDERS": "CUDAExecutionProvider"}, r"^FAIL runtime +CLIP_ORT_PROVIDERS=CUDAExecutionProvider:"),
     ):
-        run = see_the_doctor(tmp_path, "--port", "0", **{**plain, **changes})
+        run = run_doctor(tmp_path, "--port", "0", **{**plain, **changes})
         assert run.returncode == 1 and re.search(said, run.stdout, re.MULTILINE), run.stdout
         assert {"board", "CPU", "port", "mDNS"} <= {line[5:].split("  ")[0] for line in run.stdout.splitlines()}
-    run = see_the_doctor(tmp_path, "--port", "0", **plain, ADVERTISE_IP="192.0.2.7")
+    run = run_doctor(tmp_path, "--port", "0", **plain, ADVERTISE_IP="192.0.2.7")
     assert run.returncode == 0 and "will be announced at 192.0.2.7" in run.stdout
 
 
@@ -230,12 +236,12 @@ def test_the_doctor_refuses_what_the_start_refuses_with_the_same_text(
     assert node.ended() == 2
     node.stop()
     [said] = [line.removeprefix("lumen-clip: ") for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
-    run = see_the_doctor(data, "--host", "0.0.0.0", "--port", "0", **settings)
+    run = run_doctor(data, "--host", "0.0.0.0", "--port", "0", **settings)
     assert run.returncode == 1
     assert [line.split(None, 2)[1:] for line in run.stdout.splitlines() if line.startswith("FAIL")] == [[name, said]]
 
 
-def test_the_doctor_tells_what_is_well_and_warns_of_what_has_no_effect(
+def test_the_doctor_reports_what_works_and_warns_of_what_has_no_effect(
     tmp_path: Path, tiny_onnx: Path, certificates: Path
 ) -> None:
     """Lost otherwise: an operator who cannot tell whether a file was read, or a name misspelt."""
@@ -253,7 +259,7 @@ def test_the_doctor_tells_what_is_well_and_warns_of_what_has_no_effect(
         "CLIP_MDNS_STATUS": "busy",
     }
     before = sorted(tmp_path.rglob("*"))
-    run = see_the_doctor(tmp_path, "--host", "0.0.0.0", "--port", "0", "--log-level", "error", **settings)
+    run = run_doctor(tmp_path, "--host", "0.0.0.0", "--port", "0", "--log-level", "error", **settings)
     assert run.returncode == 0 and run.stderr == "", run.stdout + run.stderr
     for said in (
         f"ok   labels        {tmp_path}/names.json: 2 names",
@@ -276,7 +282,7 @@ def test_the_doctor_leaves_a_large_set_of_species_as_it_is(tmp_path: Path, monke
     label_cache.save(tmp_path, key, [rows], names, np.zeros(3, np.uint8))
     before = sorted(tmp_path.iterdir())
     settings = settings_of(clip_backend="none", bioclip_backend="onnxrt", bioclip_labels=tmp_path)
-    assert list(doctor.species(doctor.Visit(settings, "127.0.0.1", 0))) == [("ok", f"{tmp_path}: 3 species")]
+    assert list(doctor.species(doctor.Setup(settings, "127.0.0.1", 0))) == [("ok", f"{tmp_path}: 3 species")]
     assert sorted(tmp_path.iterdir()) == before
     assert len(tree_of_life.open_folder(tmp_path).vecs) == 3 and sorted(tmp_path.iterdir()) != before
 
@@ -349,7 +355,7 @@ def test_the_doctor_tells_whether_a_gpu_is_used(
         (tmp_path / "driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
         (tmp_path / "driver/nvidia/gpus/0000:01:00.0/information").write_text(f"Model: \t\t {gpus}\nIRQ: 7\n")
     run = subprocess.CompletedProcess([], 0 if said else 1, f"3.3.0\n{json.dumps(said)}\n", "")
-    visit = doctor.Visit(
+    setup = doctor.Setup(
         settings_of(**settings, bioclip_backend="none"), "", 0, doctor.Places(tmp_path), {"open_clip": run}
     )
     assert list(doctor.gpu(visit)) == [expected]

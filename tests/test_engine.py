@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import engine
-from engine import Answer, Engine, Job, Line, Steps
+from engine import Answer, Engine, Job, Stage, Steps
 from tests.kit import LIMIT_S, wait_until
 
 Start = Callable[..., Engine]
@@ -20,13 +20,13 @@ Start = Callable[..., Engine]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts an engine with the given lines."""
+    """Starts an engine with the given stages."""
     engines: list[Engine] = []
 
-    def begin(*lines: Line, **options: Any) -> Engine:
+    def begin(*stages: Stage, **options: Any) -> Engine:
         made = Engine(**options)
-        for line in lines:
-            made.add(line)
+        for stage in stages:
+            made.add(stage)
         made.start()
         engines.append(made)
         return made
@@ -36,11 +36,11 @@ def start() -> Iterator[Start]:
         made.stop()
 
 
-def submit(to: Engine, line: Line, items: Sequence[Any], client: str = "a") -> Job:
+def submit(to: Engine, stage: Stage, items: Sequence[Any], client: str = "a") -> Job:
     """A request of these items, whose answer says what they became."""
 
     def steps() -> Steps:
-        return Answer("", "\n".join(map(str, (yield line, items))).encode(), {})
+        return Answer("", "\n".join(map(str, (yield stage, items))).encode(), {})
 
     job = Job("", "", 0, (client, 1))
     to.expect(job)
@@ -49,9 +49,9 @@ def submit(to: Engine, line: Line, items: Sequence[Any], client: str = "a") -> J
     return job
 
 
-def background(to: Engine, line: Line, items: Sequence[Any]) -> Job:
+def background(to: Engine, stage: Stage, items: Sequence[Any]) -> Job:
     def steps() -> Steps:
-        yield line, items
+        yield stage, items
         return Answer("", b"", {})
 
     job = Job("", "", 0)
@@ -79,8 +79,8 @@ def test_a_build_gets_a_small_part_of_the_time_while_requests_wait(start: Start,
     """An import would lose up to three quarters of its speed for the days in which species are built; and a build
     that never ran beside requests would never end on a busy daemon."""
     pictures, prompts = Timed(0.002), Timed(0.005)
-    image = Line("image", pictures, 4, Line.BULK, spread)
-    prompt = Line("prompts", prompts, 4, Line.BACKGROUND)
+    image = Stage("image", pictures, 4, Stage.BULK, spread)
+    prompt = Stage("prompts", prompts, 4, Stage.BACKGROUND)
     to = start(image, prompt, workers=2)
     build = background(to, prompt, range(10_000))
     wait_until(lambda: len(prompts.ran) > 3)
@@ -104,12 +104,12 @@ def test_a_build_gets_a_small_part_of_the_time_while_requests_wait(start: Start,
     build.answer.cancel()
 
 
-def test_a_build_stands_back_between_the_requests_of_one_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_pauses_between_the_requests_of_one_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """An app that sends one picture after another would find the model busy with the build each time: at a quarter of
     its speed, for days."""
     monkeypatch.setattr(engine, "IDLE_S", 600.0)  # no pause of a busy machine is as long
     pictures, prompts = Timed(0.01), Timed(0.01)
-    image, prompt = Line("image", pictures, 4, Line.BULK), Line("prompts", prompts, 4, Line.BACKGROUND)
+    image, prompt = Stage("image", pictures, 4, Stage.BULK), Stage("prompts", prompts, 4, Stage.BACKGROUND)
     to = start(image, prompt)
     background(to, prompt, range(10_000))
     submit(to, image, [0]).answer.result(LIMIT_S)
@@ -125,10 +125,10 @@ def test_a_build_stands_back_between_the_requests_of_one_client(start: Start, mo
     wait_until(lambda: prompts.ran[-1][2] == 4)  # nobody asks any more, so that full batches run again
 
 
-def test_a_build_stands_back_while_a_picture_is_still_being_decoded(start: Start) -> None:
+def test_a_build_pauses_while_a_picture_is_still_being_decoded(start: Start) -> None:
     """Each picture of a slow import would find the model busy with the build."""
     prompts = Timed(0.01)
-    prompt = Line("prompts", prompts, 4, Line.BACKGROUND)
+    prompt = Stage("prompts", prompts, 4, Stage.BACKGROUND)
     to = start(prompt)
     background(to, prompt, range(10_000))
     wait_until(lambda: len(prompts.ran) > 3)
@@ -147,7 +147,7 @@ def test_a_build_stands_back_while_a_picture_is_still_being_decoded(start: Start
 def test_a_callers_own_labels_keep_their_turn(start: Start) -> None:
     """The labels that come with a picture would wait until nobody else asks for anything."""
     pictures, prompts = Timed(0.005), Timed(0.005)
-    image, prompt = Line("image", pictures, 4, Line.BULK), Line("prompts", prompts, 4, Line.BULK)
+    image, prompt = Stage("image", pictures, 4, Stage.BULK), Stage("prompts", prompts, 4, Stage.BULK)
     to = start(image, prompt)
     imports = [submit(to, image, [0], "import") for _ in range(200)]
     labels = submit(to, prompt, range(4), "person")
@@ -180,12 +180,12 @@ class Memory:
         return sum(activations() is not None for activations in self.activations)
 
 
-def gathered(to: Engine, line: Line, count: int, first: str = "first") -> list[Job]:
+def gathered(to: Engine, stage: Stage, count: int, first: str = "first") -> list[Job]:
     """So many requests that are taken as one batch: submitted while the engine cannot look."""
     with to._changed:
         jobs = []
         for number in range(count):
-            job = submit(to, line, [number or first])
+            job = submit(to, stage, [number or first])
             jobs.append(job)
     return jobs
 
@@ -195,39 +195,39 @@ def test_a_batch_that_is_too_large_is_halved_and_the_size_remembered(
 ) -> None:
     """On a GPU without memory every batch would fail first and then run one by one, for ever."""
     model = Memory(fits=3)
-    line = Line("image", model, 8, Line.BULK)
-    to = start(line)
-    assert all(job.answer.result(LIMIT_S) for job in gathered(to, line, 8))
+    stage = Stage("image", model, 8, Stage.BULK)
+    to = start(stage)
+    assert all(job.answer.result(LIMIT_S) for job in gathered(to, stage, 8))
     assert model.sizes == [8, 4, 2, 2, 4, 2, 2]
     model.sizes.clear()
-    assert all(job.answer.result(LIMIT_S) for job in gathered(to, line, 8))
+    assert all(job.answer.result(LIMIT_S) for job in gathered(to, stage, 8))
     assert model.sizes == [2, 2, 2, 2]
     monkeypatch.setattr(engine, "SMALLER_S", 0.0)  # for the next one
     model.fits = 8  # memory is there again
     model.sizes.clear()
-    line._fits_until = 0.0
-    assert all(job.answer.result(LIMIT_S) for job in gathered(to, line, 8))
+    stage._fits_until = 0.0
+    assert all(job.answer.result(LIMIT_S) for job in gathered(to, stage, 8))
     assert model.sizes == [8]
 
 
 def test_an_item_that_fails_alone_does_not_make_batches_smaller(start: Start) -> None:
     """One picture that the model cannot take would make all others slow for five minutes."""
     model = Memory(fits=8)
-    line = Line("image", model, 8, Line.BULK)
-    to = start(line)
-    bad, *good = gathered(to, line, 8, "bad")
+    stage = Stage("image", model, 8, Stage.BULK)
+    to = start(stage)
+    bad, *good = gathered(to, stage, 8, "bad")
     assert isinstance(bad.answer.exception(LIMIT_S), MemoryError) and all(job.answer.result(LIMIT_S) for job in good)
-    assert model.sizes == [8, 4, 2, 1, 1, 2, 4] and line.size_limit() == 8
+    assert model.sizes == [8, 4, 2, 1, 1, 2, 4] and stage.size_limit() == 8
 
 
 def test_failed_batches_keep_nothing_in_memory(start: Start) -> None:
     """Eight exceptions would keep eight sets of activations: a shortage of memory that makes itself worse."""
     model = Memory(fits=0)
-    line = Line("image", model, 8, Line.BULK)
-    to = start(line)
+    stage = Stage("image", model, 8, Stage.BULK)
+    to = start(stage)
     gc.disable()  # the exceptions themselves must not hold anything
     try:
-        jobs = gathered(to, line, 8)
+        jobs = gathered(to, stage, 8)
         errors = [job.answer.exception(LIMIT_S) for job in jobs]
         assert all(isinstance(error, MemoryError) for error in errors) and len(model.activations) == 15
         assert model.kept() == 0
@@ -237,8 +237,8 @@ def test_failed_batches_keep_nothing_in_memory(start: Start) -> None:
 
 def test_failures_are_counted_for_each_tower(start: Start) -> None:
     """A model that fails on everything would never be noticed while another one works."""
-    broken = Line("clip image", Memory(fits=0), 4, Line.BULK, tower="clip image")
-    works = Line("bioclip image", Memory(fits=4), 4, Line.BULK, tower="bioclip image")
+    broken = Stage("clip image", Memory(fits=0), 4, Stage.BULK, tower="clip image")
+    works = Stage("bioclip image", Memory(fits=4), 4, Stage.BULK, tower="bioclip image")
     to = start(broken, works)
     for _ in range(3):
         assert submit(to, works, [1]).answer.result(LIMIT_S)
@@ -251,15 +251,15 @@ def test_a_stall_is_not_charged_to_the_client_whose_batch_it_was(start: Start) -
     """After `docker pause` the client that was served at that moment would get nothing for as long as the pause was,
     while others are served."""
     pictures = Timed(0.001)
-    line = Line("image", pictures, 4, Line.BULK)
-    to = start(line)
+    stage = Stage("image", pictures, 4, Stage.BULK)
+    to = start(stage)
     for _ in range(20):
-        submit(to, line, [0], "a").answer.result(60)
+        submit(to, stage, [0], "a").answer.result(60)
     pictures.seconds = 3.0  # what the batch seems to have taken
-    submit(to, line, [0], "a").answer.result(60)
+    submit(to, stage, [0], "a").answer.result(60)
     pictures.seconds = 0.02
-    others = [submit(to, line, [0], "b") for _ in range(200)]
-    mine = submit(to, line, [0], "a")
+    others = [submit(to, stage, [0], "b") for _ in range(200)]
+    mine = submit(to, stage, [0], "a")
     mine.answer.result(60)
     assert sum(job.answer.done() for job in others) < 100  # of which each takes 20 ms
     for job in others:

@@ -191,7 +191,7 @@ def test_folders_of_immichs_newer_exporter_load_unchanged(
     assert np.sum(found * reference_vectors(reference, texts=texts), axis=1).min() > 0.9999
 
 
-def test_the_text_tower_of_species_rests_until_a_text_comes(tiny_onnx: Path) -> None:
+def test_the_text_tower_of_species_is_not_loaded_until_a_text_comes(tiny_onnx: Path) -> None:
     """Lost otherwise: half a gigabyte for BioCLIP-2's, which only bioclip_embed needs once the labels have vectors."""
     backend = load(tiny_onnx)
     before = backend.encode_text(backend.tokenize(["a dog"]))

@@ -121,7 +121,7 @@ def test_clients_behind_one_proxy_share_its_part() -> None:
     assert [order.count(name) for name in "abc"] == [20, 20, 20]
 
 
-def test_time_without_work_earns_nothing() -> None:
+def test_idle_time_gives_no_priority() -> None:
     """A client that was idle for an hour would then have the daemon to itself for an hour."""
     queue = filled(("a", ("x", 1)))
     assert drawn(queue, {"a": 1.0}, 50) == 50 * "a"

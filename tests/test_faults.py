@@ -72,7 +72,7 @@ for number, _ in enumerate(pb_grpc.InferenceStub(grpc.insecure_channel(sys.argv[
 """
 
 
-def test_a_peer_that_froze_is_let_go(tmp_path: Path, tiny_onnx: Path) -> None:
+def test_a_frozen_peer_is_disconnected(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: a place for each phone that left the house; its kernel acknowledges, so TCP sees nothing.
 
     The log does not always say "cut off": gRPC may tell of the last message before it tells that the peer is lost.
@@ -93,9 +93,9 @@ def test_a_peer_that_froze_is_let_go(tmp_path: Path, tiny_onnx: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["gRPC", "a socket"])
-def test_a_peer_that_never_reads_is_let_go(harsh: Node, by: str) -> None:
+def test_a_peer_that_never_reads_is_disconnected(harsh: Node, by: str) -> None:
     """Lost otherwise: a thread for ever. gRPC answers pings all the while; a socket whose window is full does not."""
-    ended, seen = "a stream ended: its client does not read", len(harsh.log)
+    ended, seen = "a stream ended: the client does not read its responses", len(harsh.log)
     with outlived(harsh, ended):
         if by == "gRPC":
             call = harsh.stub.Infer(
@@ -154,7 +154,7 @@ def test_the_65th_stream_is_refused_among_a_thousand_connections(harsh: Node, me
 
 def test_bytes_that_are_no_message_end_that_stream_alone(harsh: Node) -> None:
     """Lost otherwise: the daemon, to a port scanner."""
-    with outlived(harsh, "a stream ended: INVALID_ARGUMENT, bytes that are no InferRequest"):
+    with outlived(harsh, "a stream ended: INVALID_ARGUMENT, a message is not an InferRequest"):
         raw = harsh.channel.stream_stream("/home_native.v1.Inference/Infer", lambda data: data, lambda data: data)
         good = pb.InferRequest(task="clip_embed", payload=b"a").SerializeToString()
         answers: Any = raw(iter([good, b"\xff" * 100]), timeout=LIMIT_S)
@@ -180,7 +180,7 @@ def test_a_call_that_cannot_be_parsed_leaves_nothing_with_grpc(harsh: Node, meth
         assert harsh.ask("clip_embed", b"a dog").result
 
 
-def test_lying_chunks_cost_no_memory(harsh: Node) -> None:
+def test_wrong_chunk_sizes_cost_no_memory(harsh: Node) -> None:
     """Lost otherwise: the board's memory, to a number that a client made up."""
     before = resident_mb(harsh)
     lies: list[dict[str, Any]] = [
@@ -206,7 +206,7 @@ def test_lying_chunks_cost_no_memory(harsh: Node) -> None:
 MUTANTS = int(os.environ.get("LUMEN_MUTANTS", "900"))
 
 
-def test_poison_pictures_cost_nobody_else_an_answer(harsh: Node) -> None:
+def test_hostile_pictures_cost_no_other_client_an_answer(harsh: Node) -> None:
     """Lost otherwise: a family's import, to one damaged file among forty thousand. Prints its seed."""
     seed = int(os.environ.get("LUMEN_SEED", "11"))
     print(f"\nLUMEN_SEED={seed}")

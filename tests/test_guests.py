@@ -75,7 +75,7 @@ def test_calls_whose_message_never_comes_hold_nothing(harsh: Node, method: str) 
         peer.close()
 
 
-def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_onnx: Path) -> None:
+def test_silent_streams_give_way_to_new_ones(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: five minutes of everybody's time, again and again, to a guest who opens all streams."""
     settings = one_model(tiny_onnx, LUMEN_MAX_STREAMS=3) | impatient(tmp_path, {"streams.WANTED_IDLE_S": 5})
     node = Node(write_labels(tmp_path / "data", tiny_onnx), **settings).ready()
@@ -95,13 +95,13 @@ def test_streams_that_say_nothing_make_place_for_who_does(tmp_path: Path, tiny_o
         wait_until(admitted)
         ended = [call for call in silent if call.done()]
         assert len(ended) == 1 and ended[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED  # one, and no more than needed
-        assert "others wanted the place" in ended[0].details()
+        assert "other clients needed the stream" in ended[0].details()
         release.set()
     finally:
         assert node.stop() == 0
 
 
-def test_names_that_somebody_makes_up_are_not_remembered(harsh: Node) -> None:
+def test_unknown_names_from_clients_are_not_stored(harsh: Node) -> None:
     """Lost otherwise: 20 MB for each question after the health of a service that does not exist, for ever."""
     health, before = health_pb2_grpc.HealthStub(harsh.channel), resident_mb(harsh)
     with outlived(harsh):
@@ -127,7 +127,7 @@ def test_names_that_somebody_makes_up_are_not_remembered(harsh: Node) -> None:
             call.cancel()
 
 
-def test_streams_that_are_opened_and_reset_at_once_hurt_nobody(harsh: Node) -> None:
+def test_streams_that_are_opened_and_reset_at_once_do_not_affect_others(harsh: Node) -> None:
     """Lost otherwise: answers for seconds after each of what the world knows as rapid reset."""
     with outlived(harsh):
         peer = RawPeer(harsh)
@@ -145,7 +145,7 @@ def test_streams_that_are_opened_and_reset_at_once_hurt_nobody(harsh: Node) -> N
             served(harsh)
 
 
-def test_what_stands_beside_a_payload_is_bounded_too(harsh: Node) -> None:
+def test_fields_beside_the_payload_are_bounded_too(harsh: Node) -> None:
     """Lost otherwise: gigabytes, to chunks of one byte with a long meta, or to empty ones without end."""
     before = resident_mb(harsh)
     long = {"a": "y" * (8 << 20)}
@@ -192,7 +192,7 @@ def test_a_message_that_was_answered_is_not_kept_for_its_stream(harsh: Node) -> 
         assert all(list(call) == [] for call in calls)
 
 
-def test_packed_messages_are_refused_unopened(harsh: Node) -> None:
+def test_compressed_messages_are_refused_without_decompression(harsh: Node) -> None:
     """Lost otherwise: 64 MB of memory for 60 kB of network."""
     before = resident_mb(harsh)
     with outlived(harsh):
@@ -272,7 +272,7 @@ sys.exit(lumen_clip.main())
 """
 
 
-def test_messages_that_never_end_do_not_eat_the_machine(tmp_path: Path, tiny_onnx: Path) -> None:
+def test_messages_that_never_end_hold_little_memory(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: the board, to a guest: gRPC keeps 64 MB of each message before anybody sees a byte of it."""
     (tmp_path / "daemon.py").write_text(SMALL_MACHINE.replace("@ROOT@", str(ROOT)))
     program = (sys.executable, str(tmp_path / "daemon.py"))
@@ -340,7 +340,7 @@ def test_connections_leave_files_for_everything_else(tmp_path: Path) -> None:
         assert run.stdout.strip() == expected, run.stderr
 
 
-def test_the_log_is_not_filled_by_strangers(harsh: Node) -> None:
+def test_the_log_is_not_filled_by_unknown_clients(harsh: Node) -> None:
     """Lost otherwise: a board's SD card, or the lines of the night before, to a thousand odd messages."""
     raw = harsh.channel.stream_stream(INFER, lambda data: data, lambda data: data)
     seen = len(harsh.log)
@@ -349,7 +349,7 @@ def test_the_log_is_not_filled_by_strangers(harsh: Node) -> None:
             list(raw(iter([b"\xff" * 100]), timeout=LIMIT_S))
         with pytest.raises(grpc.RpcError):
             harsh.infer()  # a stream without a request
-    for said in ("bytes that are no InferRequest", "the stream carried no request"):
+    for said in ("a message is not an InferRequest", "the stream carried no request"):
         lines = [line for line in harsh.log[seen:].splitlines() if said in line]
         assert 1 <= len(lines) <= logs.RepeatLimiter.PER_MINUTE
     assert "similar lines are suppressed for a minute" in harsh.log[seen:]
@@ -375,7 +375,7 @@ sys.exit(lumen_clip.main())
 """
 
 
-def test_no_exception_tells_a_client_what_is_inside(tmp_path: Path, tiny_onnx: Path) -> None:
+def test_the_text_of_an_exception_never_reaches_a_client(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: a path, a name or a secret, to whoever finds the fault that lets it out."""
     (tmp_path / "daemon.py").write_text(BROKEN.replace("@ROOT@", str(ROOT)))
     program = (sys.executable, str(tmp_path / "daemon.py"))

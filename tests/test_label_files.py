@@ -57,8 +57,8 @@ from tests.kit import (
         ("a.json", b'{"labels": ["dog", 3]}', "labels: '3' is not a text"),
         ("a.json", b'{"labels": ["\\ud800"]}', "is not a text"),
         ("a.json", b'{"labels": {"dog": "a dog"}}', "labels: 'dog': allowed: 1 to 100 texts"),
-        ("a.json", b'{"labels": {"dog": [], "dog": ["x"]}}', "'dog' stands twice"),
-        ("a.json", b'{"labels": {"dog": [], " dog": ["x"]}}', "labels: one of them stands twice"),
+        ("a.json", b'{"labels": {"dog": [], "dog": ["x"]}}', "'dog' appears twice"),
+        ("a.json", b'{"labels": {"dog": [], " dog": ["x"]}}', "labels: one of them appears twice"),
         ("a.json", b'{"labels": ["dog"], "none": []}', "none: allowed: 1 to 100 texts"),
         ("a.json", b'{"labels": ["dog"], "threshold": 50}', "threshold: 50; allowed: a number from 0 to 1"),
         ("a.json", b'{"labels": ["dog"], "threshold": true}', "threshold: True; allowed"),
@@ -144,7 +144,7 @@ def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "label set pets: labels: 'xxxx" in pets and pets.endswith("; the previous version is used")
     facts = folder.sets.facts()
     assert facts["clip_label_sets"] == "pets" and facts["clip_label_set.birds"].startswith("it is not JSON")
-    assert facts["clip_label_set.pets"].startswith("3 labels; not as its file says: labels: 'xxx")
+    assert facts["clip_label_set.pets"].startswith("3 labels; its file is not used: labels: 'xxx")
     with pytest.raises(errors.LabelError, match="'birds' is not ready: it is not JSON"):
         folder.labels("birds")
     with pytest.raises(errors.LabelError, match="'none' is unknown; allowed: pets"):
@@ -273,7 +273,7 @@ def test_clients_ask_for_a_label_set_by_its_name(onnx_node: Node) -> None:
     save(onnx_node.data / "labels" / "places.json", "{")  # a typing error costs no answer
     onnx_node.reload()
     wait_until(
-        lambda: "not as its file says" in onnx_node.stub.GetCapabilities(Empty()).extra["clip_label_set.places"], 20
+        lambda: "its file is not used" in onnx_node.stub.GetCapabilities(Empty()).extra["clip_label_set.places"], 20
     )
     assert onnx_node.result("clip_classify", photo, label_set="places")["labels"][0]["label"] == "place"
     save(onnx_node.data / "labels" / "places.json", json.dumps({"labels": {"somewhere": ["a photo of a landscape"]}}))
@@ -319,8 +319,8 @@ def test_scenes_that_go_to_the_species_are_weighed_together() -> None:
         {"cat": {"species": True}, "dog": {"species": True}, "car": {}, "bus": {"prompts": ["a", "b"]}}
     )
     found = label_files.SceneSet(table, np.eye(5, 16, dtype=np.float32), 1.0)
-    assert found.settle([("car", 0.4), ("cat", 0.35), ("dog", 0.25), ("bus", 0.0)]) is None
-    assert found.settle([("cat", 0.45), ("car", 0.3), ("bus", 0.25), ("dog", 0.0)]) == ("car", 0.3)
+    assert found.resolve([("car", 0.4), ("cat", 0.35), ("dog", 0.25), ("bus", 0.0)]) is None
+    assert found.resolve([("cat", 0.45), ("car", 0.3), ("bus", 0.25), ("dog", 0.0)]) == ("car", 0.3)
     assert set(UPSTREAM_SCENES) <= set(label_files.SCENES) and label_files.read_scenes("").choices.names == tuple(
         label_files.SCENES
     )
@@ -361,7 +361,7 @@ def test_an_operators_own_scenes_decide_what_goes_to_the_species(tmp_path: Path,
         ('{"a": {}, "b": {"specis": true}}', "'b': allowed: an object with prompts and species, if wanted"),
         ('{"a": {}, "b": {"species": 1}}', "'b': species: 1; allowed: true, false"),
         ('{"a": {}, "b": {"prompts": "x"}}', "'b': prompts: allowed: 1 to 100 texts"),
-        ('{"a": {}, "a": {}}', "'a' stands twice"),
+        ('{"a": {}, "a": {}}', "'a' appears twice"),
     ],
 )
 def test_a_bad_scenes_file_is_one_line_that_names_it(tmp_path: Path, content: str | None, said: str) -> None:

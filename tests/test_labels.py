@@ -364,7 +364,7 @@ def test_a_large_set_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
-def test_a_damaged_note_does_not_make_a_good_file_damaged(
+def test_a_damaged_checksum_note_does_not_make_a_good_file_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
     """Lost otherwise: days of computed vectors, after a power cut that emptied the small note beside them."""

@@ -16,7 +16,7 @@ from tests.hostile import impatient
 from tests.kit import RED, Node, encoded, picture, wait_until, write_labels
 
 
-def test_the_log_says_what_went_through_and_no_client_writes_its_lines(tmp_path: Path, tiny_onnx: Path) -> None:
+def test_the_log_reports_the_traffic_and_no_client_writes_its_lines(tmp_path: Path, tiny_onnx: Path) -> None:
     """Lost otherwise: the one trace of a night's trouble; or trust in it, to a client that sends line breaks."""
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none"}
     settings |= impatient(tmp_path, {"lumen_clip.TRAFFIC_LOG_S": 4})

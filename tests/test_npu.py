@@ -135,7 +135,7 @@ NPU_FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "environment", "contract", "said"), NPU_FAULTS, ids=[f[0] for f in NPU_FAULTS])
-def test_an_npu_that_cannot_be_trusted_is_refused_aloud_and_the_cpu_takes_over(
+def test_an_npu_with_a_fault_is_refused_with_a_warning_and_the_cpu_is_used(
     tiny_onnx: Path,
     tmp_path: Path,
     npu_library: Path,
@@ -237,7 +237,7 @@ D RKNN: [02:08:11.103] 3  exSoftmax13 FLOAT16 CPU (1,12,50,50) (1,12,50,50) 0/0/
 """
 
 
-def test_the_compilers_table_is_read_and_told_in_short() -> None:
+def test_the_compilers_table_is_read_and_summarised() -> None:
     """Lost otherwise: a patch convolution at ten times the time, or a softmax on the CPU, that nobody sees."""
     table = export_rknn.cost_table(SAID_BY_THE_TOOLKIT)
     assert [op.kind for op in table] == ["InputOperator", "ConvAdd", "ConvAdd", "exSoftmax13"]
@@ -263,7 +263,7 @@ def test_without_the_toolkit_it_is_said_what_to_run(tiny_onnx: Path, tmp_path: P
     run = run_export("--to", tiny_onnx, "--rknn", "rk3399")
     assert run.returncode == 2 and "'rk3399'; allowed: rk3562, rk3566, rk3568, rk3576, rk3588" in run.stderr
     run = run_export("--to", tiny_onnx)
-    assert run.returncode == 2 and "--model or --rknn: one of the two is needed" in run.stderr
+    assert run.returncode == 2 and "--model, --rknn or both are needed" in run.stderr
     with pytest.raises(export_rknn.ExportError, match="needs the fp32 image tower of an export"):
         export_rknn.convert(tmp_path, ["rk3588"], [])
 

@@ -118,8 +118,8 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
         return items
 
     made = engine.Engine(workers=4)
-    line = made.add(engine.Line("image", held, 8, engine.Line.BULK, spread=True))
-    jobs = [submitted(made, line) for _ in range(20)]
+    stage = made.add(engine.Stage("image", held, 8, engine.Stage.BULK, spread=True))
+    jobs = [submitted(made, stage) for _ in range(20)]
     made.start()
     wait_until(lambda: len(sizes) == 4)
     assert sizes == [5, 5, 5, 5]
@@ -128,7 +128,7 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
     made.stop()
 
 
-def test_the_next_texts_run_while_many_clients_are_told_of_the_last() -> None:
+def test_the_next_texts_run_while_many_clients_are_answered() -> None:
     """Lost otherwise: 10 ms after each batch for 64 clients, in which nothing is computed; one text in twenty."""
     sizes: list[int] = []
     went_on: list[bool] = []
@@ -144,8 +144,8 @@ def test_the_next_texts_run_while_many_clients_are_told_of_the_last() -> None:
         went_on.append(len(sizes) >= 2)
 
     made = engine.Engine()
-    line = made.add(engine.Line("text", run, 2, engine.Line.TEXT))
-    jobs = [submitted(made, line) for _ in range(3)]
+    stage = made.add(engine.Stage("text", run, 2, engine.Stage.TEXT))
+    jobs = [submitted(made, stage) for _ in range(3)]
     jobs[0].answer.add_done_callback(told)
     made.start()
     assert all(job.answer.result(LIMIT_S).content == b"1" for job in jobs)
@@ -175,10 +175,10 @@ def test_labels_get_their_turn_beside_texts_and_an_import() -> None:
         return items
 
     made = engine.Engine(workers=1)
-    text_line = made.add(engine.Line("text", texts, 1, engine.Line.TEXT))
-    prompt_line = made.add(engine.Line("prompts", prompts, 1, engine.Line.BULK))
-    image_line = made.add(engine.Line("image", images, 1, engine.Line.BULK, spread=True))
-    jobs = [submitted(made, line) for line in [text_line] * 5 + [image_line] * 30 + [prompt_line]]
+    text_stage = made.add(engine.Stage("text", texts, 1, engine.Stage.TEXT))
+    prompt_stage = made.add(engine.Stage("prompts", prompts, 1, engine.Stage.BULK))
+    image_stage = made.add(engine.Stage("image", images, 1, engine.Stage.BULK, spread=True))
+    jobs = [submitted(made, stage) for stage in [text_stage] * 5 + [image_stage] * 30 + [prompt_stage]]
     made.start()
     assert all(job.answer.result(LIMIT_S).content == b"1" for job in jobs)
     assert ran == ["text", "prompts", *["text"] * 4]
@@ -196,7 +196,7 @@ def test_the_engine_ends_when_it_is_told_to() -> None:
         return items
 
     made = engine.Engine(workers=2)
-    submitted(made, made.add(engine.Line("text", run, 1, engine.Line.TEXT)))
+    submitted(made, made.add(engine.Stage("text", run, 1, engine.Stage.TEXT)))
     made.start()
     assert began.wait(LIMIT_S)
     made.stop()
@@ -207,8 +207,8 @@ def test_the_engine_tells_of_a_step_that_hangs_as_of_a_batch() -> None:
     """Lost otherwise: a daemon that answers nobody, calls itself well, and is never started again."""
     release = threading.Event()
     made = engine.Engine()
-    line = made.add(engine.Line("text", lambda items: items, 1, engine.Line.TEXT))
-    job = submitted(made, line)
+    stage = made.add(engine.Stage("text", lambda items: items, 1, engine.Stage.TEXT))
+    job = submitted(made, stage)
     job.answer.add_done_callback(lambda _: release.wait(LIMIT_S))
     made.start()
     assert job.answer.result(LIMIT_S)
@@ -236,7 +236,7 @@ def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
     assert backends.tuned(backend, 2, tmp_path).batch_size == 1
 
 
-def test_a_new_card_precision_or_runtime_is_tuned_anew(
+def test_a_new_gpu_precision_or_runtime_is_tuned_anew(
     tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: the speed of a faster card, for which the batch of the previous one is kept for good."""
@@ -274,7 +274,7 @@ def test_a_new_card_precision_or_runtime_is_tuned_anew(
         assert tuned_anew() and not tuned_anew(), changed
 
 
-def test_a_card_is_named_without_torch(tmp_path: Path) -> None:
+def test_a_gpu_is_named_without_torch(tmp_path: Path) -> None:
     """Lost otherwise: a box with ONNX Runtime alone, on which a new card is taken for the old one."""
     assert machine.nvidia_gpus(tmp_path / "absent") == ""
     for bus, model in (("0000:41:00.0", "NVIDIA H100 80GB HBM3"), ("0000:01:00.0", "NVIDIA GeForce GTX 1060 6GB")):
@@ -361,7 +361,7 @@ def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Pat
     ]
     assert all(row["per_s"] > 0 and row["cores_per_s"] > 0 and row["memory_mb"] > 50 for row in content["rows"])
     assert all(row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in content["rows"])
-    assert content["rows"][0]["model_per_s"] > 0 and "Health in all of it: p99" in said
+    assert content["rows"][0]["model_per_s"] > 0 and "Health during all cases: p99" in said
     assert Image.open(tmp_path / "b.png").size[0] == 1000
     assert re.search(
         r"3 pictures .* 0 not readable: .* 40,000 photos in about", measured("--photos", str(tmp_path / "photos"))

@@ -81,7 +81,7 @@ def test_a_daemon_writes_to_its_data_folder_alone_and_reports_to_nobody(tmp_path
     assert not [path for place in places.values() for path in place.rglob("*")]
 
 
-def test_no_known_hole_is_in_what_is_installed(tmp_path: Path) -> None:
+def test_no_installed_package_has_a_known_vulnerability(tmp_path: Path) -> None:
     """Lost otherwise: months with a decoder that the whole world knows how to break."""
     report = tmp_path / "report.json"
     for name in ("requirements-edge", "requirements"):

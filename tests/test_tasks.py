@@ -191,7 +191,7 @@ def test_a_ready_made_tensor_gives_the_answer_of_its_picture(node: Node) -> None
         ({"lumen.tensor.dtype": "fp16"}, "payload"),  # twice as many bytes as it has
     ],
 )
-def test_a_tensor_that_lies_is_refused_by_name(torch_node: Node, change: dict[str, str], said: str) -> None:
+def test_a_tensor_with_wrong_meta_is_refused_by_name(torch_node: Node, change: dict[str, str], said: str) -> None:
     """Lost otherwise: a species name made of noise."""
     request = pb.InferRequest(
         task="bioclip_classify", payload=np.full(150528, np.nan, "<f4").tobytes(), meta=TENSOR_META | change

@@ -70,7 +70,7 @@ def test_chunks_make_a_request_whatever_their_order_and_ids(node: Node) -> None:
         ([{"total": 2, "seq": 1}], "total"),  # and never the other one
     ],
 )
-def test_lying_chunk_fields_are_answered_once_and_the_stream_goes_on(
+def test_wrong_chunk_fields_are_answered_once_and_the_stream_goes_on(
     torch_node: Node, messages: Any, said: str
 ) -> None:
     """Lost otherwise: a request that is never answered, or the memory of a small board."""
@@ -195,7 +195,7 @@ def test_health_and_reflection_speak_the_standard_protocols(node: Node) -> None:
     assert SERVICE in [s.name for s in answer.list_services_response.service]
 
 
-def test_eager_pings_do_not_cost_the_connection(torch_node: Node) -> None:
+def test_frequent_pings_do_not_end_the_connection(torch_node: Node) -> None:
     """Lost otherwise: every slow request of the Go SDK, which pings each 10 s, ends in too_many_pings."""
     options = [
         ("grpc.keepalive_time_ms", 300),
