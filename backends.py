@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import torch_backend
 from errors import one_line, unreadable
-from machine import replace_file, usable_cores
+from machine import lower_thread_priority, replace_file, usable_cores
 from model_files import Backend, Say, quiet, split_model
 from onnx_backend import open_onnx, source_of, tower_file
 from preprocess import decode_image
@@ -29,9 +30,11 @@ from settings import ModelOptions
 
 log = logging.getLogger("lumen.backends")
 
-TUNING = 5  # version of the method; a new one makes every machine tune again
+TUNING = 6  # version of the method; a new one makes every machine tune again
+TUNING_FILE = "tuning.json"
 TURNS = 3  # measurements of each batch size
 LONGEST_BATCH_S = 0.35  # the longest batch on all cores, because a text has to wait for it
+TUNING_PRIORITY = 10  # steps of `nice` below the rest of the daemon, for requests that arrive meanwhile
 LONGEST_SPLIT_S = 1.0  # the longest batch on one core, for which only other pictures have to wait
 
 
@@ -98,36 +101,40 @@ def self_test(backend: Backend) -> float:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How this machine runs the images of a model best, and how fast that is on decoded pixels."""
+    """The best batch size for images of a model on this machine, and how fast that is on decoded pixels."""
 
-    arrangement: str
     batch_size: int
     images_per_s: float
 
 
-def tuned(backend: Backend, most: int, folder: Path) -> Tuning:
-    """Chooses the fastest arrangement and batch size. It measures them for a few seconds, once per machine and model.
-
-    `most` bounds the batch. What was found is kept as `tuning.json` in `folder`.
-    """
-    key = _tuning_key(backend, most)
-    path = folder / "tuning.json"
+def kept_tuning(backend: Backend, most: int, folder: Path) -> Tuning | None:
+    """The tuning in `folder`, if it is for this model, this machine and batches of at most `most` images."""
     try:
-        kept = json.loads(path.read_text())
-        found = Tuning(**kept["tuning"]) if kept["key"] == key else None
+        kept = json.loads((folder / TUNING_FILE).read_text())
+        found = Tuning(**kept["tuning"]) if kept["key"] == _tuning_key(backend, most) else None
     except (OSError, ValueError, KeyError, TypeError):  # missing, or of another format
-        found = None
-    if found is None:
-        found = _try_out(backend, most)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps({"key": key, "tuning": asdict(found)}).encode())
-        except OSError as error:
-            log.warning("cannot keep the tuning in %s (%s); the next start tries again", folder, error)
-    if found.arrangement in backend.arrangements() and found.arrangement != backend.arrangements()[0]:
-        backend.arrange(found.arrangement)
-    log.info("%s: images run %s, up to %d at once, %.1f a second", backend.model_id, *asdict(found).values())
+        return None
+    if found:
+        _log_tuning(backend, found)
     return found
+
+
+def tune(backend: Backend, most: int, folder: Path, pause: Callable[[], None]) -> Tuning:
+    """Finds the best batch size and keeps it in `folder`. `pause` is called before each measurement and may wait."""
+    found = _try_out(backend, most, pause)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"key": _tuning_key(backend, most), "tuning": asdict(found)}
+        replace_file(folder / TUNING_FILE, json.dumps(content).encode())
+    except OSError as error:
+        log.warning("cannot keep the tuning in %s (%s); the next start tries again", folder, error)
+    _log_tuning(backend, found)
+    return found
+
+
+def _log_tuning(backend: Backend, found: Tuning) -> None:
+    size, rate = found.batch_size, found.images_per_s
+    log.info("%s: batches of up to %d images, %.1f images a second", backend.model_id, size, rate)
 
 
 def _tuning_key(backend: Backend, most: int) -> str:
@@ -137,35 +144,36 @@ def _tuning_key(backend: Backend, most: int) -> str:
     return json.dumps([TUNING, *hardware, *model, most, *_versions()])
 
 
-def _try_out(backend: Backend, most: int) -> Tuning:
-    """The fastest arrangement and batch size within the time limits; of nearly equal ones the smallest batch.
+def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
+    """The fastest batch size within the time limit; of nearly equal ones the smallest.
 
-    Sizes take turns, for a machine is seldom as fast now as it was a second ago. Another arrangement than the first
-    has to be a tenth faster: the trial runs alone, and where decoding competes for the cores, threads that wait for
-    each other at every operator lose up to half (measured with torch).
+    Sizes take turns, because the speed of a machine changes from second to second.
     """
     sizes = sorted({size for size in (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32) if size < most} | {most})
-    found: list[Tuning] = []
-    for arrangement in reversed(backend.arrangements()):  # the first one is last, so that it is in use at the end
-        backend.arrange(arrangement)
-        longest = LONGEST_BATCH_S if backend.workers == 1 else LONGEST_SPLIT_S
-        taken: dict[int, list[float]] = {}
-        for size in sizes:
-            seconds = min(seconds_of_a_batch(backend, size) for _ in range(2))  # the first run allocates memory
-            if seconds <= longest or size == 1:
-                taken[size] = [seconds]
-            if seconds > longest:
-                break
-        for _ in range(TURNS if len(taken) > 1 else 0):
-            for size, times in taken.items():
-                times.append(seconds_of_a_batch(backend, size))
+    longest = LONGEST_BATCH_S if backend.workers == 1 else LONGEST_SPLIT_S
+
+    def measured(size: int) -> float:
+        pause()
+        return seconds_of_a_batch(backend, size)
+
+    taken: dict[int, list[float]] = {}
+    for size in sizes:
+        seconds = min(measured(size) for _ in range(2))  # the first run allocates memory
+        if seconds <= longest or size == 1:
+            taken[size] = [seconds]
+        if seconds > longest:
+            break
+    for _ in range(TURNS if len(taken) > 1 else 0):
         for size, times in taken.items():
-            seconds = statistics.median(times)
-            if seconds <= longest or size == 1:
-                found.append(Tuning(arrangement, size, round(backend.workers * size / seconds, 2)))
-    best = max(found, key=lambda t: t.images_per_s * (1.1 if t.arrangement == backend.arrangements()[0] else 1))
-    equal = [t for t in found if t.arrangement == best.arrangement and t.images_per_s >= 0.985 * best.images_per_s]
-    return min(equal, key=lambda t: t.batch_size)
+            times.append(measured(size))
+    medians = {size: statistics.median(times) for size, times in taken.items()}
+    found = [
+        Tuning(size, round(backend.workers * size / seconds, 2))
+        for size, seconds in medians.items()
+        if seconds <= longest or size == 1
+    ]
+    best = max(tuning.images_per_s for tuning in found)
+    return next(tuning for tuning in found if tuning.images_per_s >= 0.985 * best)
 
 
 def seconds_of_a_batch(backend: Backend, size: int) -> float:
@@ -182,7 +190,8 @@ def seconds_of_a_batch(backend: Backend, size: int) -> float:
         backend.encode_images(pixels)
         return clock() - started
 
-    with ThreadPoolExecutor(backend.workers) as workers:
+    lower = partial(lower_thread_priority, TUNING_PRIORITY)
+    with ThreadPoolExecutor(backend.workers, initializer=lower) as workers:
         return statistics.mean(workers.map(run, range(backend.workers)))
 
 

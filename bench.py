@@ -46,7 +46,7 @@ import machine
 import model_files
 import preprocess
 import torch_backend
-from bench_load import IN_FLIGHT, Case, Clients, core_s_of, make_cases, ping, text_of
+from bench_load import FEW, IN_FLIGHT, Case, Clients, core_s_of, make_cases, ping, text_of
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from settings import ModelOptions
@@ -54,6 +54,7 @@ from settings import ModelOptions
 HERE = Path(__file__).resolve().parent
 WINDOW = 4.0  # seconds of one turn
 LIBRARY = 40_000  # photographs
+FEW_CASES = ("1440 px JPEG", "640 px JPEG")
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Limits:
         self.backend, self.cores, self._seconds = backend, machine.usable_cores(), seconds
         self._threads = ThreadPoolExecutor(self.cores)
         ways = list((self._torch_ways if isinstance(backend, torch_backend.TorchBackend) else self._onnx_ways)(backend))
+        self._whole, self._split = ways[::2], ways[1::2]  # of each batch size: one on all cores, one on each core
         self._best_size, self._best = max(ways, key=lambda way: rate(way[1], way[0], seconds))
 
     def _ready_pixels(self) -> Iterator[NDArray[np.uint8]]:
@@ -142,6 +144,20 @@ class Limits:
 
     def images_per_s(self) -> float:
         return rate(self._best, self._best_size, self._seconds)
+
+    def ways_per_s(self, case: Case, count: int) -> float:
+        """Pictures a second of `count` clients with one request each, by the better of two ways.
+
+        One picture after the other: decoded on one core, then in the model on all cores. Or each on a core of its own,
+        in batches of as many as there are for a core. A model with a fixed batch size runs that.
+        """
+        decode = partial(preprocess.decode_image, case.payload, [self.backend.preprocess], 1 << 30, draft=True)
+        decode_s = 1 / rate(decode, 1, self._seconds)
+        size, whole = self._whole[0]
+        busy, fitting = min(count, self.cores), [way for way in self._split if way[0] <= max(count, self.cores)]
+        size_of_all, split = fitting[-1] if fitting else self._split[0]
+        split_s = self.cores / rate(split, size_of_all, self._seconds)
+        return max(1 / (decode_s + 1 / rate(whole, size, self._seconds)), busy / (decode_s + split_s))
 
     def cores_per_s(self, case: Case) -> float:
         """Requests a second if decoding and the model took their core time, and nothing else took any."""
@@ -238,9 +254,9 @@ class Window:
     client_s: float
 
 
-def load(server: Server, cases: Sequence[Case], count: int, seconds: float) -> Window:
-    """Closed-loop load of `count` clients, measured once it is steady."""
-    clients = Clients(server.address, cases, count)
+def load(server: Server, cases: Sequence[Case], count: int, seconds: float, each: int = 0) -> Window:
+    """Closed-loop load of `count` clients, measured once it is steady. `each`: see `Clients`."""
+    clients = Clients(server.address, cases, count, each)
     time.sleep(0.75 * seconds)
     begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
     time.sleep(seconds)
@@ -293,6 +309,29 @@ def measure_cases(server: Server, limits: Limits | None, cases: Sequence[Case], 
                 row.useful_share = 1000 * limits.cores / row.cores_per_s / (row.core_ms + row.client_ms)
             rows.append(row)
             print("  ".join(cell.rjust(14) for cell in row.cells()), flush=True)
+    return rows
+
+
+def measure_few(server: Server, limits: Limits | None, cases: Sequence[Case], seconds: float) -> list[dict[str, Any]]:
+    """The rates of few clients with one request each, in turns with the limit."""
+    rows: list[dict[str, Any]] = []
+    turns = max(1, round(seconds / WINDOW))
+    print("  ".join(cell.rjust(14) for cell in ("case", "clients, 1 each", "per s", "ways (ratio)", "p50 ms", "p95")))
+    for case in cases:
+        for count in FEW:
+            found, windows = [], []
+            for _ in range(turns):
+                found += [limits.ways_per_s(case, count)] if limits else []
+                windows.append(load(server, [case], count, seconds / turns, 1))
+                found += [limits.ways_per_s(case, count)] if limits else []
+            row = row_of(case.name, count, windows, [])
+            ways = statistics.mean(found) if found else 0.0
+            rows.append(
+                {"case": case.name, "clients": count, "per_s": row.per_s, "ways_per_s": ways, "p50_ms": row.p50_ms}
+            )
+            cells = [f"{row.per_s:.1f}", f"{ways:.1f} ({row.per_s / ways:.2f})" if ways else ""]
+            cells = [case.name, str(count), *cells, f"{row.p50_ms:.0f}", f"{row.p95_ms:.0f}"]
+            print("  ".join(cell.rjust(14) for cell in cells), flush=True)
     return rows
 
 
@@ -458,6 +497,7 @@ def report(server: Server, backend: model_files.Backend | None, options: argpars
     pinging.start()
     print("  ".join(cell.rjust(14) for cell in HEAD))
     rows = measure_cases(server, limits, cases, options.seconds)
+    few = measure_few(server, limits, [case for case in cases if case.name in FEW_CASES], options.seconds)
     waits = measure_waits(server, limits, everything, options.seconds)
     over.set()
     health = 1000 * np.percentile(found.get(), 99)
@@ -473,7 +513,13 @@ def report(server: Server, backend: model_files.Backend | None, options: argpars
     if parts:
         print("core ms of one: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
     if options.json:
-        content = {"capability": extra, "rows": [asdict(row) for row in rows], "waits_ms": waits, "core_ms": parts}
+        content = {
+            "capability": extra,
+            "rows": [asdict(row) for row in rows],
+            "few": few,
+            "waits_ms": waits,
+            "core_ms": parts,
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if options.plot:
         plot(rows, options.plot)

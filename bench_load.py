@@ -24,6 +24,7 @@ from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 
 IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has in progress
+FEW = (1, 2, 4, 8)  # clients with one request each, as photo apps have
 INFER = "/home_native.v1.Inference/Infer"
 TEXTS = 10_000  # different texts, more than a daemon remembers, of equal length: each digit is one token
 
@@ -63,12 +64,13 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 def make_cases() -> list[Case]:
     words = "a red bicycle that leans on the wall of an old house by the sea at sunset "
     large = Case("12 MP JPEG", "clip_image_embed", encoded(photograph(4000, 3000), "JPEG", quality=88))
+    preview = Case("1440 px JPEG", "clip_image_embed", encoded(photograph(1440, 1080), "JPEG", quality=80))
     small = Case("640 px JPEG", "clip_image_embed", encoded(photograph(640, 480), "JPEG", quality=85))
     thumbnail = Case("WebP thumbnail", "clip_image_embed", encoded(photograph(320, 240), "WEBP", quality=80))
     short = Case("short text", "clip_embed", b"dog {}")
     long = Case("long text", "clip_embed", ("{} " + words * 6).encode())
     mixed = Case("mixed", mix=(small, small, small, small, large, thumbnail, short, short))
-    return [large, small, thumbnail, short, long, mixed]
+    return [large, preview, small, thumbnail, short, long, mixed]
 
 
 def requests(cases: Sequence[Case], numbers: Iterator[int]) -> Iterator[bytes]:
@@ -100,11 +102,12 @@ class Clients:
 
     numbers = 0  # the texts that all clients have sent so far
 
-    def __init__(self, address: str, cases: Sequence[Case], count: int) -> None:
+    def __init__(self, address: str, cases: Sequence[Case], count: int, each: int = 0) -> None:
+        """`each`: requests that each client has in progress; 0: as IN_FLIGHT says."""
         spawn = multiprocessing.get_context("spawn")
         self._over = spawn.Event()
         self._found, theirs = spawn.Pipe(duplex=False)
-        arguments = (address, cases, count, Clients.numbers, self._over, theirs)
+        arguments = (address, cases, (count, each or IN_FLIGHT[count]), Clients.numbers, self._over, theirs)
         self._process = spawn.Process(target=ask_on_and_on, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -123,9 +126,14 @@ class Clients:
         return list(answers)
 
 
-def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, over: Any, found: Any) -> None:
-    """The process of `Clients`. Pictures are serialized before it begins, and one thread serves all streams."""
-    numbers, answers = itertools.count(number), list[tuple[float, float]]()
+def ask_on_and_on(
+    address: str, cases: Sequence[Case], clients: tuple[int, int], number: int, over: Any, found: Any
+) -> None:
+    """The process of `Clients`. `clients`: how many, and the requests of each in progress.
+
+    Pictures are serialized before it begins, and one thread serves all streams.
+    """
+    (count, each), numbers, answers = clients, itertools.count(number), list[tuple[float, float]]()
     ready = requests(cases, numbers)  # shared: with a cycle for each of 64 clients, a mix would take 20 s
 
     async def ask() -> None:
@@ -134,7 +142,7 @@ def ask_on_and_on(address: str, cases: Sequence[Case], count: int, number: int, 
         channel: Any = grpc.aio.insecure_channel(address, options)
         async with channel:
             call = channel.stream_stream(INFER, response_deserializer=pb.InferResponse.FromString)()
-            for _ in range(IN_FLIGHT[count]):
+            for _ in range(each):
                 sent.append(time.perf_counter())
                 await call.write(next(ready))
             while sent:

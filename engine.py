@@ -60,11 +60,13 @@ class Stage:
         share: Callable[[Any], float] = lambda item: 1.0,
         tower: str = "",
         journaled: bool = False,
+        run_single: Callable[[list[Any]], Sequence[Any]] | None = None,
     ) -> None:
         """`spread`: a batch occupies one core, so each worker may run one. `share`: the part of a place in a batch that
         an item takes. All items of a batch count as its largest, because they are padded to that. `tower`: the part of
         a model that runs the items; see `Engine.failures`. `journaled`: if a batch crashes the process, its payloads
-        are suspected; see `Journal`."""
+        are suspected; see `Journal`. `run_single`: for the only item of the only request in progress, on all cores."""
+        self.run_single = run_single
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives stages of one kind the same shares
@@ -180,6 +182,7 @@ class Batch:
     results: Sequence[Any] = ()
     seconds: float = 0.0
     alone: bool = False  # a background batch that began while no request was in progress
+    single: bool = False  # the item of the only request in progress; it may use all cores
 
 
 Handed = queue.SimpleQueue[Batch | None]  # None ends the thread
@@ -244,6 +247,11 @@ class Engine:
     def busy_since(self) -> float | None:
         """When the oldest batch or pass in progress began, by `machine.clock`; None if there is none."""
         return min(self._began.copy().values(), default=None)
+
+    def wait_for_a_pause(self) -> None:
+        """Blocks until the engine runs and no request has been in progress for IDLE_S."""
+        while not self.thread.is_alive() or self._expected or time.monotonic() < self._idle_from:
+            time.sleep(IDLE_S / 4)
 
     def expect(self, job: Job) -> None:
         """Counts a request that is submitted later, when it is prepared. Until its response, background work waits."""
@@ -381,6 +389,11 @@ class Engine:
             for position in range(len(items)):
                 stage.queue.push(job.flow, (step, position))
 
+    def _is_single(self, stage: Stage) -> bool:
+        """Whether the next batch of a stage is the item of the only request in progress, decoding included."""
+        free = not self._inferring and self._free_workers == self._workers
+        return bool(stage.run_single and free and self._expected == 1 and len(stage.queue) == 1)
+
     def _begin(self, stage: Stage) -> None:
         """Forms a stage's next batch and gives it to the inference thread, a worker or the background thread."""
         most = stage.size_limit()
@@ -388,7 +401,7 @@ class Engine:
         alone = stage.kind == Stage.BACKGROUND and self._is_idle()
         if stage.kind == Stage.BACKGROUND and not alone:
             size = 1  # a text that arrives meanwhile has to wait for it
-        batch = Batch(stage, [], [], alone=alone)
+        batch = Batch(stage, [], [], alone=alone, single=self._is_single(stage))
         largest = 0.0
         while stage.queue:
             flow, (step, position) = stage.queue.head()
@@ -421,7 +434,8 @@ class Engine:
         thread = threading.get_ident()
         self._began[thread] = clock.now()
         with self._holding(digests):
-            results = self._results(batch.stage, items)
+            run = batch.stage.run_single if batch.single else None
+            results = self._results(batch.stage, items, run or batch.stage.run)
         del self._began[thread]
         return results
 
@@ -432,7 +446,7 @@ class Engine:
             self._free_workers += 1
         else:
             self._inferring = False
-        cores = 1 if stage.spread else self._workers
+        cores = 1 if stage.spread and not batch.single else self._workers
         # If a batch took much longer than others, the cause is outside: a stopped process, a model that was loaded
         # again. Its flows are not charged for that.
         cost = min(batch.seconds * cores / count, max(COST_RISE * stage.cost, COST_FLOOR))
@@ -464,14 +478,14 @@ class Engine:
                 self._advance(step.job, step.results, step.error)
 
     @staticmethod
-    def _results(stage: Stage, items: list[Any]) -> Sequence[Any]:
+    def _results(stage: Stage, items: list[Any], run: Callable[[list[Any]], Sequence[Any]]) -> Sequence[Any]:
         """Runs a batch. If it fails, it is run again in halves, so that an item that cannot be run fails alone.
 
         If all items succeed in smaller batches, the size was the cause, and the stage keeps the size that worked.
         """
         try:
             log.debug("%s: batch of %d", stage.name, len(items))
-            return stage.run(items)
+            return run(items)
         except Exception as error:
             error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None  # this frame has items
             forget_locals(error)
@@ -479,7 +493,7 @@ class Engine:
                 return [error]
             log.warning("%s: a batch of %d failed, running it in halves (%s)", stage.name, len(items), error)
         half = -(-len(items) // 2)
-        results = [*Engine._results(stage, items[:half]), *Engine._results(stage, items[half:])]
+        results = [*Engine._results(stage, items[:half], run), *Engine._results(stage, items[half:], run)]
         if not any(isinstance(result, Exception) for result in results):
             stage.remember_size(half)
         return results

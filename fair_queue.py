@@ -17,7 +17,7 @@ reach the daemon through one connection of a proxy.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -42,6 +42,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._root = Account()
+        self._last_expected = self._last = 0.0  # core seconds of the last work
         self._accounts: OrderedDict[Path, Account] = OrderedDict()
 
     def work(self, path: Path) -> float:
@@ -56,8 +57,14 @@ class Shares:
         account = self._account(path)
         account.done = max(account.done, self._parent(path).virtual_time)
 
+    @property
+    def tolerance(self) -> float:
+        """Core seconds by which the work of two flows may differ and still count as equal: half an item's."""
+        return min(self._last_expected, self._last) / 2
+
     def begin(self, flow: Flow, expected: float) -> None:
         """A flow was chosen, for work that is expected to take so many core seconds."""
+        self._last_expected = expected
         for path in (flow[:1], flow):
             account, parent = self._account(path), self._parent(path)
             parent.virtual_time = max(parent.virtual_time, account.done)
@@ -65,6 +72,7 @@ class Shares:
 
     def end(self, flow: Flow, expected: float, seconds: float) -> None:
         """Work that was begun with `expected` core seconds is done. It took `seconds` core seconds."""
+        self._last = seconds
         for path in (flow[:1], flow):
             account = self._account(path)
             account.expected = max(0.0, account.expected - expected)
@@ -85,6 +93,10 @@ class Shares:
 
 class FairQueue(Generic[T]):
     """Items that wait for a resource: the least served flow first, and first in, first out within a flow.
+
+    Among flows whose work differs by less than half an item's, the one that waits longest is next. Otherwise clients
+    with equal requests would change places in each round, because no two batches take equally long, and some would wait
+    for two rounds.
 
     Not thread-safe.
     """
@@ -142,8 +154,14 @@ class FairQueue(Generic[T]):
 
     def _next(self) -> Flow:
         work = self._shares.work
-        connection = min(self._queued, key=lambda connection: work((connection,)))
-        return connection, min(self._queued[connection], key=lambda stream: work((connection, stream)))
+        connection = self._first(self._queued, lambda connection: work((connection,)))
+        return connection, self._first(self._queued[connection], lambda stream: work((connection, stream)))
+
+    def _first(self, waiting: Iterable[Hashable], work: Callable[[Hashable], float]) -> Hashable:
+        """The first of `waiting`, which is in the order of arrival, whose work is nearly the least."""
+        works = {key: work(key) for key in waiting}
+        most = min(works.values()) + self._shares.tolerance
+        return next(key for key, done in works.items() if done <= most)
 
     def _tidy(self, flow: Flow) -> None:
         connection, stream = flow

@@ -46,12 +46,13 @@ from journal import Journal
 from label_files import PROMPTS, Maker, OperatorSets, SceneSet, read_scenes
 from labels import LabelSet
 from machine import clock
+from model import Model
 from model_files import Backend, Encode, Say, encoder_of
 from service import Daemon, start_server
 from settings import VERSION, Settings, demo_environment
 from species import Species
 from species_loader import SpeciesLoader
-from tasks import Model, Models
+from tasks import Models
 
 log = logging.getLogger("lumen")
 
@@ -263,11 +264,8 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
         say(f"loading {re.sub(where, '', options.model)} ({options.backend})")
         backend = backends.create_backend(options, say)
         folder = settings.lumen_data_dir / name / backend.runtime / backend.model_id.replace("/", "--")
-        tuning = None
-        if settings.lumen_tune:
-            say(f"trying how {backend.model_id} runs best here")
-            tuning = backends.tuned(backend, options.max_batch_size, folder)
-        model = loaded[name] = Model(backend, name, engine, options.max_batch_size, tuning)
+        model = loaded[name] = Model(backend, name, engine, options.max_batch_size)
+        model.adapt(folder if settings.lumen_tune else None, engine)
         log.info(
             "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
         )

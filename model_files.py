@@ -69,7 +69,11 @@ class Backend(Protocol):
     accelerator: str  # the name of the GPU that runs the images, or "" if there is none or it is unknown
     refusal: str  # the reason why a requested NPU is not used, or ""
     open_length: bool  # texts run at their true length, so short texts take less time
-    workers: int  # how many `encode_images` may run at once, each on one core; 1: a single one on all cores
+    # How many `encode_images` may run at once, each on one core; 1: a single one on all cores. Threads of one batch
+    # wait for each other at every operator, and for a core that decodes: a batch on each core is a tenth faster at
+    # ViT-B-32 size, and a third if the batch size is fixed at one.
+    workers: int
+    single_image_cores: int  # on how many cores `encode_single` runs
     space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -78,18 +82,14 @@ class Backend(Protocol):
     def encode_images(self, pixels: Pixels) -> Vectors:
         """uint8 `[n, size, size, 3]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
 
+    def encode_single(self, pixels: Pixels) -> Vectors:
+        """The same for one image that nothing else waits beside. It may use `single_image_cores`."""
+
+    def prepare_single(self) -> None:
+        """Makes `encode_single` use all cores, if that is possible and the memory suffices. May take a second."""
+
     def encode_text(self, tokens: Tokens) -> Vectors:
         """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
-
-    def arrangements(self) -> Sequence[str]:
-        """The ways to run batches of images on this machine. The first is in use at the start."""
-
-    def arrange(self, arrangement: str) -> None:
-        """Uses one of `arrangements`: "split", a batch on each core, or "whole", one batch on all cores.
-
-        Threads of a whole batch wait for each other at every operator, and for a core that decodes. Split batches are a
-        tenth faster at ViT-B-32 size, and a third if the batch size is fixed at one. A single picture uses one core.
-        """
 
     def unload_text(self) -> None:
         """Frees the memory of the text tower until the next text, if loading it again takes only a second or two."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import DamagedFile, one_line
-from machine import nvidia_gpus, sha256_of, usable_cores
+from machine import memory, nvidia_gpus, sha256_of, usable_cores
 from model_files import (
     DEFAULT_LOGIT_SCALE,
     Say,
@@ -36,6 +36,9 @@ from tokenizer import ClipTokenizer, Tokens, true_length
 log = logging.getLogger("lumen.onnx_backend")
 # From 1.29 on, ONNX Runtime sends usage data to its maker unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# A second session takes about so many times the size of its file. It is opened if it needs at most a tenth of what is
+# available, so that a small board keeps its memory.
+SINGLE_MEMORY, SINGLE_MEMORY_SHARE = 1.2, 10
 
 
 def source_of(options: ModelOptions, image_file: str) -> tuple[Path | None, str, str]:
@@ -196,12 +199,13 @@ class ImageTower(Protocol):
     accelerator: str
     workers: int
     npu: str
-
-    def arrangements(self) -> Sequence[str]: ...
-
-    def arrange(self, arrangement: str) -> None: ...
+    single_image_cores: int
 
     def encode(self, pixels: Pixels) -> Vectors: ...
+
+    def encode_single(self, pixels: Pixels) -> Vectors: ...
+
+    def prepare_single(self) -> None: ...
 
 
 class OnnxImageTower:
@@ -215,7 +219,11 @@ class OnnxImageTower:
     def __init__(self, folder: ModelFolder) -> None:
         self._options = folder.options
         self.path = folder.tower("ONNX_IMAGE", self._options.onnx_image, "visual")
-        self.arrange(self.arrangements()[0])
+        on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
+        self.workers = usable_cores() if on_cpu else 1
+        self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.workers)
+        self._single: Any = None  # a session for one picture on all cores
+        self.single_image_cores = 1 if on_cpu else usable_cores()
         tower = self._session.get_inputs()[0]
         self._takes_uint8 = tower.type == "tensor(uint8)"
         side = tower.shape[1] if self._takes_uint8 else tower.shape[2]
@@ -225,17 +233,24 @@ class OnnxImageTower:
         self.runtime = "onnxrt" if provider == "cpu" else f"onnxrt-{provider}"
         self.accelerator = "" if provider == "cpu" else nvidia_gpus()  # ONNX Runtime does not name the device
 
-    def arrangements(self) -> Sequence[str]:
-        on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
-        return ("split", "whole") if on_cpu and usable_cores() > 1 else ("whole",)
-
-    def arrange(self, arrangement: str) -> None:
-        self.workers = usable_cores() if arrangement == "split" else 1
-        self._session: Any = None  # frees the memory of the old session first
-        self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.workers)
-
     def encode(self, pixels: Pixels) -> Vectors:
         return run_session(self._session, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
+
+    def encode_single(self, pixels: Pixels) -> Vectors:
+        session = self._single or self._session
+        return run_session(session, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
+
+    def prepare_single(self) -> None:
+        if self.workers == 1:
+            return
+        available, _ = memory()
+        needed = SINGLE_MEMORY * self.path.stat().st_size
+        if available < SINGLE_MEMORY_SHARE * needed:
+            text = f"{available / 1e6:.0f} MB are available, and it takes {needed / 1e6:.0f} MB"
+            log.info("%s: a single picture runs on one core: %s", self._options.name, text)
+            return
+        self._single = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores())
+        self.single_image_cores = usable_cores()
 
 
 class OnnxTextTower:
@@ -282,6 +297,7 @@ class FolderBackend:
         self.model_id, self.refusal = folder.model_id, refusal
         self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
         self.preprocess, self.workers, self.open_length = image.preprocess, image.workers, self.text.open_length
+        self.single_image_cores = image.single_image_cores
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
         self.precision = precision or str(manifest.get("precision", "fp32"))
         self.notice = str(manifest.get("notice", ""))
@@ -300,12 +316,12 @@ class FolderBackend:
     def encode_text(self, tokens: Tokens) -> Vectors:
         return self.text.encode(tokens)
 
-    def arrangements(self) -> Sequence[str]:
-        return self.image.arrangements()
+    def encode_single(self, pixels: Pixels) -> Vectors:
+        return self.image.encode_single(pixels)
 
-    def arrange(self, arrangement: str) -> None:
-        self.image.arrange(arrangement)
-        self.workers = self.image.workers
+    def prepare_single(self) -> None:
+        self.image.prepare_single()
+        self.single_image_cores = self.image.single_image_cores
 
     def unload_text(self) -> None:
         self.text.unload()

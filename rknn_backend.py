@@ -9,7 +9,7 @@ import base64
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +70,7 @@ class NPUImageTower:
 
     runtime = "rknn"
     accelerator = ""
-    workers = 1
+    workers = single_image_cores = 1
 
     def __init__(self, folder: ModelFolder, target: str) -> None:
         """Raises NPURefused."""
@@ -175,11 +175,11 @@ class NPUImageTower:
     def _as_input(self, pixels: Pixels) -> tuple[NDArray[Any], str]:
         return (pixels, "nhwc") if self._takes_uint8 else (normalize(pixels, self.preprocess), "nchw")
 
-    def arrangements(self) -> Sequence[str]:
-        return ("whole",)
+    def encode_single(self, pixels: Pixels) -> Vectors:
+        return self.encode(pixels)
 
-    def arrange(self, arrangement: str) -> None:
-        """Does nothing: there is only one arrangement."""
+    def prepare_single(self) -> None:
+        """Does nothing: a picture runs on one core of the NPU."""
 
     def encode(self, pixels: Pixels) -> Vectors:
         batch, layout = self._as_input(pixels)

@@ -210,6 +210,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
                 extra[f"{name}_self_test"] = f"{back.self_test_cosine:.7f}"
             extra[f"{name}_lanes"] = str(back.workers)
             extra[f"{name}_batch_size"] = str(loaded[name].image.batch_size)
+            extra[f"{name}_single_image_cores"] = str(back.single_image_cores)
             if tuning := loaded[name].tuning:
                 extra[f"{name}_images_per_s"] = f"{tuning.images_per_s:.1f}"
         if "bioclip" in loaded:

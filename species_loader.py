@@ -21,9 +21,10 @@ from engine import Answer, Engine, Job, Stage, Steps
 from errors import LabelError, SettingError
 from label_cache import TextVectors
 from labels import ENCODE_BATCH
+from model import Model
 from model_files import Vectors, encoder_of
 from species import RECIPE, Species
-from tasks import Model, Models
+from tasks import Models
 
 log = logging.getLogger("lumen.species_loader")
 

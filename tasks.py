@@ -9,125 +9,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-import backends
-import model_files
 import preprocess
-from engine import TENSOR_MIME, Answer, Engine, Job, Stage, Steps
+from engine import TENSOR_MIME, Answer, Engine, Stage, Steps
 from errors import BadInput, LabelError, NotReady
 from label_files import OperatorSet, OperatorSets, SceneSet
 from labels import LabelSet
-from model_files import Backend, Encode
+from model import Model
 from preprocess import Preprocess
 from settings import Settings
 from species import LABEL_FORMATS, RANKS, Ask, Species
-from tokenizer import true_length
 from tree_of_life import Progress
 
 TOPK_MAX = 1000  # labels of a classification; larger numbers are reduced to this
 CALLER_LABELS_MAX = 256  # labels in the meta `labels` of a request
-TEXTS_KEPT = 4096  # text vectors that are cached for each model, 2 to 3 KB each: clients repeat searches and labels
 MIN_SCORE = 0.35  # the default `min_score` of `rank=auto`, as in LrGeniusAI
 TAXA_MAX = 10_000  # names in `within`
 LABEL_COST = 4096  # bytes of a caller's label, in addition to its text: token ids and a vector
-# Tokens. Batches of shorter texts are larger, up to four times: small matrices are less efficient (ViT-B-32 with ONNX
-# Runtime, 7 tokens: 280 texts a second in batches of 8, 325 in batches of 32), and such a batch takes no longer than
-# one of texts with 28 tokens.
-SHORT_TEXT = 28
-BACKGROUND_BATCH = 4  # prompts; a search that arrives meanwhile waits for them
 TEXT_BYTES_MAX = 65_536  # bytes of a text. A tower reads only 77 tokens; this limits the time for cleaning.
-
-
-class Model:
-    """A backend with its queues.
-
-    Prompts are texts that are less urgent than a search. Prompts of a request wait among the images. Prompts of a label
-    set that is built in the background run after all requests.
-    """
-
-    def __init__(
-        self, backend: Backend, name: str, engine: Engine, batch_size: int, tuning: backends.Tuning | None = None
-    ) -> None:
-        self.backend, self.tuning = backend, tuning
-
-        def images(items: list[Any]) -> Sequence[Any]:
-            return rows_of(backend.encode_images(np.stack(items)), len(items))
-
-        def texts(items: list[Any]) -> Sequence[Any]:
-            return rows_of(backend.encode_text(np.stack(items)), len(items))
-
-        def rows_of(vectors: model_files.Vectors, count: int) -> Sequence[Any]:
-            if vectors.shape != (count, backend.dim):  # a fault of the runtime, which would mix up the answers
-                raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
-            return list(vectors)
-
-        def share(tokens: Any) -> float:
-            least = 0.25 if backend.open_length else 1.0
-            return min(max(true_length(tokens[None]) / SHORT_TEXT, least), 1.0)
-
-        images_at_once = tuning.batch_size if tuning else batch_size
-        self.image = engine.add(
-            Stage(
-                f"{name} image",
-                images,
-                images_at_once,
-                Stage.BULK,
-                backend.workers > 1,
-                tower=f"{name} image",
-                journaled=True,
-            )
-        )
-        tower = f"{name} text"
-        self.text = engine.add(Stage(tower, texts, batch_size, Stage.TEXT, share=share, tower=tower))
-        self.prompts = engine.add(Stage(f"{name} prompts", texts, batch_size, Stage.BULK, share=share, tower=tower))
-        self.background = engine.add(
-            Stage(f"{name} background prompts", texts, BACKGROUND_BATCH, Stage.BACKGROUND, tower=tower)
-        )
-        self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; only the engine's own thread uses it
-
-    def facts(self) -> dict[str, str]:
-        """The meta that every answer has."""
-        return {"model_id": self.backend.model_id, "space": self.backend.space}
-
-    def embed(self, tokens: Any, stage: Stage) -> Generator[Any, Any, list[Any]]:
-        """Step: the vectors of token rows, int64 `[n, context_length]`. Cached ones are not computed again."""
-        keys = [np.trim_zeros(row, "b").tobytes() for row in tokens]
-        found = {key: self._known[key] for key in keys if key in self._known}
-        missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
-        if missing:
-            rows = yield stage, list(missing.values())
-            # Copies: a row of a batch would keep the whole batch in memory.
-            found.update((key, np.array(row)) for key, row in zip(missing, rows, strict=True))
-        for key in keys:
-            self._known[key] = found[key]
-            self._known.move_to_end(key)
-        while len(self._known) > TEXTS_KEPT:
-            self._known.popitem(last=False)
-        return [found[key] for key in keys]
-
-    def encoder(self, engine: Engine) -> Encode:
-        """Returns a function that encodes prompts in the background while the daemon serves. It blocks its thread."""
-
-        def encode(texts: list[str]) -> model_files.Vectors:
-            tokens, rows = self.backend.tokenize(texts), []
-
-            def steps() -> Steps:
-                rows.extend((yield self.background, list(tokens)))  # not cached: they are needed once
-                return Answer("", b"", {})
-
-            job = Job("", "", 0)
-            job.steps = steps()
-            engine.submit(job)
-            job.answer.result()
-            return np.stack(rows)
-
-        return encode
 
 
 class Models:

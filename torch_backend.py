@@ -146,7 +146,9 @@ class TorchBackend:
             )
         else:
             self.tokenizer = lambda texts: tokenizer(list(texts)).numpy()
-        self.arrange(self.arrangements()[0])
+        # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
+        self.workers = self._cores if self._device.type == "cpu" else 1
+        self.single_image_cores = self._cores
         # Cutting at the end token is exact only for a causal tower that is pooled at that token.
         causal = type(model) is open_clip.CLIP and model.attn_mask is not None
         self.open_length = causal and model.text_pool_type == "argmax"
@@ -195,7 +197,16 @@ class TorchBackend:
         return tokens
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        self._use_cores(self._cores if self.workers == 1 else 1)
+        return self._encode_images(pixels, self._cores if self.workers == 1 else 1)
+
+    def encode_single(self, pixels: Pixels) -> Vectors:
+        return self._encode_images(pixels, self._cores)
+
+    def prepare_single(self) -> None:
+        """Does nothing: threads of torch share the weights."""
+
+    def _encode_images(self, pixels: Pixels, cores: int) -> Vectors:
+        self._use_cores(cores)
         with self._torch.inference_mode():
             x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
             return unit_rows(x.float().cpu().numpy())
@@ -207,13 +218,6 @@ class TorchBackend:
                 tokens = tokens[:, : true_length(tokens)]
             x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
             return unit_rows(x.float().cpu().numpy())
-
-    def arrangements(self) -> Sequence[str]:
-        # On a CPU "whole" is never faster: its threads spin while they wait, and decoding needs the cores.
-        return ("split",) if self._device.type == "cpu" and usable_cores() > 1 else ("whole",)
-
-    def arrange(self, arrangement: str) -> None:
-        self.workers = self._cores if arrangement == "split" else 1
 
     def unload_text(self) -> None:
         """Does nothing: both towers are one model here, and building it again would take long."""

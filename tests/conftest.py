@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import backends
 import export
 import labels
+import model
 import security
 import service
 import tasks
@@ -144,13 +145,14 @@ def watched(tiny_onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> 
     )
     daemon = service.Daemon(settings)
     backend = Watched(backends.create_backend(settings.clip))
-    backend.arrange(getattr(request, "param", "whole"))
+    if getattr(request, "param", "") != "workers":
+        backend._backend.workers = 1
     names = ["an animal", "a landscape"]
     vectors = labels.label_vectors(names, AS_IT_IS, lambda texts: backend.encode_text(backend.tokenize(texts)))
-    model = tasks.Model(backend, "clip", daemon.engine, 8)
+    served = model.Model(backend, "clip", daemon.engine, 8)
     sets = {"classes": labels.LabelSet(names, vectors, 100.0)}
     server, port = service.start_server(daemon, "127.0.0.1", 0)
-    daemon.serve(tasks.Models(daemon.engine, model, None, sets, 8))
+    daemon.serve(tasks.Models(daemon.engine, served, None, sets, 8))
     backend.daemon, backend.address = daemon, f"127.0.0.1:{port}"
     backend.batches.clear()
     backend.busy.clear()

@@ -383,6 +383,8 @@ class Watched:
             raise RuntimeError("a secret path /etc/lumen")
         return self._backend.encode_images(pixels)
 
+    encode_single = encode_images
+
     def encode_text(self, tokens: Any) -> Any:
         self._note("text", len(tokens))
         return self._backend.encode_text(tokens)
@@ -409,13 +411,13 @@ def one(stub: Any, task: str, payload: bytes, **meta: str) -> pb.InferResponse:
     return response
 
 
-def submitted(to: engine.Engine, stage: engine.Stage) -> engine.Job:
+def submitted(to: engine.Engine, stage: engine.Stage, job: engine.Job | None = None) -> engine.Job:
     """A request of one item, without a daemon; an engine that gives items back answers "1"."""
 
     def steps() -> engine.Steps:
         return engine.Answer("", str((yield stage, [1])[0]).encode(), {})
 
-    job = engine.Job("", "", 0)
+    job = job or engine.Job("", "", 0)
     job.steps = steps()
     to.submit(job)
     return job
@@ -430,7 +432,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:
 
 def queued(daemon: Any, name: str = "") -> int:
     """Items that wait for a batch, in all lines or in those whose name ends so."""
-    return sum(len(line.queue) for line in daemon.engine._lines if line.name.endswith(name))
+    return sum(len(stage.queue) for stage in daemon.engine._stages if stage.name.endswith(name))
 
 
 # --- pictures and text ---------------------------------------------------------------------------------------------

@@ -358,4 +358,4 @@ def test_the_doctor_tells_whether_a_gpu_is_used(
     setup = doctor.Setup(
         settings_of(**settings, bioclip_backend="none"), "", 0, doctor.Places(tmp_path), {"open_clip": run}
     )
-    assert list(doctor.gpu(visit)) == [expected]
+    assert list(doctor.gpu(setup)) == [expected]

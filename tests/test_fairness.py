@@ -35,7 +35,7 @@ def import_of(address: str, streams: int) -> Iterator[Any]:
 def queued_jobs(daemon: Any) -> list[str]:
     """Correlation ids of all that waits for a batch; [] if that changes while one looks."""
     with contextlib.suppress(RuntimeError):
-        queues = [line.queue._queued for line in daemon.engine._lines]
+        queues = [stage.queue._queued for stage in daemon.engine._stages]
         return [
             step.job.correlation_id
             for queue in queues

@@ -98,7 +98,7 @@ def test_fidelity_of_scaled_jpeg_decode(
 def test_int8_against_fp32(big: Path, tmp_path: Path) -> None:
     """Lost otherwise: what int8 gains and what it costs. Prints the figures of docs/performance.md.
 
-    Both run in turns on ready pixels, in each arrangement that the machine offers.
+    Both run in turns on ready pixels: batches on each core, then a single image on all cores.
     """
     fp32, int8 = opened(big / "onnx", tmp_path), opened(big / "int8", tmp_path)
     pixels = np.stack([pixels_of(encoded(picture, "PNG")) for picture in export.sample_pictures(20)])
@@ -108,16 +108,25 @@ def test_int8_against_fp32(big: Path, tmp_path: Path) -> None:
     for part, cosines in (("image", images), ("text", texts)):
         print(f"\n{part} cosine of int8 to fp32: mean {cosines.mean():.5f}, worst {cosines.min():.5f}", end="")
     print()
-    for arrangement in fp32.arrangements():
+    for backend in (fp32, int8):
+        backend.prepare_single()
+
+    def of_batches(backend: Any) -> float:
+        return float(4 * backend.workers / backends.seconds_of_a_batch(backend, 4))
+
+    def of_a_single_image(backend: Any) -> float:
+        started = time.perf_counter()
+        backend.encode_single(pixels[:1])
+        return 1 / (time.perf_counter() - started)
+
+    for kind, measure in (("batches", of_batches), ("a single image", of_a_single_image)):
         rates: tuple[list[float], list[float]] = [], []
-        for backend in (fp32, int8):
-            backend.arrange(arrangement)
         for _ in range(7):
             for backend, found in zip((fp32, int8), rates, strict=True):
-                found.append(4 * backend.workers / backends.seconds_of_a_batch(backend, 4))
+                found.append(measure(backend))
         ratio = statistics.median(small / full for full, small in zip(*rates, strict=True))
         full, small = (statistics.median(found) for found in rates)
-        print(f"{arrangement}: fp32 {full:.1f} images/s, int8 {small:.1f}: {ratio:.2f} times as fast")
+        print(f"{kind}: fp32 {full:.1f} images/s, int8 {small:.1f}: {ratio:.2f} times as fast")
     assert images.min() > 0.99965 and texts.min() > 0.9975  # the page says 0.9997 and 0.998
 
 

@@ -71,17 +71,18 @@ def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path,
     pixels = np.stack([pixels_of(encoded(picture(c))) for c in [*COLOURS.values(), *COLOURS.values()]][:7])
     torch = torch_backend.TorchBackend(ModelOptions("CLIP", "torch", str(tiny), tiny))
     for backend in (load(tiny_onnx), load(tiny_immich), torch):
-        found = []
-        for arrangement in backend.arrangements():
-            backend.arrange(arrangement)
-            with concurrent.futures.ThreadPoolExecutor(backend.workers) as workers:  # at once
-                found += list(workers.map(backend.encode_images, [pixels] * backend.workers))
+        with concurrent.futures.ThreadPoolExecutor(backend.workers) as workers:  # at once
+            found = list(workers.map(backend.encode_images, [pixels] * backend.workers))
+        found.append(np.concatenate([backend.encode_single(row[None]) for row in pixels]))
+        backend.prepare_single()
+        assert backend.single_image_cores == machine.usable_cores()
+        found.append(np.concatenate([backend.encode_single(row[None]) for row in pixels]))
         alone = np.concatenate([backend.encode_images(row[None]) for row in pixels])
         assert all(vectors.shape == (7, backend.dim) and np.allclose(vectors, alone, atol=1e-5) for vectors in found)
 
 
 @pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
-@pytest.mark.parametrize("watched", ["split"], indirect=True)
+@pytest.mark.parametrize("watched", ["workers"], indirect=True)
 def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> None:
     """Lost otherwise: a search that stutters whenever a phone uploads; and the core that waits for the others."""
     backend, stub = watched
@@ -105,6 +106,48 @@ def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> Non
     assert [bool(answer.result) for answer in answers] == [i != 20 for i in range(40)]
     assert max(count for kind, count in backend.batches if kind == "image") == 8
     wait_until(lambda: backend.daemon.engine.busy_since is None)
+
+
+def test_a_single_picture_runs_on_all_cores_and_others_on_a_core_each() -> None:
+    """Lost otherwise: half the speed of an app that sends one picture at a time, or an import that waits for it."""
+    runs: list[tuple[str, int]] = []
+    gate = threading.Event()
+
+    def on_a_core(items: list[Any]) -> list[Any]:
+        runs.append(("core", len(items)))
+        return items
+
+    def on_all_cores(items: list[Any]) -> list[Any]:
+        runs.append(("all", len(items)))
+        assert gate.wait(LIMIT_S)
+        return items
+
+    made = engine.Engine(workers=2)
+    stage = engine.Stage("image", on_a_core, 8, engine.Stage.BULK, spread=True, run_single=on_all_cores)
+    made.add(stage)
+    made.start()
+
+    def ask() -> engine.Job:
+        job = engine.Job("", "", 0)
+        made.expect(job)
+        return submitted(made, stage, job)
+
+    first = ask()
+    wait_until(lambda: runs == [("all", 1)])
+    others = [ask() for _ in range(3)]
+    assert all(job.answer.result(LIMIT_S) for job in others) and not first.answer.done()
+    gate.set()
+    first.answer.result(LIMIT_S)
+    assert runs[0] == ("all", 1) and sum(count for kind, count in runs if kind == "core") == 3
+    runs.clear()
+    decoding = engine.Job("", "", 0)
+    made.expect(decoding)  # another request is being decoded
+    ask().answer.result(LIMIT_S)
+    decoding.answer.cancel()
+    wait_until(lambda: made._expected == 0)
+    ask().answer.result(LIMIT_S)
+    assert runs == [("core", 1), ("all", 1)]
+    made.stop()
 
 
 def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
@@ -219,21 +262,27 @@ def test_the_engine_tells_of_a_step_that_hangs_as_of_a_batch() -> None:
     made.stop()
 
 
+def at_once() -> None:
+    """The pause of a machine without requests."""
+
+
 def test_a_machine_is_tuned_once_for_a_model_and_its_versions(
     tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: seconds at every start, or a batch that was right for another machine."""
     backend = load(tiny_onnx)
-    first = backends.tuned(backend, 4, tmp_path)
-    assert 1 <= first.batch_size <= 4 and first.images_per_s > 0 and first.arrangement in backend.arrangements()
-    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda *_: pytest.fail("tried again"))
-    assert backends.tuned(backend, 4, tmp_path) == first
+    assert backends.kept_tuning(backend, 4, tmp_path) is None
+    pauses: list[bool] = []
+    first = backends.tune(backend, 4, tmp_path, lambda: pauses.append(True))
+    assert 1 <= first.batch_size <= 4 and first.images_per_s > 0 and len(pauses) >= 2
+    assert backends.kept_tuning(backend, 4, tmp_path) == first
+    assert backends.kept_tuning(backend, 2, tmp_path) is None
     monkeypatch.setattr(backends, "_versions", lambda: ["onnxruntime 99"])
+    assert backends.kept_tuning(backend, 4, tmp_path) is None
     monkeypatch.setattr(backends, "seconds_of_a_batch", lambda _, size: {1: 0.1, 2: 0.12}[size])
-    assert backends.tuned(backend, 2, tmp_path).batch_size == 2
+    assert backends.tune(backend, 2, tmp_path, at_once).batch_size == 2
     (tmp_path / "tuning.json").write_text("{")
-    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda _, size: {1: 0.1, 2: 0.3}[size])
-    assert backends.tuned(backend, 2, tmp_path).batch_size == 1
+    assert backends.kept_tuning(backend, 2, tmp_path) is None
 
 
 def test_a_new_gpu_precision_or_runtime_is_tuned_anew(
@@ -242,24 +291,20 @@ def test_a_new_gpu_precision_or_runtime_is_tuned_anew(
     """Lost otherwise: the speed of a faster card, for which the batch of the previous one is kept for good."""
     backend = load(tiny_onnx)
     installed = {"onnxruntime": "1.32.0"}
-    tried: list[int] = []
 
     def version(name: str) -> str:
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    def measured(_: Any, size: int) -> float:
-        tried.append(size)
-        return 0.1
-
     def tuned_anew() -> bool:
-        tried.clear()
-        backends.tuned(backend, 2, tmp_path)
-        return bool(tried)
+        if backends.kept_tuning(backend, 2, tmp_path):
+            return False
+        backends.tune(backend, 2, tmp_path, at_once)
+        return True
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(backends, "seconds_of_a_batch", measured)
+    monkeypatch.setattr(backends, "seconds_of_a_batch", lambda *_: 0.1)
     assert tuned_anew() and not tuned_anew()
     for name, value in (
         ("accelerator", "NVIDIA GeForce GTX 1060"),
@@ -306,9 +351,9 @@ def test_a_tuning_holds_whatever_the_machine_did_for_a_moment(
         return left[size].pop(0) if len(left[size]) > 1 else left[size][0]
 
     monkeypatch.setattr(backends, "usable_cores", lambda: 2)  # or other sizes are tried as well
-    monkeypatch.setattr(backend, "arrangements", lambda: ("whole",))
+    monkeypatch.setattr(backend, "workers", 1)
     monkeypatch.setattr(backends, "seconds_of_a_batch", measured)
-    assert backends._try_out(backend, 4).batch_size == size
+    assert backends._try_out(backend, 4, at_once).batch_size == size
 
 
 def test_a_slow_board_is_not_kept_at_its_tuning(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,9 +365,9 @@ def test_a_slow_board_is_not_kept_at_its_tuning(tiny_onnx: Path, monkeypatch: py
         tried.append(size)
         return 5.0
 
-    monkeypatch.setattr(backend, "arrangements", lambda: ("whole",))
+    monkeypatch.setattr(backend, "workers", 1)
     monkeypatch.setattr(backends, "seconds_of_a_batch", measured)
-    assert backends._try_out(backend, 4).batch_size == 1 and tried == [1, 1]
+    assert backends._try_out(backend, 4, at_once).batch_size == 1 and tried == [1, 1]
 
 
 def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -331,8 +376,10 @@ def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path:
     settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "LUMEN_TUNE": "1"}
     node = Node(data, **settings).ready()
     try:
+        wait_until(lambda: "clip_images_per_s" in node.stub.GetCapabilities(Empty()).extra, 60)
         extra = node.stub.GetCapabilities(Empty()).extra
         assert float(extra["clip_images_per_s"]) > 0 and 1 <= int(extra["clip_batch_size"]) <= 8
+        assert int(extra["clip_single_image_cores"]) == machine.usable_cores()
         assert (data / "clip" / "onnxrt" / "tiny" / "tuning.json").is_file()
     finally:
         assert node.stop() == 0
@@ -361,6 +408,8 @@ def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Pat
     ]
     assert all(row["per_s"] > 0 and row["cores_per_s"] > 0 and row["memory_mb"] > 50 for row in content["rows"])
     assert all(row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in content["rows"])
+    assert [(row["case"], row["clients"]) for row in content["few"]] == [("640 px JPEG", n) for n in (1, 2, 4, 8)]
+    assert all(row["per_s"] > 0 and row["ways_per_s"] > 0 for row in content["few"])
     assert content["rows"][0]["model_per_s"] > 0 and "Health during all cases: p99" in said
     assert Image.open(tmp_path / "b.png").size[0] == 1000
     assert re.search(

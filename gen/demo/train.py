@@ -560,7 +560,7 @@ def to_species(backend: model_files.Backend, images: Any) -> list[bool]:
     texts = table.choices.texts()
     vectors = labels.label_vectors(texts, label_files.PROMPTS, lambda part: backend.encode_text(backend.tokenize(part)))
     found = label_files.SceneSet(table, vectors, backend.logit_scale)
-    return [found.settle(found.top(row, len(found))) is None for row in found.probabilities(images)]
+    return [found.resolve(found.top(row, len(found))) is None for row in found.probabilities(images)]
 
 
 def _ways(asked: list[bool], shown: list[Emoji], of_name: dict[str, str]) -> str:

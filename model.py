@@ -1,0 +1,137 @@
+"""A model that serves: its backend, its stages in the engine, its cache of texts, and its adaptation to the machine."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import backends
+import machine
+from engine import Answer, Engine, Job, Stage, Steps
+from model_files import Backend, Encode, Vectors
+from tokenizer import true_length
+
+TEXTS_KEPT = 4096  # text vectors that are cached for each model, 2 to 3 KB each: clients repeat searches and labels
+# Tokens. Batches of shorter texts are larger, up to four times: small matrices are less efficient (ViT-B-32 with ONNX
+# Runtime, 7 tokens: 280 texts a second in batches of 8, 325 in batches of 32), and such a batch takes no longer than
+# one of texts with 28 tokens.
+SHORT_TEXT = 28
+FIRST_BATCH = 4  # images in a batch until the tuning has found a better size
+BACKGROUND_BATCH = 4  # prompts; a search that arrives meanwhile waits for them
+
+
+class Model:
+    """A backend with its queues.
+
+    Prompts are texts that are less urgent than a search. Prompts of a request wait among the images. Prompts of a label
+    set that is built in the background run after all requests.
+    """
+
+    def __init__(self, backend: Backend, name: str, engine: Engine, batch_size: int) -> None:
+        self.backend = backend
+        self.tuning: backends.Tuning | None = None  # see `adapt`
+
+        def images(items: list[Any]) -> Sequence[Any]:
+            return rows_of(backend.encode_images(np.stack(items)), len(items))
+
+        def single_image(items: list[Any]) -> Sequence[Any]:
+            return rows_of(backend.encode_single(np.stack(items)), len(items))
+
+        def texts(items: list[Any]) -> Sequence[Any]:
+            return rows_of(backend.encode_text(np.stack(items)), len(items))
+
+        def rows_of(vectors: Vectors, count: int) -> Sequence[Any]:
+            if vectors.shape != (count, backend.dim):  # a fault of the runtime, which would mix up the answers
+                raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
+            return list(vectors)
+
+        def share(tokens: Any) -> float:
+            least = 0.25 if backend.open_length else 1.0
+            return min(max(true_length(tokens[None]) / SHORT_TEXT, least), 1.0)
+
+        self.image = engine.add(
+            Stage(
+                f"{name} image",
+                images,
+                batch_size,
+                Stage.BULK,
+                backend.workers > 1,
+                tower=f"{name} image",
+                journaled=True,
+                run_single=single_image,
+            )
+        )
+        tower = f"{name} text"
+        self.text = engine.add(Stage(tower, texts, batch_size, Stage.TEXT, share=share, tower=tower))
+        self.prompts = engine.add(Stage(f"{name} prompts", texts, batch_size, Stage.BULK, share=share, tower=tower))
+        self.background = engine.add(
+            Stage(f"{name} background prompts", texts, BACKGROUND_BATCH, Stage.BACKGROUND, tower=tower)
+        )
+        self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; only the engine's own thread uses it
+
+    def adapt(self, folder: Path | None, engine: Engine) -> None:
+        """Adapts the model to this machine in the background, in moments without requests.
+
+        `folder` keeps the tuning; without one, the batch size stays.
+        """
+        most = self.image.batch_size
+
+        def use(tuning: backends.Tuning) -> None:
+            self.tuning, self.image.batch_size = tuning, tuning.batch_size
+
+        def measure() -> None:
+            machine.lower_thread_priority(5)  # as the workers' is; the threads of a session inherit it
+            engine.wait_for_a_pause()
+            self.backend.prepare_single()
+            if folder and not self.tuning:
+                use(backends.tune(self.backend, most, folder, engine.wait_for_a_pause))
+
+        if folder:
+            if kept := backends.kept_tuning(self.backend, most, folder):
+                use(kept)
+            else:
+                self.image.batch_size = min(most, FIRST_BATCH)
+        threading.Thread(target=measure, name="adapt", daemon=True).start()
+
+    def facts(self) -> dict[str, str]:
+        """The meta that every answer has."""
+        return {"model_id": self.backend.model_id, "space": self.backend.space}
+
+    def embed(self, tokens: Any, stage: Stage) -> Generator[Any, Any, list[Any]]:
+        """Step: the vectors of token rows, int64 `[n, context_length]`. Cached ones are not computed again."""
+        keys = [np.trim_zeros(row, "b").tobytes() for row in tokens]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {key: row for key, row in zip(keys, tokens, strict=True) if key not in found}
+        if missing:
+            rows = yield stage, list(missing.values())
+            # Copies: a row of a batch would keep the whole batch in memory.
+            found.update((key, np.array(row)) for key, row in zip(missing, rows, strict=True))
+        for key in keys:
+            self._known[key] = found[key]
+            self._known.move_to_end(key)
+        while len(self._known) > TEXTS_KEPT:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def encoder(self, engine: Engine) -> Encode:
+        """Returns a function that encodes prompts in the background while the daemon serves. It blocks its thread."""
+
+        def encode(texts: list[str]) -> Vectors:
+            tokens, rows = self.backend.tokenize(texts), []
+
+            def steps() -> Steps:
+                rows.extend((yield self.background, list(tokens)))  # not cached: they are needed once
+                return Answer("", b"", {})
+
+            job = Job("", "", 0)
+            job.steps = steps()
+            engine.submit(job)
+            job.answer.result()
+            return np.stack(rows)
+
+        return encode
