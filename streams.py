@@ -29,7 +29,9 @@ from tasks import Models, Request
 
 log = logging.getLogger("lumen.streams")
 
-WINDOW = 32  # maximum requests in progress per stream; beyond it the server stops reading (backpressure)
+# Maximum requests in progress per stream, or two batches for each worker if that is more. Beyond it the server stops
+# reading (backpressure).
+WINDOW = 32
 # Time limits in seconds. The daemon ends a stream that exceeds one of the first six.
 CHUNK_IDLE_S = 30  # time without the next chunk of an incomplete request
 STREAM_IDLE_S = 300  # time without a request in progress
@@ -67,7 +69,7 @@ class Stream:
         self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_progress: set[Job] = set()
-        self._window = threading.Semaphore(WINDOW)
+        self._window = threading.Semaphore(max(WINDOW, 2 * models.images_at_once()))
         self._assembler = Assembler(intake.request_bytes_max)
         self._queueing = threading.Lock()  # guards the order of `_jobs`
         self._closed = False  # `_jobs` contains a Closing

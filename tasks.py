@@ -101,6 +101,11 @@ class Models:
         assert model is not None
         return model
 
+    def images_at_once(self) -> int:
+        """Images in the batches that run at the same time."""
+        models = (model for model in (self.clip, self.bioclip) if model)
+        return max((model.image.batch_size * model.backend.workers for model in models), default=1)
+
     def offered(self) -> list[Task]:
         """The tasks that are available now."""
         there = [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
