@@ -24,6 +24,7 @@ import backends
 import bench_load
 import engine
 import machine
+import onnx_backend
 import torch_backend
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -79,6 +80,22 @@ def test_a_picture_has_one_vector_however_it_is_run(tiny: Path, tiny_onnx: Path,
         found.append(np.concatenate([backend.encode_single(row[None]) for row in pixels]))
         alone = np.concatenate([backend.encode_images(row[None]) for row in pixels])
         assert all(vectors.shape == (7, backend.dim) and np.allclose(vectors, alone, atol=1e-5) for vectors in found)
+
+
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
+def test_a_board_with_little_memory_keeps_one_session(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost otherwise: the memory of a small board, for a single picture that would be faster."""
+    backend = load(tiny_onnx)
+    size = (tiny_onnx / "visual" / "model.onnx").stat().st_size
+    monkeypatch.setattr(onnx_backend, "memory", lambda: (11 * size, 0))
+    with caplog.at_level("INFO", "lumen"):
+        backend.prepare_single()
+    assert backend.single_image_cores == 1 and "a single picture runs on one core: " in caplog.text
+    monkeypatch.setattr(onnx_backend, "memory", lambda: (13 * size, 0))
+    backend.prepare_single()
+    assert backend.single_image_cores == machine.usable_cores()
 
 
 @pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
@@ -380,6 +397,7 @@ def test_the_capability_says_how_fast_this_machine_is(tiny_onnx: Path, tmp_path:
         extra = node.stub.GetCapabilities(Empty()).extra
         assert float(extra["clip_images_per_s"]) > 0 and 1 <= int(extra["clip_batch_size"]) <= 8
         assert int(extra["clip_single_image_cores"]) == machine.usable_cores()
+        assert node.log.index("ready: ") < node.log.index("images a second")  # nobody waits for the tuning
         assert (data / "clip" / "onnxrt" / "tiny" / "tuning.json").is_file()
     finally:
         assert node.stop() == 0
