@@ -19,6 +19,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -47,7 +48,7 @@ from label_files import PROMPTS, Maker, OperatorSets, SceneSet, read_scenes
 from labels import LabelSet
 from machine import clock
 from model import Model
-from model_files import Backend, Encode, Say, encoder_of
+from model_files import Encode, Say, encoder_of, quiet
 from service import Daemon, start_server
 from settings import VERSION, Settings, demo_environment
 from species import Species
@@ -56,17 +57,22 @@ from tasks import Models
 
 log = logging.getLogger("lumen")
 
-DRAIN_S = 20  # for requests in work when the daemon is told to stop
-LINGER_S = 0.2  # between the last message and the end, which closes the connections without waiting for their peers
-TRAFFIC_LOG_S = 60  # between two lines that say what went through
-PROGRESS_LOG_S = 30  # between two lines that say how far a start is, where no bar does
-SILENCE_S = 300  # that systemd bears of a start before it takes it for hung; it hears of every bit of progress
+DRAIN_S = 20  # seconds that requests in progress have after the daemon is told to stop
+LINGER_S = 0.2  # seconds between the last message and the end of the process, which closes the connections at once
+TRAFFIC_LOG_S = 60  # seconds between two log lines about the traffic
+PROGRESS_LOG_S = 30  # seconds between two log lines about the progress of a start, if there is no terminal
+SILENCE_S = 300  # seconds without progress after which systemd stops a start
+# Labels of `clip_classify` for which the first start computes all prompts before it serves. For more labels it computes
+# one prompt each, and the rest in the background: 7,000 prompts take 28 s on two cores, and minutes on a board.
+FEW_LABELS = 256
+FIRST_PROMPTS = "first-prompts"  # folder of the vectors that are used until then
+OLD_CLASSES = "clip/*_imagenet_vectors.npz"  # caches of the first version, below the data folder
 SEMANTIC_NOTICE = (
     "Photo apps route these tasks by name alone: no other node on this network should offer them with another model, "
     "or vectors of two models end up in one index."
 )
-MEMORY_LOOK_S = 0.25  # a network of 1 Gbit/s brings 30 MB in the meantime
-MEMORY_FLOOR = 64 << 20  # bytes, or a twenty-fifth of what there is: less than that is too little
+MEMORY_LOOK_S = 0.25  # seconds; a network of 1 Gbit/s brings 30 MB in this time
+MEMORY_FLOOR = 64 << 20  # bytes that must stay available, or a twenty-fifth of all memory if that is more
 
 
 Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
@@ -256,6 +262,7 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
     sets: dict[str, LabelSet | Species] = {}
     operator_sets = None
+    complete: Callable[[], LabelSet] | None = None
     scenes = read_scenes(settings.lumen_scenes)  # before anything that takes long
     notices: list[str] = []
     for name, options in settings.models().items():
@@ -274,7 +281,7 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
             log.warning("%s: %s", backend.model_id, backend.notice)
         if name == "clip":
             encode = encoder_of(backend)
-            sets["classes"] = _classes(backend, encode, folder, settings, say)
+            sets["classes"], complete = _classes(model, engine, folder, settings, say)
             if "bioclip" in settings.models():
                 vectors = labels.label_vectors(scenes.choices.texts(), PROMPTS, encode)
                 sets["scenes"] = SceneSet(scenes, vectors, backend.logit_scale)
@@ -296,25 +303,54 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
     models = Models(
         engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, operator_sets, settings.lumen_semantic
     )
+    if complete:
+        threading.Thread(target=_complete_classes, args=(models, complete), name="labels", daemon=True).start()
     return models, loader
 
 
-def _classes(backend: Backend, encode: Encode, folder: Path, settings: Settings, say: Say) -> LabelSet:
-    """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime."""
-    own = settings.clip.labels
+def _classes(
+    model: Model, engine: Engine, folder: Path, settings: Settings, say: Say
+) -> tuple[LabelSet, Callable[[], LabelSet] | None]:
+    """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime.
+
+    The first start computes one prompt for each label, if there are many. The function computes them all in the
+    background, while the daemon serves.
+    """
+    own, backend = settings.clip.labels, model.backend
     names = labels.class_names(settings.lumen_data_dir, own, say)
-    recipe = (labels.names_recipe if own else labels.imagenet_recipe)(settings.clip_templates)
+    recipe_of = labels.names_recipe if own else labels.imagenet_recipe
+    recipe, older = recipe_of(settings.clip_templates), sorted(settings.lumen_data_dir.glob(OLD_CLASSES))
     say(f"text vectors of {len(names)} labels for {backend.model_id}")
-    found = label_cache.cached_vectors(
-        folder,
-        names,
-        recipe,
-        encode,
-        label_cache.CacheKey.of(names, recipe, backend.model_id, backend.dim),
-        sorted((settings.lumen_data_dir / "clip").glob("*_imagenet_vectors.npz")),
-        lambda done, total: say(f"computing text vectors for {backend.model_id}: {done} of {total} labels"),
-    )
-    return LabelSet(names, found.vecs, backend.logit_scale)
+
+    def computed(recipe: labels.Recipe, encode: Encode, folder: Path, say: Say) -> LabelSet:
+        key = label_cache.CacheKey.of(names, recipe, backend.model_id, backend.dim)
+
+        def progress(done: int, total: int) -> None:
+            say(f"computing text vectors for {backend.model_id}: {done} of {total} labels")
+
+        found = label_cache.cached_vectors(folder, names, recipe, encode, key, older, progress)
+        return LabelSet(names, found.vecs, backend.logit_scale)
+
+    def complete() -> LabelSet:
+        found = computed(recipe, model.encoder(engine), folder, quiet)
+        shutil.rmtree(folder / FIRST_PROMPTS, ignore_errors=True)
+        return found
+
+    encode = encoder_of(backend)
+    if settings.clip_templates == 1 or len(names) <= FEW_LABELS or older or (folder / label_cache.FILE).exists():
+        return computed(recipe, encode, folder, say), None
+    return computed(recipe_of(1), encode, folder / FIRST_PROMPTS, say), complete
+
+
+def _complete_classes(models: Models, complete: Callable[[], LabelSet]) -> None:
+    """Replaces the labels of the first start."""
+    began = time.monotonic()
+    try:
+        models.replace_classes(complete())
+    except Exception:
+        log.exception("the labels of clip_classify keep one prompt each")
+    else:
+        log.info("the labels of clip_classify have all their prompts, after %.0f s", time.monotonic() - began)
 
 
 def _report(error: BaseException) -> None:

@@ -58,6 +58,10 @@ class Models:
         if isinstance(species := sets.get("species"), Species):
             self.species = species
 
+    def replace_classes(self, classes: LabelSet) -> None:
+        """Replaces the labels of `clip_classify` while the daemon serves."""
+        self._stages["classes"] = self._stage("classes", classes)
+
     def add_species(self, species: Species) -> None:
         """Adds species while the daemon serves."""
         self._stages["species"] = self._stage("species", species)

@@ -20,9 +20,12 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import labels
+import lumen_clip
 import machine
 from errors import SettingError
 from gen import ml_service_pb2 as pb
+from model_files import encoder_of
 from settings import ModelOptions, Settings
 from tests.hub import IMMICH_REPO, FakeHub, folder_content
 from tests.kit import (
@@ -35,8 +38,10 @@ from tests.kit import (
     Node,
     encoded,
     in_chunks,
+    load,
     one_model,
     picture,
+    pixels_of,
     wait_until,
     write_labels,
 )
@@ -162,6 +167,34 @@ def test_torch_weights_come_from_the_hub_once(tmp_path: Path, hub: FakeHub, tiny
             [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         assert run.stdout.strip() == "org/tiny", run.stderr
+
+
+def test_a_first_start_serves_before_all_prompts_of_many_labels_are_computed(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Lost otherwise: minutes of a board's first start, or the accuracy of all prompts afterwards."""
+    names = [f"thing {i}" for i in range(lumen_clip.FEW_LABELS + 50)]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    settings = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": tiny_onnx, "BIOCLIP_BACKEND": "none", "CLIP_TEMPLATES": "7"}
+    settings["CLIP_LABELS"] = str(tmp_path / "names.json")
+    folder, photo = tmp_path / "clip" / "onnxrt" / "tiny", encoded(picture(RED))
+    vectors = labels.label_vectors(names, labels.names_recipe(7), encoder_of(load(tiny_onnx)))
+    expected = labels.LabelSet(names, vectors, load(tiny_onnx).logit_scale)
+    [row] = expected.probabilities(load(tiny_onnx).encode_images(pixels_of(photo)[None]))
+    node = Node(tmp_path, **settings).ready()
+    try:
+        assert len(node.result("clip_classify", photo)["labels"]) == 5
+        node.wait_for("the labels of clip_classify have all their prompts")
+        assert node.log.index("ready: ") < node.log.index("have all their prompts")
+        found = node.result("clip_classify", photo)["labels"]
+        assert [label["label"] for label in found] == [name for name, _ in expected.top(row, 5)]
+        assert not (folder / lumen_clip.FIRST_PROMPTS).exists()
+    finally:
+        assert node.stop() == 0
+    node = Node(tmp_path, **settings).ready()
+    try:
+        assert node.result("clip_classify", photo)["labels"] == found
+    finally:
+        assert node.stop() == 0
+    assert "all their prompts" not in node.log
 
 
 @pytest.mark.parametrize(
