@@ -12,6 +12,7 @@ client in another project, copy this file, `client_files.py` and `gen/`. It need
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import logging
@@ -28,6 +29,9 @@ from typing import Any, NoReturn
 
 if __name__ == "__main__":  # gRPC reads this at import; its log must not appear beside the client's messages
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if importlib.util.find_spec("grpc") is None:  # usually another Python than intended
+        print(f"client.py: grpcio is not installed for {sys.executable}; run .venv/bin/python", file=sys.stderr)
+        sys.exit(2)
 
 import grpc
 from google.protobuf import empty_pb2
@@ -87,7 +91,7 @@ class LumenClient:
     """A connection to one daemon. It can be used from several threads. The default port is 50051.
 
     `timeout`: seconds for each call except `infer_many`, which has no limit. Raises UsageError, a ValueError, for an
-    invalid address.
+    invalid address, and for a token that would be sent unencrypted.
     """
 
     def __init__(
@@ -103,8 +107,9 @@ class LumenClient:
         if given.name:
             options.append(("grpc.ssl_target_name_override", given.name))
         self.address, self.timeout = files.full_address(address), timeout
-        self._metadata = (("authorization", f"Bearer {given.token}"),) if given.token else ()
-        if given.tls:
+        given.check(self.address)
+        self._metadata = (("authorization", f"Bearer {given.token.strip()}"),) if given.token else ()
+        if given.uses_tls:
             tls = grpc.ssl_channel_credentials(given.ca, given.key, given.certificate)
             self._channel = grpc.secure_channel(self.address, tls, options)
         else:

@@ -38,6 +38,7 @@ OPTION_TASKS = {  # options that not all tasks take
     "out": (*IMAGE_TASKS, *TEXT_TASKS),
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
+RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species", "auto")
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")  # of pictures that only some daemons read
 HEIC_MIMES = {"image/heic", "image/heif"}
 NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
@@ -66,8 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--topk", metavar="K")
     parser.add_argument("--labels", metavar="A,B,...", help="your own labels for clip_classify; @FILE: one a line")
     parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon, for clip_classify")
-    parser.add_argument("--label-format", metavar="F", help="species as lineage, scientific or common")
-    parser.add_argument("--rank", metavar="R", help="rank of species: kingdom to species, or auto")
+    formats = ("lineage", "scientific", "common")
+    parser.add_argument("--label-format", choices=formats, metavar="F", help="species as lineage, scientific or common")
+    parser.add_argument("--rank", choices=RANKS, metavar="R", help="rank of species: kingdom to species, or auto")
     parser.add_argument("--within", metavar="A,B,...", help="consider these taxa only; @FILE: one a line")
     parser.add_argument("--min-score", metavar="P", help="leave out labels below this score")
     parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
@@ -156,18 +158,29 @@ class Credentials:
     name: str = ""  # the name in the daemon's certificate, if it differs from the address
     token: str = ""
 
+    @property
+    def uses_tls(self) -> bool:
+        return bool(self.tls or self.ca or self.certificate or self.name)
+
+    def check(self, address: str) -> None:
+        """Raises UsageError if the token would be sent to another machine without TLS, or cannot be sent at all."""
+        host = address.rpartition(":")[0].strip("[]")
+        if self.token and not (self.uses_tls or host in ("localhost", "::1") or host.startswith("127.")):
+            raise UsageError(f"--token-file: without --tls the token would be sent unencrypted to {address}")
+        if not re.fullmatch("[!-~]*", self.token.strip()):
+            raise UsageError("--token-file: allowed: printable ASCII characters without spaces")
+
 
 def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> Credentials:
     """Raises UsageError, or OSError if a file cannot be read."""
     if bool(options.cert) != bool(options.key):
         raise UsageError("--cert and --key: only one of them is given; allowed: both")
     token = read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
-    for address in addresses if token and not options.tls else ():
-        host = address.rpartition(":")[0].strip("[]")
-        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
-            raise UsageError(f"--token-file: without --tls the token would be sent unencrypted to {address}")
     ca, certificate, key = (path.read_bytes() if path else None for path in (options.ca, options.cert, options.key))
-    return Credentials(options.tls, ca, certificate, key, options.server_name, token)
+    credentials = Credentials(options.tls, ca, certificate, key, options.server_name, token)
+    for address in addresses:
+        credentials.check(address)
+    return credentials
 
 
 def explain(code: str, details: str, address: str, given: Credentials) -> str:
@@ -362,8 +375,8 @@ def progress(items: Iterable[Any], total: int) -> Iterable[Any]:
 
 
 def row_of(name: str, data: Mapping[str, Any], meta: Mapping[str, str]) -> dict[str, Any]:
-    """The output row of an answer: its data, and the entries `space` and `none_score` of its meta."""
-    row = {"input": name, **data}
+    """The output row of an answer: its data, and what its meta says about it."""
+    row = {"input": name, **data} | {key: meta[key] for key in ("rank", "within_unknown") if key in meta}
     if "vector" in data:
         row["space"] = meta.get("space", "")
     if "labels" in data and "none_score" in meta:

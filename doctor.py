@@ -7,6 +7,7 @@ into this process, because on an old processor the import can end it.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -398,22 +399,19 @@ def scenes(setup: Setup) -> Iterator[Finding]:
 
 def classes(setup: Setup) -> Iterator[Finding]:
     settings, own = setup.settings, setup.settings.clip.labels
-    if "clip" not in settings.models():
-        yield NOTE, "none: CLIP is not served"
-    elif own:
+    served = "clip" in settings.models()
+    if served and own:
         yield FINE, f"{own}: {len(labels.class_names(settings.lumen_data_dir, own, quiet))} names"
     else:
-        yield NOTE, "ImageNet-1k"
+        yield NOTE, "ImageNet-1k" if served else "none: CLIP is not served"
 
 
 def species(setup: Setup) -> Iterator[Finding]:
-    source = setup.settings.bioclip.labels
-    if "bioclip" not in setup.settings.models():
-        yield NOTE, "none: BioCLIP is not served"
-    elif (count := tree_of_life.count_own(source)) is None:
-        yield NOTE, source or "chosen at the start"
-    else:
+    source, served = setup.settings.bioclip.labels, "bioclip" in setup.settings.models()
+    if served and (count := tree_of_life.count_own(source)) is not None:
         yield FINE, f"{source}: {count:,} species"
+    else:
+        yield NOTE, source or "chosen at the start" if served else "none: BioCLIP is not served"
 
 
 def tls(setup: Setup) -> Iterator[Finding]:
@@ -437,7 +435,8 @@ def ports(setup: Setup) -> Iterator[Finding]:
                 probe.bind((setup.host, number))
             except OSError as error:
                 text = f"{setup.host} port {number}: {error.strerror or error}"
-                yield FAILURE, f"{text}; stop what uses it, or set {option}"
+                taken = f"stop what uses it, or set {option}"
+                yield FAILURE, f"{text}; {taken if error.errno == errno.EADDRINUSE else 'set --host'}"
             else:
                 yield FINE, f"{setup.host} port {number} is free"
 
@@ -479,15 +478,17 @@ CHECKS: tuple[tuple[str, Callable[[Setup], Iterator[Finding]]], ...] = (
 
 
 def read_settings(environment: Mapping[str, str]) -> tuple[Settings, list[Line]]:
-    """The settings, or the defaults if one is not allowed, and what there is to say about them."""
+    """The settings, with the default for each that is not allowed, and what there is to say about them."""
     lines: list[Line] = []
+    valid = dict(environment)
     with _warnings_in(lines, "settings"):
-        try:
-            settings = Settings.from_environment(environment)
-        except SettingError as error:
-            lines.append(("settings", FAILURE, f"{error}; the other checks use the defaults"))
-            settings = Settings.from_environment({})
-    return settings, lines
+        while True:
+            try:
+                return Settings.from_environment(valid), lines
+            except SettingError as error:
+                lines.append(("settings", FAILURE, f"{error}; the other checks use the default"))
+                if valid.pop(str(error).partition("=")[0], None) is None:  # the error names no variable that is set
+                    valid = {}
 
 
 def examine(setup: Setup) -> list[Line]:

@@ -57,7 +57,7 @@ class Journal:
             self._open()
         except (OSError, ValueError) as error:
             faulthandler.enable()
-            text = "no crash journal in %s (%s): a payload that crashes the daemon may crash it again"
+            text = "no crash journal in %s (%s): a payload that crashes the daemon is not recorded"
             log.warning(text, folder, error)
 
     def _open(self) -> None:
@@ -116,12 +116,12 @@ class Journal:
         for digest in digests:
             self._suspects[digest] += self.STRIKES_TO_REJECT if certain else 1
         if report:
-            log.error("Previous process crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
+            log.error("the previous process crashed: %s", " / ".join(report.split("\n\n")[0].split("\n")[:2]))
             log.debug("%s", report)
         if digests:
             self._save()
             rejected = [digest for digest in digests if self._suspects[digest] >= self.STRIKES_TO_REJECT]
-            text = "Previous process exited while processing %d payloads. Rejecting: %s"
+            text = "the previous process ended during the processing of %d payloads; rejected from now on: %s"
             log.error(text, len(digests), ", ".join(f"sha-256 {digest[:16]}..." for digest in rejected) or "none")
 
     @staticmethod

@@ -1,11 +1,11 @@
 """The operator's label sets, `labels/NAME.txt` and `NAME.json`, and the scenes of `smart_classify`.
 
-A separate thread reads new and changed files. The engine encodes their prompts in the background. Until a set is ready,
-or if its file is invalid, the previous version is used. The table of sets is replaced as a whole, so requests read it
-without a lock.
+A separate thread reads new and changed files. The engine encodes their prompts in the background. Until the new version
+of a set is ready, or if it is invalid, the previous version is used. The table of sets is replaced as a whole, so
+requests read it without a lock.
 
-A table of scenes lists what `smart_classify` distinguishes, and which scenes go to BioCLIP. It is SCENES, or a file of
-the same form.
+Scenes are the classes between which `smart_classify` chooses. Their table says which of them go to BioCLIP. It is
+SCENES, or a file of the same form.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ LIST_MAX = 100  # prompts of a label or of `none`; templates
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 KEYS = ("labels", "none", "templates", "threshold")
 SCENES_MAX = 256
-NONE = ""  # the name of "none of these", which no label has
+NONE = ""  # stands for "none of these"; a label cannot be empty
 
-PROMPTS = Recipe("prompts", json.loads)  # a row's text is the JSON of its prompts, so a cache's key tells all of them
+# The text of a row is the JSON list of its prompts, so the key of a cache changes with each prompt.
+PROMPTS = Recipe("prompts", json.loads)
 
 
 # --- labels and their prompts -----------------------------------------------------------------------------------
@@ -54,7 +55,8 @@ class Choices:
     """The labels of a set. Each has a name and one or more rows of prompts.
 
     The prompts of a row describe one thing in several ways, so their vectors are averaged. The rows of a name describe
-    several things under one name, so their probabilities are added.
+    several things under one name, so their probabilities are added: "flower" may have the rows "a photo of a tulip" and
+    "a photo of a rose".
     """
 
     names: tuple[str, ...]
@@ -113,13 +115,13 @@ class SetFile:
     threshold: float
 
     def digest(self) -> str:
-        """Changes with the content. Keeping it takes less memory than keeping the texts."""
+        """A hash that changes with the content. It takes less memory than the texts."""
         content = [self.choices.names, self.choices.rows, self.threshold]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_set(path: Path, templates: Sequence[str]) -> SetFile:
-    """`templates` make the prompts of labels that have none, unless the file brings its own.
+    """Reads a label set. `templates` make the prompts of labels without prompts, if the file has no templates.
 
     Raises LabelError, whose text names neither the file nor its folder.
     """
@@ -161,11 +163,13 @@ def parse_json(text: str) -> Any:
 
 def _checked(content: Any, templates: Sequence[str]) -> SetFile:
     if not isinstance(content, dict) or "labels" not in content or not content.keys() <= set(KEYS):
-        raise LabelError(f"allowed: an object with labels, and with {', '.join(KEYS[1:])} if wanted")
+        odd = sorted(content.keys() - set(KEYS)) if isinstance(content, dict) else []
+        text = f"{odd[0][:80]!r} is not a key; " if odd else ""
+        raise LabelError(f"{text}allowed: an object with labels, and optionally {', '.join(KEYS[1:])}")
     if "templates" in content:
         templates = texts_in(content["templates"], "templates", LIST_MAX)
         if bad := next((template for template in templates if template.count("{}") != 1), None):
-            raise LabelError(f"templates: {bad[:80]!r} does not have one {{}} in it")
+            raise LabelError(f"templates: {bad[:80]!r} needs exactly one {{}} in it")
     threshold = content.get("threshold", 0.0)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise LabelError(f"threshold: {str(threshold)[:80]}; allowed: a number from 0 to 1")
@@ -187,7 +191,7 @@ def _checked(content: Any, templates: Sequence[str]) -> SetFile:
 
 
 def texts_in(content: Any, key: str, most: int) -> tuple[str, ...]:
-    """A list of texts, each once. Raises LabelError, which names `key`."""
+    """Checks a list of texts and returns it without duplicates. Raises LabelError, which names `key`."""
     if not isinstance(content, list) or not 1 <= len(content) <= most:
         raise LabelError(f"{key}: allowed: 1 to {most} texts")
     for item in content:
@@ -197,7 +201,7 @@ def texts_in(content: Any, key: str, most: int) -> tuple[str, ...]:
 
 
 def _is_text(item: str) -> bool:
-    """A lone surrogate is JSON, but no text."""
+    """False if the text contains a lone surrogate, which JSON allows and UTF-8 does not."""
     try:
         return bool(item.encode())
     except UnicodeEncodeError:
@@ -209,7 +213,7 @@ def check_size(choices: Choices) -> None:
     rows = [row for rows in choices.rows for row in rows]
     for count, what, most in ((len(rows), "labels and prompts", ROWS_MAX), (sum(map(len, rows)), "texts", PROMPTS_MAX)):
         if count > most:
-            raise LabelError(f"it makes {count} {what} to compare with; allowed: {most}")
+            raise LabelError(f"it has {count} {what}; allowed: {most}")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
@@ -256,11 +260,11 @@ class OperatorSets:
         states = self._states
         if name not in states:
             ready = sorted(name for name, state in states.items() if state.current)
-            allowed = ", ".join(ready) or "none so far; a file labels/NAME.txt or NAME.json makes one"
+            allowed = ", ".join(ready) or "none so far; make a file labels/NAME.txt or NAME.json, and reload the daemon"
             raise LabelError(f"{name[:80]!r} is unknown; allowed: {allowed}")
         state = states[name]
         if state.current is None:
-            raise LabelError(f"{name!r} is not ready: {state.note}")
+            raise LabelError(f"{name!r} cannot be used: {state.note}")
         return state.current
 
     def facts(self) -> dict[str, str]:
@@ -303,7 +307,7 @@ class OperatorSets:
         for name in sorted(self._states.keys() - files.keys()):
             self._states = {other: state for other, state in self._states.items() if other != name}
             log.info("label set %s is gone", name)
-        # A name that is there already keeps its place.
+        # Existing sets come first, so a new file cannot displace one of them.
         for at, name in enumerate(sorted(files, key=lambda name: (name not in self._states, name))):
             if at >= SETS_MAX:
                 self._reject(name, f"there are {SETS_MAX} label sets already, as many as are allowed")
@@ -330,6 +334,7 @@ class OperatorSets:
         return found
 
     def _take_over(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> None:
+        """Makes the set of a name from its file, and uses it. Raises _Reloaded."""
         begun = _signature(paths)
 
         def progress(done: int, total: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import logging
 import os
 import queue
@@ -31,6 +32,10 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
+
+if __name__ == "__main__" and importlib.util.find_spec("grpc") is None:  # usually another Python than intended
+    print(f"lumen-clip: grpcio is not installed for {sys.executable}; run .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 from google.protobuf import empty_pb2
 

@@ -146,7 +146,9 @@ def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
     # find_spec instead of import, because importing torch raises SIGILL on the CPUs of some boards.
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise options.error("BACKEND", options.backend, f"{', '.join(missing)} is not installed here")
+        needed = f"requirements{'' if options.backend == 'torch' else '-edge'}.txt"
+        text = f"not installed: {', '.join(missing)}; install {needed}, or choose another backend"
+        raise options.error("BACKEND", options.backend, text)
 
 
 def split_model(options: ModelOptions) -> tuple[str, str]:

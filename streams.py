@@ -32,12 +32,13 @@ log = logging.getLogger("lumen.streams")
 # Maximum requests in progress per stream, or two batches for each worker if that is more. Beyond it the server stops
 # reading (backpressure).
 WINDOW = 32
-# Time limits in seconds. The daemon ends a stream that exceeds one of the first six.
+# Time limits in seconds. The daemon ends a stream that exceeds one of those from CHUNK_IDLE_S to READING_S. A place is
+# one of LUMEN_MAX_STREAMS.
 CHUNK_IDLE_S = 30  # time without the next chunk of an incomplete request
 STREAM_IDLE_S = 300  # time without a request in progress
 WANTED_IDLE_S = 30  # the same, while another stream waits for a place
 READER_IDLE_S = 60  # time in which the client does not read a response
-UPLOAD_S = 20  # age of an incomplete request, while other requests have waited WANTED_BYTES_S for memory
+UPLOAD_S = 20  # age of an incomplete request, while others have waited for memory for WANTED_BYTES_S
 READING_S = 0.5  # time that the reader has waited for a complete message, while memory is short
 WANTED_BYTES_S = 2  # see UPLOAD_S
 ANSWERED_S = 1  # time that a new stream waits for the place of a stream that may end soon; see `Stream.may_end`
@@ -107,13 +108,13 @@ class Stream:
                 log.info("a stream ended: %s, %s", job.code.name, job.details)
                 self._context.abort(job.code, job.details)
         finally:
-            log.debug("a stream is over after %d answers%s", answered, ", cut off" if self._gone else "")
+            log.debug("a stream is over after %d answers, %d were not sent", answered, len(self._in_progress))
             self._leave()
             for job in list(self._in_progress):
                 self._intake.finished(job, "cancelled")
 
     def check(self, now: float) -> None:
-        """Ends a stream that occupies threads without need. The main thread calls this every few seconds."""
+        """Ends a stream that is idle, or whose client does not read. The main thread calls this every few seconds."""
         silent = now - self._idle_since
         if self._yielding_since is not None:
             if now - self._yielding_since > READER_IDLE_S and not self._gone:
@@ -130,7 +131,7 @@ class Stream:
     def needs_place(self) -> bool:
         """Whether the stream counts for LUMEN_MAX_STREAMS.
 
-        It does not count any more when all requests are answered and the client sends no more. Such a client may open
+        It does not when the client sends no more requests and all are answered, or when it has left. It may then open
         its next stream before gRPC has ended this one.
         """
         done = self._half_closed and not self._in_progress
@@ -221,7 +222,7 @@ class Stream:
         self._held = kept
 
     def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
-        """Queues a request for its response and starts it. A request that already failed has an error instead."""
+        """Adds a job to the queue of responses and starts it. With `error` the request has failed already."""
         self._window.acquire()
         job = self._intake.job(correlation_id, self._flow, request)
         with self._queueing:
@@ -280,12 +281,12 @@ def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
 
 
 class Streams:
-    """The open Infer streams: admission, and the end of streams that occupy memory or places without need."""
+    """The open Infer streams: admits new ones, and ends those that are idle or hold memory for nothing."""
 
     def __init__(self, most: int, intake: Intake) -> None:
         """`most`: the number of places; see `Stream.needs_place`."""
         self._most, self._intake = most, intake
-        self._streams: set[Stream] = set()  # each until gRPC has sent its status
+        self._streams: set[Stream] = set()  # contains a stream until gRPC has sent its final status
         self._changed = threading.Condition()
         self.draining = False
 
@@ -315,7 +316,7 @@ class Streams:
         silent = max(self._streams, key=lambda stream: stream.silent(now))
         if silent.silent(now) < WANTED_IDLE_S:
             return False
-        text = f"no request for {WANTED_IDLE_S} s, and other clients needed the stream"
+        text = f"no request for {WANTED_IDLE_S} s, and other clients needed its place"
         silent.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, text))
         return True
 
@@ -349,7 +350,7 @@ class Streams:
             oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
 
     def make_room(self) -> int:
-        """Ends the streams that have waited for a message for READING_S, and returns their number.
+        """Ends each stream whose reader has waited for a complete message for READING_S. Returns their number.
 
         This is called when memory is short. gRPC buffers up to LUMEN_MAX_REQUEST_MB of each message before it passes it
         on, and has no limit for all messages together. Requests in progress are answered first.

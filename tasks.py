@@ -28,7 +28,7 @@ from tree_of_life import Progress
 
 TOPK_MAX = 1000  # labels of a classification; larger numbers are reduced to this
 CALLER_LABELS_MAX = 256  # labels in the meta `labels` of a request
-MIN_SCORE = 0.35  # the default `min_score` of `rank=auto`, as in LrGeniusAI
+MIN_SCORE = 0.35  # the default `min_score` of `rank=auto`; the Lightroom plug-in LrGeniusAI uses the same
 TAXA_MAX = 10_000  # names in `within`
 LABEL_COST = 4096  # bytes of a caller's label, in addition to its text: token ids and a vector
 TEXT_BYTES_MAX = 65_536  # bytes of a text. A tower reads only 77 tokens; this limits the time for cleaning.
@@ -100,13 +100,13 @@ class Models:
         return self.semantic if name == "semantic" else name
 
     def ask(self, name: str) -> Model:
-        """The model of a task that is offered; see `offered`."""
+        """A loaded model by its name in the task table. Call it only for tasks in `offered()`."""
         model = self.get(name)
         assert model is not None
         return model
 
     def images_at_once(self) -> int:
-        """Images in the batches that run at the same time."""
+        """The number of images in all batches that run at the same time, for the model with more of them."""
         models = (model for model in (self.clip, self.bioclip) if model)
         return max((model.image.batch_size * model.backend.workers for model in models), default=1)
 
@@ -158,7 +158,7 @@ class Request:
     within: tuple[str, ...] = ()  # taxa
     as_tensor: bool = False  # whether the answer is raw float32 instead of JSON
 
-    rows: Any = None  # rows of the species within those taxa, int64 in order; None: all
+    rows: Any = None  # row numbers of the species in `within`, int64, ascending; None: all
     unknown_taxa: int = 0
     chosen_set: OperatorSet | None = None  # the set that `label_set` names
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
@@ -227,7 +227,7 @@ def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> 
 def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
     meta = {**model.facts(), "dim": str(len(vector))}
     if request.as_tensor:
-        # The Lumen SDK has no layout for a vector. Its own tests use [1, dim] in NCHW.
+        # The Lumen SDK has no name for the layout of a vector. Its own tests describe a vector as NCHW [1, dim].
         form = {"dtype": "fp32", "shape": f"[1,{len(vector)}]", "layout": "NCHW", "format": "contiguous"}
         form |= {"byte_order": "little"}
         meta |= {"lumen.output.kind": "tensor"} | {f"lumen.output.tensor.{key}": value for key, value in form.items()}
@@ -237,7 +237,10 @@ def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
     return Answer("embedding_v1", content, meta)
 
 
-_MIMES = {"AVIF": ("image/avif",), "HEIF": ("image/heic", "image/heif")}  # of formats that not all machines read
+_MIMES = {
+    "AVIF": ("image/avif",),
+    "HEIF": ("image/heic", "image/heif"),
+}  # of formats that Pillow reads only on some machines
 IMAGE_MIMES = (
     "image/jpeg",
     "image/png",
@@ -253,12 +256,12 @@ class Task:
 
     name: str
     run: Callable[[Models, Request], Steps]
-    models: tuple[str, ...]  # all must be loaded; the capability of the first one lists the task
+    models: tuple[str, ...]  # that must be loaded; the capability of the first one lists the task
     takes: str  # "image" or "text"
     topk: int = 0  # the default; 0: not a classification
     caller_labels: bool = False
     species: bool = False  # takes `label_format`, `rank`, `min_score` and `within`
-    only_species: bool = False  # the task is not available until the species are
+    only_species: bool = False  # the task is offered only when the species are available
     tensor: bool = False  # takes ready-made tensors, if the model's preprocessing has an id
 
     @property
@@ -301,7 +304,7 @@ def find_task(models: Models, name: str) -> Task:
             return task
     if name in TASKS and TASKS[name].only_species and models.progress:
         models.ask_species()
-    reason = "switched off here" if name in TASKS else "unknown"
+    reason = "switched off by the daemon's settings" if name in TASKS else "unknown"
     raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(task.name for task in available)}")
 
 
@@ -432,9 +435,9 @@ def _caller_labels(text: str) -> tuple[str, ...]:
 
 
 def prepared_bytes(task: Task, request: Request, models: Models) -> int:
-    """The bytes that `prepare` leaves in memory until the response; before it has run, the most that this can be.
+    """Bytes of the prepared input, which stay in memory until the response; before `prepare` has run, the most.
 
-    0 for a text, which leaves hardly anything.
+    0 for a text, because its token ids are small.
     """
     if task.takes == "text":
         return 0
@@ -448,7 +451,7 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
 def prepare(task: Task, request: Request, models: Models, settings: Settings, room: preprocess.Room) -> None:
     """Turns the payload into the input of the models: pixels for each, or token ids. Raises BadInput or NotReady.
 
-    `room` is a context that is entered with the number of pixels before they are decoded.
+    `room(pixels)`: a context that reserves memory while an image with so many pixels is decoded.
     """
     if task.takes == "text":
         if len(request.payload) > TEXT_BYTES_MAX:
@@ -466,7 +469,7 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         request.rows, unknown = models.ask_species().tree.within(request.within)
         request.unknown_taxa = len(unknown)
         if not len(request.rows):
-            raise BadInput(f"meta within: no taxon of this label set: {', '.join(unknown)[:200]}")
+            raise BadInput(f"meta within: none of these names is in the species list: {', '.join(unknown)[:200]}")
     if request.label_set:
         request.chosen_set = _operator_set(request, models)
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}

@@ -185,6 +185,29 @@ def test_a_daemon_that_wants_a_clients_certificate_says_so(certificates: Path, t
         assert node.stop() == 0
 
 
+def test_a_program_never_sends_its_token_unencrypted_to_another_machine() -> None:
+    """Lost otherwise: the token of the library, to anybody on the network."""
+    with pytest.raises(client.UsageError, match=r"without --tls the token would be sent unencrypted to 192\.0\.2\.7"):
+        client.LumenClient("192.0.2.7", credentials=client.Credentials(token="a-token-that-nobody-guesses"))
+    with pytest.raises(client.UsageError, match="printable ASCII"):
+        client.LumenClient("localhost", credentials=client.Credentials(token="a token with spaces"))
+    client.LumenClient("localhost", credentials=client.Credentials(token="a-token-with-a-newline\n")).close()
+    authority = trustme.CA().cert_pem.bytes()
+    for given in ({"ca": authority}, {"name": "lumen.local"}):
+        assert client.Credentials(token="a-token-that-nobody-guesses", **given).uses_tls
+        client.LumenClient("192.0.2.7", credentials=client.Credentials(token="a-token", **given)).close()
+
+
+def test_a_row_says_which_rank_was_answered_and_how_many_names_are_unknown(demo: Node) -> None:
+    """Lost otherwise: a misspelt name in `--within`, which nobody would notice."""
+    options = ("--rank", "auto", "--within", "Animalia,Nessie", "--json")
+    run = run_client("bioclip_classify", str(PICTURES / "fox.png"), *options, address=demo.address)
+    row = json.loads(run.stdout)
+    assert row["rank"] in client_files.RANKS and row["within_unknown"] == "1"
+    run = run_client("bioclip_classify", str(PICTURES / "fox.png"), "--rank", "famly", address=demo.address)
+    assert run.returncode == 2 and "argument --rank: invalid choice: 'famly'" in run.stderr
+
+
 def test_a_daemon_that_still_loads_says_so(tmp_path: Path) -> None:
     """Lost otherwise: the patience of somebody whose daemon only needs another minute."""
     with socket.create_server(("127.0.0.1", 0)) as silent_hub:
@@ -236,8 +259,9 @@ def test_an_option_that_the_task_does_not_take_is_refused(capsys: Any) -> None:
     """Lost otherwise: an option that is ignored, and answers that look as if it were not."""
     for option, taking in client_files.OPTION_TASKS.items():
         flag = f"--{option.replace('_', '-')}"
+        value = {"label_format": "common", "rank": "genus"}.get(option, "0.jsonl")
         for task in (*client_files.IMAGE_TASKS, *client_files.TEXT_TASKS, "capabilities", "health"):
-            status = client.main([task, "x", flag, "0.jsonl", "--address", "127.0.0.1:9"])
+            status = client.main([task, "x", flag, value, "--address", "127.0.0.1:9"])
             [line] = capsys.readouterr().err.splitlines()
             refused = f"client.py: {flag}: {task} does not take it; allowed: "
             assert (status == 2 and line.startswith(refused)) == (task not in taking), line

@@ -117,14 +117,14 @@ def test_a_picture_that_crashes_the_decoder_does_so_once(misbehaving: Callable[.
     assert node.ended() == -signal.SIGSEGV
 
     node = misbehaving()
-    [told] = [line for line in node.log.splitlines() if "Rejecting: " in line]
+    [told] = [line for line in node.log.splitlines() if "rejected from now on: " in line]
     assert f"sha-256 {hashlib.sha256(poison).hexdigest()[:16]}" in told and "processing 1 payloads" in told
-    assert "Previous process crashed: Fatal Python error: Segmentation fault" in node.log
+    assert "the previous process crashed: Fatal Python error: Segmentation fault" in node.log
     assert node.ask("clip_image_embed", poison).error.message == REFUSED
     assert node.ask("clip_image_embed", good).result  # which was at hand as well
     assert node.stop() == 0
     node = misbehaving()
-    assert "Previous process" not in node.log and node.ask("clip_image_embed", poison).error.message == REFUSED
+    assert "revious process" not in node.log and node.ask("clip_image_embed", poison).error.message == REFUSED
     assert node.stop() == 0
 
 
@@ -165,7 +165,7 @@ def test_a_kill_makes_no_picture_suspect(misbehaving: Callable[..., Node]) -> No
     node.ended()
     call.cancel()
     node = misbehaving()
-    assert "Previous process exited while processing 1 payloads. Rejecting: none" in node.log
+    assert "the previous process ended during the processing of 1 payloads; rejected from now on: none" in node.log
     suspects = Path(node.data) / "suspects.json"
     assert json.loads(suspects.read_text()) == {digest.decode(): 1}  # a second time without an answer would tell
     assert node.ask("clip_image_embed", encoded(picture(RED))).result
@@ -188,7 +188,10 @@ def test_a_crash_over_a_text_or_a_label_set_makes_no_payload_suspect(
         node.ask(task, payload)
     assert node.ended() == -signal.SIGABRT
     node = misbehaving()
-    assert "Previous process crashed: Fatal Python error: Aborted" in node.log and "Rejecting" not in node.log
+    assert (
+        "the previous process crashed: Fatal Python error: Aborted" in node.log
+        and "rejected from now on" not in node.log
+    )
     assert node.ask(task, payload).result and not (Path(node.data) / "suspects.json").exists()
     assert node.stop() == 0
 
@@ -413,8 +416,8 @@ def test_a_process_that_is_frozen_whole_stops_its_watchdog(misbehaving: Callable
         assert node.ended() == -signal.SIGABRT
         call.cancel()
     node = misbehaving()
-    assert "Previous process crashed: Fatal Python error: Aborted" in node.log
-    assert "exited while processing 1 payloads. Rejecting: none" in node.log  # the signal came from outside
+    assert "the previous process crashed: Fatal Python error: Aborted" in node.log
+    assert "the processing of 1 payloads; rejected from now on: none" in node.log  # the signal came from outside
     assert node.ask("clip_image_embed", encoded(picture(RED))).result
     call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=blue)]), timeout=LIMIT_S)
     digest = hashlib.sha256(blue).hexdigest().encode()

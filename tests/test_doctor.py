@@ -189,6 +189,12 @@ def test_the_doctor_of_this_machine(tmp_path: Path, tiny_onnx: Path) -> None:
         run = run_doctor(tmp_path, "--port", "0", **{**plain, **changes})
         assert run.returncode == 1 and re.search(said, run.stdout, re.MULTILINE), run.stdout
         assert {"board", "CPU", "port", "mDNS"} <= {line[5:].split("  ")[0] for line in run.stdout.splitlines()}
+    run = run_doctor(tmp_path, **{**plain, "CLIP_BACKEND": "onx", "BATCH_SIZE": -1})
+    assert all(f"FAIL settings      {text}" in run.stdout for text in ("CLIP_BACKEND=onx: ", "BATCH_SIZE=-1: "))
+    run = run_doctor(tmp_path, "--host", "192.0.2.7", **plain)
+    assert run.returncode == 1 and re.search(
+        r"^FAIL port .*Cannot assign requested address; set --host", run.stdout, re.M
+    )
     run = run_doctor(tmp_path, "--port", "0", **plain, ADVERTISE_IP="192.0.2.7")
     assert run.returncode == 0 and "will be announced at 192.0.2.7" in run.stdout
 

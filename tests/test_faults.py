@@ -73,10 +73,7 @@ for number, _ in enumerate(pb_grpc.InferenceStub(grpc.insecure_channel(sys.argv[
 
 
 def test_a_frozen_peer_is_disconnected(tmp_path: Path, tiny_onnx: Path) -> None:
-    """Lost otherwise: a place for each phone that left the house; its kernel acknowledges, so TCP sees nothing.
-
-    The log does not always say "cut off": gRPC may tell of the last message before it tells that the peer is lost.
-    """
+    """Lost otherwise: a place for each phone that left the house; its kernel acknowledges, so TCP sees nothing."""
     constants = {"service.KEEPALIVE_S": 4, "service.KEEPALIVE_PATIENCE_S": 4}  # of 30 and 10
     settings = one_model(tiny_onnx) | impatient(tmp_path, constants)
     node = Node(write_labels(tmp_path / "data", tiny_onnx), ("--log-level", "debug"), **settings).ready()

@@ -168,6 +168,15 @@ def test_every_task_is_in_the_documents(document: str) -> None:
     )
 
 
+@pytest.mark.parametrize("program", ["lumen_clip.py", "client.py"])
+def test_a_python_without_the_requirements_is_one_line(program: str) -> None:
+    """Lost otherwise: an evening, when somebody runs `python` instead of `.venv/bin/python`."""
+    run = subprocess.run([sys.executable, "-S", str(ROOT / program)], capture_output=True, text=True)
+    name = program.removesuffix(".py").replace("_", "-") if program == "lumen_clip.py" else program
+    text = f"{name}: grpcio is not installed for {sys.executable}; run .venv/bin/python\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", text)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -52,8 +52,8 @@ from tests.kit import (
         ("a.txt", b"\n".join(b"%d" % i for i in range(20_001)), "labels: allowed: 1 to 20000 texts"),
         ("a.json", b"{", "it is not JSON"),
         ("a.json", b"[" * 5000, "it is not JSON"),
-        ("a.json", b'["dog"]', "allowed: an object with labels, and with none, templates, threshold if wanted"),
-        ("a.json", b'{"labels": ["dog"], "treshold": 1}', "allowed: an object with labels"),
+        ("a.json", b'["dog"]', "allowed: an object with labels, and optionally none, templates, threshold"),
+        ("a.json", b'{"labels": ["dog"], "treshold": 1}', "'treshold' is not a key; allowed: an object with labels"),
         ("a.json", b'{"labels": ["dog", 3]}', "labels: '3' is not a text"),
         ("a.json", b'{"labels": ["\\ud800"]}', "is not a text"),
         ("a.json", b'{"labels": {"dog": "a dog"}}', "labels: 'dog': allowed: 1 to 100 texts"),
@@ -63,7 +63,7 @@ from tests.kit import (
         ("a.json", b'{"labels": ["dog"], "threshold": 50}', "threshold: 50; allowed: a number from 0 to 1"),
         ("a.json", b'{"labels": ["dog"], "threshold": true}', "threshold: True; allowed"),
         ("a.json", b'{"labels": ["dog"], "threshold": NaN}', "threshold: nan; allowed"),
-        ("a.json", b'{"labels": ["dog"], "templates": ["a photo"]}', "templates: 'a photo' does not have one {}"),
+        ("a.json", b'{"labels": ["dog"], "templates": ["a photo"]}', "templates: 'a photo' needs exactly one {}"),
     ],
 )
 def test_a_label_set_that_is_wrong_is_told_what_is(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -145,7 +145,7 @@ def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureF
     facts = folder.sets.facts()
     assert facts["clip_label_sets"] == "pets" and facts["clip_label_set.birds"].startswith("it is not JSON")
     assert facts["clip_label_set.pets"].startswith("3 labels; its file is not used: labels: 'xxx")
-    with pytest.raises(errors.LabelError, match="'birds' is not ready: it is not JSON"):
+    with pytest.raises(errors.LabelError, match="'birds' cannot be used: it is not JSON"):
         folder.labels("birds")
     with pytest.raises(errors.LabelError, match="'none' is unknown; allowed: pets"):
         folder.labels("none")
@@ -167,7 +167,7 @@ def test_a_restart_computes_no_label_set_again_and_waits_for_none(tmp_path: Path
     restarted.read(compute=False)
     assert restarted.labels("pets") == ["dog", "cat", label_files.NONE]
     assert restarted.texts.calls <= label_cache.PROBE_LABELS
-    with pytest.raises(errors.LabelError, match="'new' is not ready: its text vectors are being computed"):
+    with pytest.raises(errors.LabelError, match="'new' cannot be used: its text vectors are being computed"):
         restarted.labels("new")
     assert restarted.read().labels("new") == ["bus", "train"]
     other = Folder(tmp_path, Texts(seed=1)).read(compute=False)  # another model: its vectors must not be the first's
@@ -231,7 +231,7 @@ def test_what_a_folder_may_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     (folder.files / "b.txt").unlink()
     assert folder.read().labels("a") == ["dog"]
     folder.write("c.txt", "1\n2\n3\n4\n5\n6")
-    assert "it makes 6 texts to compare with; allowed: 5" in folder.read().sets.facts()["clip_label_set.c"]
+    assert "it has 6 texts; allowed: 5" in folder.read().sets.facts()["clip_label_set.c"]
     folder.write("c.json", '{"labels": ["dog"]}')
     assert "c.json and c.txt are both there" in folder.read().sets.facts()["clip_label_set.c"]
     assert folder.labels("c") == ["dog", "cat"]

@@ -599,7 +599,7 @@ def test_species_are_asked_by_rank_and_place(node: Node) -> None:
     for meta, said in (
         ({"rank": "tribe"}, "meta rank: 'tribe'; allowed: kingdom, "),
         ({"min_score": "1.5"}, "meta min_score: '1.5'; allowed: a number from 0 to 1"),
-        ({"within": "Nessie"}, "meta within: no taxon of this label set: Nessie"),
+        ({"within": "Nessie"}, "meta within: none of these names is in the species list: Nessie"),
         ({"within": "[1]"}, "meta within: allowed: 1 to 10000 taxa"),
     ):
         assert said in node.ask("bioclip_classify", fox, **meta).error.message

@@ -132,7 +132,7 @@ def test_a_stop_is_not_taken_for_a_crash(stuck: Callable[..., Node]) -> None:
     call.cancel()
     assert node.stop() == 0 and in_flight(node) == b""
     node = stuck()
-    assert "Previous process" not in node.log and not (Path(node.data) / "suspects.json").exists()
+    assert "revious process" not in node.log and not (Path(node.data) / "suspects.json").exists()
     assert node.stop() == 0
 
 
