@@ -106,26 +106,32 @@ class Limits:
 
     def _ready_pixels(self) -> Iterator[NDArray[np.uint8]]:
         side = self.backend.preprocess.size
-        for size in (1, 2, 4, 8, 16):
+        for size in (1, 2, 4, 8, 16, *((32, 64, 128, 256) if self.backend.accelerator else ())):
             yield np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
 
     def _on_each_core(self, run: Callable[[], Any]) -> None:
         list(self._threads.map(lambda _: run(), range(self.cores)))
 
     def _torch_ways(self, backend: Any) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """OpenCLIP's own `encode_image` on ready tensors: all threads on one batch, and a batch on each core."""
+        """OpenCLIP's own `encode_image` on ready tensors: all threads on one batch, and a batch on each core.
+
+        A GPU runs one batch at a time.
+        """
         import torch
+
+        device = next(backend.model.parameters())
 
         def encode(ready: Any, threads: int) -> None:
             if torch.get_num_threads() != threads:  # counted for each thread
                 torch.set_num_threads(threads)
             with torch.inference_mode():
-                backend.model.encode_image(ready)
+                backend.model.encode_image(ready).cpu()
 
         for pixels in self._ready_pixels():
-            ready = torch.from_numpy(preprocess.normalize(pixels, backend.preprocess))
-            yield len(pixels), partial(encode, ready, self.cores)
-            yield len(pixels) * self.cores, partial(self._on_each_core, partial(encode, ready, 1))
+            ready = torch.from_numpy(preprocess.normalize(pixels, backend.preprocess)).to(device.device, device.dtype)
+            whole = len(pixels), partial(encode, ready, self.cores)
+            split = len(pixels) * self.cores, partial(self._on_each_core, partial(encode, ready, 1))
+            yield from (whole, whole if backend.accelerator else split)
 
     def _onnx_ways(self, backend: Any) -> Iterator[tuple[int, Callable[[], Any]]]:
         """All threads on one batch with ONNX Runtime's own settings, and a batch on each core."""
