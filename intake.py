@@ -24,7 +24,6 @@ from settings import Settings
 from tasks import Models, Request, Task, find_task, prepare, prepared_bytes, read_meta
 
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
-DECODE_THREADS_MAX = 4
 # Longer texts wait in the fair order: cleaning 64 KB of short lines takes half a second, during which the GIL is held.
 SHORT_TEXT_BYTES = 1024
 TASK_NAME_SHOWN = 80  # characters of a task's name that are kept for the log
@@ -105,7 +104,7 @@ class Intake:
 
     def __init__(self, settings: Settings, journal: Journal, traffic: Traffic, engine: Engine) -> None:
         self._settings, self._journal, self._traffic, self._engine = settings, journal, traffic, engine
-        self.decoders = DecodePool(min(machine.usable_cores(), DECODE_THREADS_MAX))
+        self.decoders = DecodePool(machine.usable_cores())
         self.payloads = Budget(4 * self.request_bytes_max)  # bytes of requests that are not prepared yet
         self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders, of all pictures together
         self.prepared = Budget(PREPARED_MAX)

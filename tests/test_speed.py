@@ -25,6 +25,7 @@ import bench_load
 import engine
 import machine
 import onnx_backend
+import service
 import torch_backend
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -42,6 +43,7 @@ from tests.kit import (
     pixels_of,
     reference_vectors,
     resident_mb,
+    settings_of,
     submitted,
     wait_until,
     write_labels,
@@ -123,6 +125,16 @@ def test_a_text_does_not_wait_for_the_pictures_of_an_import(watched: Any) -> Non
     assert [bool(answer.result) for answer in answers] == [i != 20 for i in range(40)]
     assert max(count for kind, count in backend.batches if kind == "image") == 8
     wait_until(lambda: backend.daemon.engine.busy_since is None)
+
+
+def test_decode_threads_follow_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a large machine with a GPU, which would wait for four threads that decode."""
+    monkeypatch.setattr(machine, "usable_cores", lambda: 12)
+    daemon = service.Daemon(settings_of(lumen_data_dir=tmp_path))
+    try:
+        assert len(daemon.intake.decoders._threads) == 12
+    finally:
+        daemon.intake.decoders.stop()
 
 
 def test_a_single_picture_runs_on_all_cores_and_others_on_a_core_each() -> None:
