@@ -95,13 +95,11 @@ class Index:
                    AND space = ?) FROM files WHERE path >= ? AND path < ?"""
         known = {row[0]: row[1:] for row in self._db.execute(query, (space, *_inside(folder)))}
         present, now = {os.fsencode(photo.path): photo for photo in photos}, time.time()
-        changes: list[tuple[float | None, bytes]] = [
-            (None, path) for path, row in known.items() if row[2] and path in present
-        ]
+        changed: dict[bytes, float | None] = {path: None for path, row in known.items() if row[2] and path in present}
         if complete:
-            changes += [(now, path) for path, row in known.items() if not row[2] and path not in present]
-        if changes:  # writing may have to wait for another search, so it is not done without need
-            self._db.executemany("UPDATE files SET gone = ? WHERE path = ?", changes)
+            changed |= {path: now for path, row in known.items() if not row[2] and path not in present}
+        if changed:  # writing may have to wait for another search, so it is not done without need
+            self._db.executemany("UPDATE files SET gone = ?2 WHERE path = ?1", changed.items())
         if self._db.execute("SELECT 1 FROM files WHERE gone < ?", (now - KEEP_SECONDS,)).fetchone():
             self._db.execute("DELETE FROM files WHERE gone < ?", (now - KEEP_SECONDS,))
             self._db.execute("DELETE FROM vectors WHERE sha256 NOT IN (SELECT sha256 FROM files)")
@@ -191,9 +189,7 @@ def embed(index: Index, clients: Sequence[LumenClient], task: str, space: str, p
 
     Raises LumenError if no daemon is left, and sqlite3.Error.
     """
-    sizes = index.sizes(space)
-    alone: list[Photo] = []
-    alike: list[Photo] = []
+    sizes, alone, alike = index.sizes(space), list[Photo](), list[Photo]()
     for photo in photos:  # a file whose size no other has cannot be a copy of another
         (alike if photo.size in sizes else alone).append(photo)
         sizes.add(photo.size)
@@ -301,10 +297,9 @@ def query_vector(client: LumenClient, text_task: str, photo_task: str, options: 
                 raise
             reason = error.message if isinstance(error, LumenError) else files.reason_of(error)
             raise UsageError(f"--like {readable(name)}: {reason}") from None
-    query = np.mean(wanted, axis=0, dtype=np.float32)
-    if options.without:
-        unwanted = [client.embed_text(text, text_task) for text in options.without]
-        query -= NOT_WEIGHT * np.mean(unwanted, axis=0, dtype=np.float32)
+    query: Vector = np.array(wanted, np.float32).mean(axis=0)
+    if unwanted := [client.embed_text(text, text_task) for text in options.without]:
+        query -= NOT_WEIGHT * np.array(unwanted, np.float32).mean(axis=0)
     return query
 
 
