@@ -95,11 +95,12 @@ class Index:
                    AND space = ?) FROM files WHERE path >= ? AND path < ?"""
         known = {row[0]: row[1:] for row in self._db.execute(query, (space, *_inside(folder)))}
         present, now = {os.fsencode(photo.path): photo for photo in photos}, time.time()
-        changed: dict[bytes, float | None] = {path: None for path, row in known.items() if row[2] and path in present}
+        changes = list[tuple[float | None, bytes]]()
+        changes += [(None, path) for path, row in known.items() if row[2] and path in present]
         if complete:
-            changed |= {path: now for path, row in known.items() if not row[2] and path not in present}
-        if changed:  # writing may have to wait for another search, so it is not done without need
-            self._db.executemany("UPDATE files SET gone = ?2 WHERE path = ?1", changed.items())
+            changes += [(now, path) for path, row in known.items() if not row[2] and path not in present]
+        if changes:  # writing may have to wait for another search, so it is not done without need
+            self._db.executemany("UPDATE files SET gone = ? WHERE path = ?", changes)
         if self._db.execute("SELECT 1 FROM files WHERE gone < ?", (now - KEEP_SECONDS,)).fetchone():
             self._db.execute("DELETE FROM files WHERE gone < ?", (now - KEEP_SECONDS,))
             self._db.execute("DELETE FROM vectors WHERE sha256 NOT IN (SELECT sha256 FROM files)")
