@@ -61,7 +61,8 @@ def write(out: Path, query: str, found: Sequence[tuple[str, str, float]]) -> Non
             buffered.write(HEAD.format(query=html.escape(query)).encode())
             for name, path, score in found:
                 link = html.escape(Path(path).absolute().as_uri())
-                figure = FIGURE.format(picture=thumbnail(path), score=score, link=link, name=html.escape(name))
+                shown = html.escape(name).replace("/", "/<wbr>")  # where a long path may be broken
+                figure = FIGURE.format(picture=thumbnail(path), score=score, link=link, name=shown)
                 buffered.write(figure.encode())
             buffered.write(b"</main>\n</body>\n</html>\n")
         partial.replace(out)
