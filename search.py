@@ -10,6 +10,7 @@ A daemon embeds each photograph once. The vectors are kept in an index, one SQLi
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from stat import S_ISREG
 
@@ -50,6 +52,7 @@ BUSY_SECONDS = 60  # of waiting for another search that writes to the index
 KEEP_SECONDS = 30 * 86_400  # for which the vectors of missing files are kept; their disk may not be mounted
 PROBE_SECONDS = 0.5  # for a connection to the daemon of the last search
 NOT_WEIGHT = 0.5  # of --not: with 1, a photograph of neither thing would often be above one of both
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what vanished meanwhile, or is a link to nothing
 SUFFIXES = (*files.IMAGE_SUFFIXES, *files.HEIC_SUFFIXES)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters in a name that a terminal would obey
 FLOAT32 = np.dtype("<f4")  # of the vectors in the index
@@ -86,10 +89,10 @@ class Index:
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
             self.commit()
 
-    def new_photos(self, folder: str, photos: Sequence[Photo], space: str, complete: bool) -> list[Photo]:
+    def new_photos(self, folder: str, photos: Sequence[Photo], unreadable: Sequence[str], space: str) -> list[Photo]:
         """The photographs that are new, have changed, or have no vector of this space.
 
-        Notes which files of the folder are missing, unless `photos` is not complete. Forgets them after some time.
+        Notes which files of the folder are missing, except in what is unreadable. Forgets them after some time.
         """
         query = """SELECT path, size, mtime, gone, EXISTS (SELECT 1 FROM vectors WHERE sha256 = files.sha256
                    AND space = ?) FROM files WHERE path >= ? AND path < ?"""
@@ -97,8 +100,9 @@ class Index:
         present, now = {os.fsencode(photo.path): photo for photo in photos}, time.time()
         changes = list[tuple[float | None, bytes]]()
         changes += [(None, path) for path, row in known.items() if row[2] and path in present]
-        if complete:
-            changes += [(now, path) for path, row in known.items() if not row[2] and path not in present]
+        unknown = tuple(map(os.fsencode, unreadable))
+        missing = (path for path in known if path not in present and not path.startswith(unknown))
+        changes += [(now, path) for path in missing if not known[path][2]]
         if changes:  # writing may have to wait for another search, so it is not done without need
             self._db.executemany("UPDATE files SET gone = ? WHERE path = ?", changes)
         if self._db.execute("SELECT 1 FROM files WHERE gone < ?", (now - KEEP_SECONDS,)).fetchone():
@@ -151,13 +155,13 @@ def index_path() -> Path:
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
-def scan(folder: str) -> tuple[list[Photo], list[OSError]]:
-    """The photographs in a folder and its subfolders, and why parts of it cannot be read.
+def scan(folder: str) -> tuple[list[Photo], dict[str, str]]:
+    """The photographs in a folder and its subfolders, and what of it cannot be read, with the reasons.
 
     Follows symbolic links. Each folder is read once, so links in circles do no harm.
     """
-    photos, errors, waiting = [], [], [folder]
-    entered: set[tuple[int, int]] = set()
+    photos, unreadable, waiting = list[Photo](), dict[str, str](), [folder]
+    entered = set[tuple[int, int]]()
     while waiting:
         path = waiting.pop()
         try:
@@ -167,10 +171,9 @@ def scan(folder: str) -> tuple[list[Photo], list[OSError]]:
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
-        except FileNotFoundError:  # it vanished
-            continue
         except OSError as error:
-            errors.append(error)
+            if error.errno not in ABSENT:
+                unreadable[path] = files.reason_of(error)
             continue
         for entry in found:
             try:
@@ -178,11 +181,10 @@ def scan(folder: str) -> tuple[list[Photo], list[OSError]]:
                     waiting.append(entry.path)
                 elif entry.name.lower().endswith(SUFFIXES) and S_ISREG((status := entry.stat()).st_mode):
                     photos.append(Photo(entry.path, status.st_size, status.st_mtime_ns))
-            except FileNotFoundError:  # it vanished, or is a link to nothing
-                continue
             except OSError as error:
-                errors.append(error)
-    return photos, errors
+                if error.errno not in ABSENT:
+                    unreadable[entry.path] = files.reason_of(error)
+    return photos, unreadable
 
 
 def embed(index: Index, clients: Sequence[LumenClient], task: str, space: str, photos: Sequence[Photo]) -> None:
@@ -195,7 +197,7 @@ def embed(index: Index, clients: Sequence[LumenClient], task: str, space: str, p
         (alike if photo.size in sizes else alone).append(photo)
         sizes.add(photo.size)
 
-    def answered(asked: Sequence[Photo]) -> Iterator[None]:
+    def send(asked: Sequence[Photo]) -> Iterator[None]:
         hashes: dict[str, bytes] = {}
 
         def read(task: str, name: str) -> tuple[bytes, str]:
@@ -203,8 +205,8 @@ def embed(index: Index, clients: Sequence[LumenClient], task: str, space: str, p
             hashes[name] = hashlib.sha256(payload).digest()
             return payload, mime
 
-        answers = ask(clients, task, (photo.path for photo in asked), AS_TENSOR, read)
-        for photo, (name, answer) in zip(asked, answers, strict=True):
+        answered = ask(clients, task, (photo.path for photo in asked), AS_TENSOR, read)
+        for photo, (name, answer) in zip(asked, answered, strict=True):
             sha256 = hashes.pop(name, b"")
             if isinstance(answer, LumenError):
                 say(f"{readable(name)}: {answer.message}")
@@ -218,8 +220,8 @@ def embed(index: Index, clients: Sequence[LumenClient], task: str, space: str, p
                 index.add_file(photo, sha256)
             yield
 
-    def all_answered() -> Iterator[None]:
-        yield from answered(alone)
+    def each() -> Iterator[None]:
+        yield from send(alone)
         others = []
         for photo in alike:
             sha256 = sha256_of(photo.path)
@@ -228,11 +230,11 @@ def embed(index: Index, clients: Sequence[LumenClient], task: str, space: str, p
                 yield
             else:
                 others.append(photo)
-        yield from answered(others)
+        yield from send(others)
 
     written = time.monotonic()
     try:
-        for _ in files.progress(all_answered(), len(photos)):
+        for _ in files.progress(each(), len(photos)):
             if time.monotonic() - written > BATCH_SECONDS:
                 index.commit()
                 written = time.monotonic()
@@ -252,7 +254,7 @@ def sha256_of(path: str) -> bytes:
 
 
 def find(options: argparse.Namespace, index: Index) -> list[str]:
-    """The addresses that are given, otherwise those of the last search if they answer, otherwise those that mDNS finds,
+    """The addresses that are given, otherwise those found last if they answer, otherwise those that mDNS finds,
     otherwise that of this computer. Raises UsageError."""
     if options.address or os.environ.get("LUMEN_ADDRESS"):
         return find_daemons(options)
@@ -261,10 +263,11 @@ def find(options: argparse.Namespace, index: Index) -> list[str]:
         return last
     try:
         found = discover(tls=options.tls)
-    except (LumenError, OSError) as error:  # OSError: no network
-        say(f"{error.message if isinstance(error, LumenError) else error}; trying {DEFAULT_ADDRESS}")
-        return [DEFAULT_ADDRESS]
-    say(f"found {', '.join(found)}")
+        say(f"found {', '.join(found)}")
+    except (LumenError, OSError):  # OSError: no network
+        found = [DEFAULT_ADDRESS]
+        say(f"no daemon was found by mDNS; trying {DEFAULT_ADDRESS}")
+    index.remember("address", ",".join(found))
     return found
 
 
@@ -288,16 +291,13 @@ def tasks_of(models: dict[str, str]) -> tuple[str, str]:
 
 
 def query_vector(client: LumenClient, text_task: str, photo_task: str, options: argparse.Namespace) -> Vector:
-    """float32 `[dim]`. A score is its scalar product with the vector of a photograph. Raises UsageError, LumenError."""
+    """float32 `[dim]`. A score is its scalar product with the vector of a photograph. Raises LumenError, OSError."""
     wanted = [client.embed_text(options.text, text_task)] if options.text else []
     for name in options.like:
         try:
-            wanted.append(client.embed_image(files.read_picture(name), photo_task))
-        except (OSError, LumenError) as error:
-            if isinstance(error, LumenError) and error.code != "invalid_argument":
-                raise
-            reason = error.message if isinstance(error, LumenError) else files.reason_of(error)
-            raise UsageError(f"--like {readable(name)}: {reason}") from None
+            wanted.append(client.embed_image(Path(name).read_bytes(), photo_task))
+        except LumenError as error:
+            raise LumenError(error.code, f"--like {readable(name)}: {error.message}") from error
     query: Vector = np.array(wanted, np.float32).mean(axis=0)
     if unwanted := [client.embed_text(text, text_task) for text in options.without]:
         query -= NOT_WEIGHT * np.array(unwanted, np.float32).mean(axis=0)
@@ -317,21 +317,20 @@ def best(vectors: Vector, query: Vector, top: int, least: float) -> list[tuple[i
 def search(options: argparse.Namespace, index: Index, stack: ExitStack) -> list[tuple[str, float]]:
     """(path, score) of the photographs that fit best. Raises UsageError, LumenError, OSError or sqlite3.Error."""
     folder = str(Path(options.folder).resolve())
-    photos, errors = scan(folder)
-    for error in errors:
-        say(f"{readable(str(error.filename))}: {error.strerror}")
+    photos, unreadable = scan(folder)
+    for path, reason in unreadable.items():
+        say(f"{readable(path)}: {reason}")
     addresses = find(options, index)
     credentials = files.read_credentials(options, addresses)
     clients = [stack.enter_context(LumenClient(address, options.timeout, credentials)) for address in addresses]
     models = clients[0].models()
     text_task, photo_task = tasks_of(models)
     space = models[photo_task]
-    index.remember("address", ",".join(addresses))
     if index.fact("space") not in ("", space):
         say(f"the model of the daemon has changed: its vectors are of the space {space}, before {index.fact('space')}")
     index.remember("space", space)
     query = query_vector(clients[0], text_task, photo_task, options)
-    new = index.new_photos(folder, photos, space, complete=not errors)
+    new = index.new_photos(folder, photos, list(unreadable), space)
     heic = {photo.path for photo in new if photo.path.lower().endswith(files.HEIC_SUFFIXES)}
     if heic and not take_heic(clients, photo_task):
         new = [photo for photo in new if photo.path not in heic]
@@ -372,8 +371,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--top {options.top}: allowed: 1 or more")
     if not Path(options.folder).is_dir():
         raise UsageError(f"{readable(options.folder)}: not a folder")
+    for name in options.like:
+        if not Path(name).is_file():
+            raise UsageError(f"--like {readable(name)}: not a file")
     if options.html and not options.html.parent.is_dir():
         raise UsageError(f"--html {readable(str(options.html))}: the folder does not exist")
+    if options.html and not find_spec("PIL"):
+        raise UsageError("--html needs the Pillow package")
 
 
 def show(options: argparse.Namespace, found: Sequence[tuple[str, float]]) -> None:
