@@ -42,7 +42,9 @@ Vector = NDArray[np.float32]
 
 # `files`: what is known of each file. `gone`: when it was first missed, in seconds since the epoch; otherwise NULL.
 # `vectors`: by content, so that a file that was moved or copied has its vector. A damaged photograph has an error.
+# SQLite's own pages of 4 KiB would be half empty, with one vector of 512 dimensions in each.
 SCHEMA = """
+PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, sha256 BLOB, gone REAL);
 CREATE TABLE IF NOT EXISTS vectors (sha256 BLOB, space TEXT, vector BLOB, error TEXT, PRIMARY KEY (sha256, space));
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
