@@ -6,10 +6,13 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from tests.kit import LIMIT_S
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 WHERE = next(filter(None, map(shutil.which, PROGRAMS)), "")
@@ -48,7 +51,7 @@ class Browser:
         with contextlib.suppress(BrokenPipeError):
             self._send("Browser.close", {})
         try:
-            self._process.wait(30)
+            self._process.wait(LIMIT_S)
         finally:
             self._process.kill()
             os.close(self._in)
@@ -63,6 +66,7 @@ class Browser:
 
     def _next(self) -> Any:
         while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], LIMIT_S)[0], "Chromium does not answer"
             read = os.read(self._in, 1 << 20)
             assert read, "Chromium has ended"
             self._buffer += read

@@ -93,6 +93,7 @@ def test_a_text_finds_the_photographs_that_match_it(demo: Node, photos: Path) ->
         assert run.returncode == 0, run.stderr
         lines = [line.split(maxsplit=1) for line in run.stdout.splitlines()]
         assert len(lines) == 7 and lines[0][1] == str(photos / expected)
+        assert ("7/7 [" in run.stderr and "photo/s]" in run.stderr) == (text == "a bird")  # the bar, with the time left
         scores = [float(score) for score, _ in lines]
         assert scores == sorted(scores, reverse=True)
     vector = demo.result("clip_image_embed", (photos / "lady-beetle.png").read_bytes())["vector"]
@@ -441,6 +442,8 @@ def test_the_daemon_is_found_by_mdns_and_remembered(
     monkeypatch.setenv("LUMEN_MDNS_INTERFACE", "127.0.0.1")
     settings = {"CLIP_MDNS_TYPE": "_lumen._tcp.local.", "CLIP_MDNS_NAME": f"search-{os.getpid()}"}
     node = Node(tmp_path, ("--demo",), ADVERTISE_IP="127.0.0.1", **settings).ready()
+    discover = search.discover  # finds daemons of other tests on this machine as well
+    monkeypatch.setattr(search, "discover", lambda **given: [a for a in discover(**given) if a == node.address])
     try:
         assert search.main([str(photos), "a bird"]) == 0
         assert f"search.py: found {node.address}" in capsys.readouterr().err
