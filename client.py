@@ -22,7 +22,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -447,9 +447,8 @@ def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]
     finally:
         browser.close()
     if not addresses:
-        raise LumenError(
-            "unavailable", f"no daemon answered on mDNS within {seconds:.0f} s; start one, or give --address"
-        )
+        advice = "start one, or give --address"
+        raise LumenError("unavailable", f"no daemon answered on mDNS within {seconds:.0f} s; {advice}")
     return list(dict.fromkeys(addresses))
 
 
@@ -467,18 +466,22 @@ def find_daemons(options: argparse.Namespace) -> list[str]:
 
 
 def ask(
-    clients: Sequence[LumenClient], task: str, inputs: Iterable[str], meta: Mapping[str, str]
+    clients: Sequence[LumenClient],
+    task: str,
+    inputs: Iterable[str],
+    meta: Mapping[str, str],
+    read: Callable[[str, str], tuple[bytes, str]] = files.read_input,
 ) -> Iterator[tuple[str, Result | LumenError]]:
     """Sends the inputs; yields (input, its answer) in their order.
 
-    Each input is read when it is about to be sent. One that cannot be read is not sent; it gets an error as its answer.
+    A thread reads each input when it is about to be sent. An input that cannot be read gets an error as its answer.
     """
     drawn: deque[tuple[str, LumenError | None]] = deque()  # inputs that have no answer yet; why they cannot be read
 
     def requests() -> Iterator[Request]:
         for name in inputs:
             try:
-                payload, mime = files.read_input(task, name)
+                payload, mime = read(task, name)
             except Exception as error:  # any error here concerns this input only
                 drawn.append((name, LumenError("invalid_argument", files.reason_of(error))))
             else:
@@ -584,8 +587,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             clients = [stack.enter_context(LumenClient(address, options.timeout, credentials)) for address in addresses]
             return (show if options.task in ("capabilities", "health") else run_task)(clients, options)
     except BrokenPipeError:
-        # The reader has closed the pipe. Python flushes stdout at exit, which must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit, which must not fail
         return 1
     except UsageError as error:
         print(f"client.py: {error}", file=sys.stderr)

@@ -60,7 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("client.py", description="Send pictures and texts to a lumen-clip daemon.")
     parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
     parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
-    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="several share the work")
     parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
@@ -73,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--within", metavar="A,B,...", help="consider these taxa only; @FILE: one a line")
     parser.add_argument("--min-score", metavar="P", help="leave out labels below this score")
     parser.add_argument("--prompt-template", metavar="T", help='a text with one {}, such as "a photo of a {}"')
+    add_connection_options(parser)
+    return parser
+
+
+def add_connection_options(parser: argparse.ArgumentParser) -> None:
+    """Which daemons are asked, and how. `read_credentials` reads the files that these options name."""
+    parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="several share the work")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--tls", action="store_true", help="use TLS; implied by --ca, --cert and --server-name")
     parser.add_argument("--ca", type=Path, metavar="PEM", help="the CA of the daemon's certificate, or the certificate")
@@ -80,7 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", type=Path, metavar="PEM")
     parser.add_argument("--server-name", default="", metavar="NAME", help="name in the certificate, if not the address")
     parser.add_argument("--token-file", type=Path, default=os.environ.get("LUMEN_TOKEN_FILE") or None, metavar="FILE")
-    return parser
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -39,7 +39,10 @@ from settings import DEMO_DIR, ModelOptions, Settings
 ROOT = Path(__file__).resolve().parent.parent
 
 
-TOOLS = {"bench.py", "bench_load.py", "export.py", "export_rknn.py", "test_lumen.py"}  # what a device does not need
+TOOLS = {  # what a device does not need
+    *("bench.py", "bench_load.py", "export.py", "export_rknn.py", "test_lumen.py"),
+    *("contact_sheet.py", "search.py"),
+}
 RUNTIME = sorted({path.name for path in ROOT.glob("*.py")} - TOOLS)  # what a device copies, besides gen/
 
 
@@ -491,9 +494,9 @@ def one_model(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def run_client(
-    *arguments: str, address: str = "", stdin: bytes = b"", **environment: str
+    *arguments: str, address: str = "", stdin: bytes = b"", program: str = "client.py", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "client.py"), *arguments, *(("--address", address) if address else ())]
+    command = [sys.executable, str(ROOT / program), *arguments, *(("--address", address) if address else ())]
     run = subprocess.run(command, capture_output=True, input=stdin, env={**os.environ, **environment}, timeout=LIMIT_S)
     return subprocess.CompletedProcess(command, run.returncode, run.stdout.decode(), run.stderr.decode())
 

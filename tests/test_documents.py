@@ -24,7 +24,7 @@ README_LINES_MAX = 200
 
 # Variables in the documents that are no settings of the daemon, and what reads each.
 OTHER_VARIABLES = {
-    "LUMEN_ADDRESS": "client.py",
+    "LUMEN_ADDRESS": "client.py and search.py",
     "LUMEN_MDNS_INTERFACE": "client.py",
     "LUMEN_OPTIONS": "lumen-clip.service and compose.yaml",
     "LUMEN_ARM64_ROOT": "the group arm64 of the tests",
@@ -37,7 +37,7 @@ OTHER_VARIABLES = {
     "LUMEN_SEED": "tests of damaged pictures",
     "LUMEN_PHOTOS": "the comparison of JPEG decoding in the group measure",
 }
-PROGRAMS = ("client", "lumen_clip", "bench", "export", "tree_of_life")
+PROGRAMS = ("client", "search", "lumen_clip", "bench", "export", "tree_of_life")
 SUBCOMMANDS = {"tree_of_life": ("build", "info", "verify")}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import time
@@ -25,10 +27,11 @@ import labels
 import machine
 import model_files
 import preprocess
+import search
 import species
 from label_cache import CacheKey, TextVectors
 from settings import ModelOptions
-from tests.kit import encoded, pixels_of
+from tests.kit import Node, encoded, pixels_of, run_client
 
 pytestmark = pytest.mark.measure
 
@@ -267,6 +270,76 @@ def assert_as_brute_force(stored: TextVectors, known: species.Species, queries: 
             lineages = [species.render(names[int(i) * step], "lineage", species.RANKS.index(rank)) for i in best]
             assert [label for label, _ in found.labels] == lineages
             assert np.abs(np.array([score for _, score in found.labels]) - row[best]).max() < 1e-6
+
+
+# --- search --------------------------------------------------------------------------------------------------------
+
+
+def fill_index(index: search.Index, photos: list[search.Photo], space: str, dim: int) -> NDArray[np.float32]:
+    """Adds random vectors, and returns them: float32 `[n, dim]`."""
+    rng = np.random.default_rng(0)
+    vectors = model_files.unit_rows(rng.standard_normal((len(photos), dim), np.float32))
+    for number, (photo, vector) in enumerate(zip(photos, vectors, strict=True)):
+        sha256 = number.to_bytes(32, "big")
+        index.add_vector(sha256, space, vector)
+        index.add_file(photo, sha256)
+    index.commit()
+    return vectors
+
+
+def test_search_of_10_000_photographs_with_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a search that one waits for. Prints figures of docs/performance.md.
+
+    The whole command with the demo: start, folder, index, daemon, scores. The vectors are random.
+    """
+    for number in range(10_000):
+        path = tmp_path / "photos" / f"{number // 100:02}" / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"%d" % number)
+    node = Node(tmp_path / "data", ("--demo",)).ready()
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        space, dim = node.ask("clip_embed", b"a bird").meta["space"], 128
+        photos, _ = search.scan(str(tmp_path / "photos"))
+        with contextlib.closing(search.Index(search.index_path())) as index:
+            fill_index(index, photos, space, dim)
+        seconds, before = [], resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in range(9):
+            started = time.perf_counter()
+            run = run_client(str(tmp_path / "photos"), "a red bicycle", address=node.address, program="search.py")
+            seconds.append(time.perf_counter() - started)
+            assert run.returncode == 0 and run.stdout.count("\n") == 10 and run.stderr == "", run.stderr
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finally:
+        assert node.stop() == 0, node.log
+    core = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(seconds)
+    told = f"median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s, {core:.2f} core seconds"
+    print(f"\n{len(photos):,} photographs: {told}")
+    assert statistics.median(seconds) < 1
+
+
+def test_search_of_100_000_vectors(tmp_path: Path) -> None:
+    """Lost otherwise: a search that one waits for, or the right photographs. Prints figures of docs/performance.md."""
+    photos = [search.Photo(f"/photos/{number:06}.jpg", number, 1) for number in range(100_000)]
+    with contextlib.closing(search.Index(tmp_path / "search.sqlite")) as index:
+        stored = fill_index(index, photos, "space", 512)
+        started = time.perf_counter()
+        paths, vectors = index.vectors("/photos", "space", 512)
+        loaded = time.perf_counter() - started
+    assert paths == [photo.path for photo in photos] and np.array_equal(vectors, stored)
+    queries = model_files.unit_rows(np.random.default_rng(1).standard_normal((15, 512), np.float32))
+    seconds = []
+    for query in queries:
+        started = time.perf_counter()
+        found = search.best(vectors, query, 30, -1)
+        seconds.append(time.perf_counter() - started)
+        exact = stored.astype(np.float64) @ query
+        assert [row for row, _ in found] == np.argsort(-exact)[:30].tolist()
+    first, median, worst = (round(1000 * found) for found in (seconds[0], statistics.median(seconds), max(seconds)))
+    told = f"loaded in {loaded:.2f} s, first search {first} ms, median {median} ms, worst {worst} ms"
+    size = (tmp_path / "search.sqlite").stat().st_size
+    print(f"\n{len(paths):,} x 512: {told}; the index has {size / 1e6:.0f} MB")
+    assert statistics.median(seconds) < 0.2
 
 
 def on_each_core(threads: ThreadPoolExecutor, work: Callable[[Any], None], rows: NDArray[Any]) -> None:
