@@ -378,22 +378,16 @@ class _PullQueue:
 
 
 def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
-    shared: dict[str, Any] = {
-        "correlation_id": correlation_id,
-        "task": request.task,
-        "payload_mime": request.mime,
-        "meta": dict(request.meta),
-    }
-    payload = request.payload
+    shared: dict[str, Any] = {"correlation_id": correlation_id, "task": request.task, "payload_mime": request.mime}
+    shared["meta"], payload = dict(request.meta), request.payload
     if len(payload) <= CHUNK_BYTES:
         yield pb.InferRequest(payload=payload, **shared)
         return
     total = -(-len(payload) // CHUNK_BYTES)
     for seq in range(total):
         offset = seq * CHUNK_BYTES
-        yield pb.InferRequest(
-            payload=payload[offset : offset + CHUNK_BYTES], seq=seq, total=total, offset=offset, **shared
-        )
+        part = payload[offset : offset + CHUNK_BYTES]
+        yield pb.InferRequest(payload=part, seq=seq, total=total, offset=offset, **shared)
 
 
 def _answer(task: str, response: pb.InferResponse) -> Result | LumenError:
