@@ -25,10 +25,12 @@ Flow = tuple[Hashable, Hashable]  # (connection, stream)
 Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
 T = TypeVar("T")
 
-ACCOUNTS_MAX = 8192  # accounts kept, about 300 bytes each; the least recently used one is dropped
+# Accounts kept, about 500 bytes each; the least recently used one is dropped. Many more than flows can be queued at once.
+# A flow that comes back later starts at the virtual time, as a new one does.
+ACCOUNTS_MAX = 1024
 
 
-@dataclass
+@dataclass(slots=True)
 class Account:
     """Work of a flow, and the virtual time of the level below it, all in core seconds."""
 
