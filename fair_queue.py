@@ -25,8 +25,8 @@ Flow = tuple[Hashable, Hashable]  # (connection, stream)
 Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
 T = TypeVar("T")
 
-# Accounts kept, about 500 bytes each; the least recently used one is dropped. Many more than flows can be queued at once.
-# A flow that comes back later starts at the virtual time, as a new one does.
+# Accounts kept, about 500 bytes each. The least recently used one is dropped. No more flows can be queued at once, and
+# a flow that comes back later starts at the virtual time, as a new one does.
 ACCOUNTS_MAX = 1024
 
 
