@@ -81,7 +81,7 @@ def score_or_abort(labelset, *rest):
 preprocess.decode_image = decode_or_crash
 FolderBackend.tokenize, FolderBackend.encode_text = tokenize_and_remember, encode_text_or_abort
 labels.LabelSet.top = score_or_abort
-FolderBackend.encode_images = encode_or_worse
+FolderBackend.encode_images = FolderBackend.encode_single = encode_or_worse
 sys.exit(lumen_clip.main())
 """
 

@@ -36,7 +36,7 @@ def encode_or_hang(backend, pixels):
         time.sleep(3600)
     return encode(backend, pixels)
 
-onnx_backend.FolderBackend.encode_images = encode_or_hang
+onnx_backend.FolderBackend.encode_images = onnx_backend.FolderBackend.encode_single = encode_or_hang
 if "@LOADING@":
     lumen_clip.load_models = lambda *arguments: time.sleep(3600)
     discovery.Advertiser.close = lambda advertiser: time.sleep(3600)  # a network that accepts no goodbye
