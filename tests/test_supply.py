@@ -17,7 +17,7 @@ import pytest
 from settings import VERSION
 from tests.kit import ROOT, Node
 
-EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "dev"}
+EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "immich", "dev"}
 
 
 @pytest.mark.parametrize(
