@@ -315,8 +315,9 @@ class ImmichServer:
     async def _entry(self, request: web.Request, upload: Upload, boundary: bytes) -> Entry:
         """Reads the form until `entries` is complete. Raises _Refused."""
         while True:
+            before = len(upload.body)
             await upload.keep(await upload.read(request.content))
-            if len(upload.body) <= ENTRIES_WITHIN or upload.ended:  # not again for each chunk of a large form
+            if before < ENTRIES_WITHIN or upload.ended:  # not again for each chunk of a large form
                 for name, content in parts(upload.body, boundary):
                     if name == "entries":
                         return read_entries(upload.body[content])
@@ -418,9 +419,8 @@ class ImmichServer:
         except (aiohttp.ClientError, OSError) as error:
             if upload.seen > upload.size_max:
                 raise upload.too_large() from None
-            log.warning(
-                "LUMEN_IMMICH_FALLBACK=%s: %s could not be forwarded (%s)", fallback, task, type(error).__name__
-            )
+            text = "LUMEN_IMMICH_FALLBACK=%s: a request for %s could not be forwarded (%s)"
+            log.warning(text, fallback, task, type(error).__name__)
             raise _Refused(502, f"{task} could not be forwarded to LUMEN_IMMICH_FALLBACK") from None
         finally:
             self._forwarded -= 1
@@ -474,5 +474,6 @@ def serve(daemon: Daemon, host: str, port: int) -> ImmichServer:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
+    bound.listen()  # connections wait until the loop runs
     log.info("immich's requests on %s port %d", host, bound.getsockname()[1])
     return ImmichServer(daemon, bound)

@@ -6,6 +6,9 @@ import http.client
 import io
 import json
 import shutil
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +158,91 @@ def recipe_text(folder: Path, text: str) -> Any:
     ids = np.array([tokenizer.encode(" ".join(text.split())).ids], np.int32)
     session = onnxruntime.InferenceSession(folder / "textual" / "model.onnx")
     return session.run(None, {"text": ids})[0][0]
+
+
+# --- immich's own service -----------------------------------------------------------------------------------------
+
+
+class FakeImmich(ThreadingHTTPServer):
+    """In the place of immich's own service: keeps what it is sent, and answers in two parts."""
+
+    def __init__(self, status: int = 200, first: bytes = b'{"facial-', rest: bytes = b'recognition":[]}') -> None:
+        self.status, self.first, self.rest = status, first, rest
+        self.may_end = threading.Event()  # the second part is sent
+        self.may_end.set()
+        self.cut = False  # the connection is closed after the first part
+        self.heads: list[list[tuple[str, str]]] = []
+        self.body = bytearray()  # of the last request, as it arrives
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                fake.heads.append(list(self.headers.items()))
+                del fake.body[:]
+                left = int(self.headers.get("Content-Length", 1 << 60))  # in chunks: until it ends
+                while left and (piece := self.rfile.read1(min(left, 65536))):
+                    fake.body += piece
+                    left -= len(piece)
+                if left:
+                    self.close_connection = True
+                    return
+                self.send_response(fake.status, "as it likes")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Encoding", "deflate")
+                self.send_header("Content-Length", str(len(fake.first + fake.rest)))
+                self.end_headers()
+                self.wfile.write(fake.first)
+                self.wfile.flush()
+                if fake.may_end.wait(LIMIT_S) and not fake.cut:
+                    self.wfile.write(fake.rest)
+                else:
+                    self.close_connection = True
+
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "4")
+                self.end_headers()
+                self.wfile.write(b"pong")
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Peer:
+    """A connection to the port for immich, on which one can stop in the middle."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S)
+
+    def begin(self, size: int, first: bytes = b"", **headers: str) -> Peer:
+        """Sends the head of a request with a body of `size` bytes, and the first of them."""
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        head += "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+        self.socket.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + first)
+        return self
+
+    def answer(self) -> tuple[int, bytes]:
+        response = http.client.HTTPResponse(self.socket)
+        response.begin()
+        return response.status, response.read()
+
+    def is_closed(self, seconds: float) -> bool:
+        """Whether the daemon ends the connection within so many seconds. What it sends before is ignored."""
+        self.socket.settimeout(seconds)
+        try:
+            while self.socket.recv(65536):
+                pass
+        except TimeoutError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        self.socket.close()

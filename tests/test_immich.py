@@ -18,11 +18,9 @@ from PIL import Image
 
 from tests.immich import (
     FACES,
-    MODEL,
     VISUAL,
     form,
     image_form,
-    make_folder,
     other_activation,
     predict,
     recipe_image,
@@ -43,16 +41,9 @@ from tests.kit import (
     encoded,
     one_model,
     picture,
-    shared,
     write_labels,
 )
 from tests.test_metrics import free_port
-
-
-@pytest.fixture(scope="session")
-def openai(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A folder with the name of immich's default model."""
-    return shared(tmp_path_factory, MODEL, lambda folder: make_folder(tiny, folder))
 
 
 @pytest.fixture(scope="module")
