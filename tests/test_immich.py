@@ -8,16 +8,23 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compose_spec
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from immich import immich_name
+from settings import Settings
+from tests.hub import FakeHub
 from tests.immich import (
     FACES,
+    MODEL,
     VISUAL,
     form,
     image_form,
@@ -38,6 +45,7 @@ from tests.kit import (
     RED,
     ROOT,
     Node,
+    code_of,
     encoded,
     one_model,
     picture,
@@ -311,3 +319,47 @@ def test_other_paths_methods_and_types_are_refused(port: int) -> None:
     assert send(port, text_form("a"), Content_Type="application/json")[0] == 422
     assert send(port, text_form("a"), Content_Type="multipart/form-data")[0] == 422
     assert send(port, text_form("a"), Content_Encoding="gzip")[0] == 415
+
+
+def test_the_compose_example_is_right(caplog: pytest.LogCaptureFixture) -> None:
+    """Lost otherwise: an evening with a file that was copied from the documentation."""
+    [example] = code_of("docs/immich.md", "With Docker", "yaml")
+    content = yaml.safe_load(example)
+    compose_spec.PyCompose.from_json(json.dumps(content)).validate()
+    ours, immichs = content["services"]["lumen-clip"], content["services"]["immich-server"]
+    settings = Settings.from_environment({"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none"} | ours["environment"])
+    url = urllib.parse.urlsplit(immichs["environment"]["IMMICH_MACHINE_LEARNING_URL"])
+    assert (url.hostname, url.port) == ("lumen-clip", settings.lumen_immich_port)
+    assert settings.lumen_immich_fallback == "http://immich-machine-learning:3003" and not caplog.records
+    assert immich_name(settings.clip.model) == MODEL
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("ViT-B-32:openai", "ViT-B-32__openai"),
+        ("ViT-B-32__openai", "ViT-B-32__openai"),
+        ("immich-app/ViT-B-32__openai", "ViT-B-32__openai"),
+        ("ViT-B-32:laion2b_s34b_b79k", "ViT-B-32__laion2b-s34b-b79k"),
+        ("ViT-B-32:laion2b_s34b_b79k-int8", "ViT-B-32__laion2b-s34b-b79k"),
+        ("M-CLIP/XLM-Roberta-Large-Vit-B-32", "XLM-Roberta-Large-Vit-B-32"),
+    ],
+)
+def test_a_model_has_the_name_that_immich_gives_it(model: str, name: str) -> None:
+    """Lost otherwise: the right model, refused for its spelling."""
+    assert immich_name(model) == name
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32:openai", "ViT-B-32__openai", "hf-hub:immich-app/ViT-B-32__openai"])
+def test_immichs_default_model_is_fetched_from_its_repository(tmp_path: Path, openai: Path, model: str) -> None:
+    """Lost otherwise: the name that people copy from immich's settings."""
+    files = {path.relative_to(openai).as_posix(): path.read_bytes() for path in openai.rglob("*") if path.is_file()}
+    hub, port = FakeHub({"immich-app/ViT-B-32__openai": files}), free_port()
+    (tmp_path / "names.json").write_text('["a dog", "a cat"]')
+    settings = {**one_model(openai), "CLIP_MODEL": model, "CLIP_LABELS": tmp_path / "names.json"}
+    node = Node(tmp_path, **settings, HF_ENDPOINT=hub.url, LUMEN_IMMICH_PORT=port).ready()
+    try:
+        assert cosine(vector(port, text_form("a dog")), recipe_text(openai, "a dog")) > 0.9999
+    finally:
+        assert node.stop() == 0
+        hub.close()
