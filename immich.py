@@ -97,9 +97,12 @@ def boundary_of(content_type: str) -> bytes:
     return b"--" + boundary.encode("utf-8", "surrogateescape")
 
 
-def parts(body: bytes | bytearray, boundary: bytes) -> Iterator[tuple[str, slice]]:
-    """(name, content) of each complete part of a form that may be cut off. Parts without a name are left out."""
-    at = body.find(boundary)  # a preamble is allowed
+def parts(body: bytes | bytearray, boundary: bytes, begin: int = 0) -> Iterator[tuple[str, slice]]:
+    """(name, content) of each complete part of a form that may be cut off. The name may be "".
+
+    `begin`: 0, or 2 more than the end of the content of an earlier part.
+    """
+    at = body.find(boundary, begin)  # a preamble is allowed
     while at >= 0:
         headers = at + len(boundary)
         start = body.find(b"\r\n\r\n", headers, headers + PART_HEADERS_MAX)
@@ -107,8 +110,7 @@ def parts(body: bytes | bytearray, boundary: bytes) -> Iterator[tuple[str, slice
         if start < 0 or end < 0:
             return
         name = re.search(rb'form-data;(?:[^\r\n]*;)? ?name="([^"\r\n]*)"', body[headers:start])
-        if name:
-            yield name[1].decode("utf-8", "replace"), slice(start + 4, end)
+        yield name[1].decode("utf-8", "replace") if name else "", slice(start + 4, end)
         at = end + 2
 
 
@@ -314,13 +316,15 @@ class ImmichServer:
 
     async def _entry(self, request: web.Request, upload: Upload, boundary: bytes) -> Entry:
         """Reads the form until `entries` is complete. Raises _Refused."""
+        at = 0  # where the first part that is not complete begins
         while True:
             before = len(upload.body)
             await upload.keep(await upload.read(request.content))
             if before < ENTRIES_WITHIN or upload.ended:  # not again for each chunk of a large form
-                for name, content in parts(upload.body, boundary):
+                for name, content in parts(upload.body, boundary, at):
                     if name == "entries":
                         return read_entries(upload.body[content])
+                    at = content.stop + 2
             if upload.ended:
                 raise _Refused(422, f"entries: missing; {EXAMPLE}")
 
@@ -402,7 +406,7 @@ class ImmichServer:
         fallback, task = self._settings.lumen_immich_fallback, f"{entry.task[:40]!a}"
         if not fallback:
             raise _Refused(501, f"entries: {task} is not done here; set LUMEN_IMMICH_FALLBACK to a server that does it")
-        if self._via in request.headers.getall(hdrs.VIA, ()):
+        if any(self._via in value for value in request.headers.getall(hdrs.VIA, ())):
             raise _Refused(508, "LUMEN_IMMICH_FALLBACK leads back to this daemon")
         if self._forwarded >= FORWARDED_MAX:
             raise _Refused(503, f"{FORWARDED_MAX} requests are being forwarded; try later")

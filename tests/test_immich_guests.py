@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -192,6 +193,25 @@ def test_a_part_with_long_headers_takes_no_time() -> None:
     assert len(list(immich.parts(many, boundary))) == 20_000
     assert list(immich.parts(boundary * 20_000, boundary)) == []
     assert time.monotonic() - began < 5
+
+
+def test_a_form_that_arrives_byte_by_byte_takes_no_more_time(node: Node) -> None:
+    """Lost otherwise: the loop of all connections, to a client that sends small packets of many parts."""
+    many = form(*[(f"f{number}", "") for number in range(600)])
+    assert 30_000 < len(many) < immich.ENTRIES_WITHIN
+    peer = Peer(node.port).begin(len(many) + 1000)
+    peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    slowest, began = 0.0, time.monotonic()
+    with outlived(node), contextlib.suppress(OSError):
+        for number in range(0, len(many), 8):
+            peer.socket.sendall(many[number : number + 8])
+            if number % 8000 == 0:
+                before = time.monotonic()
+                send(node.port, b"", "/ping")
+                slowest = max(slowest, time.monotonic() - before)
+    print(f"\n600 parts in small packets: {time.monotonic() - began:.1f} s, the slowest ping {slowest * 1000:.0f} ms")
+    peer.close()
+    served(node)
 
 
 def test_a_client_that_reads_nothing_is_ended(node: Node) -> None:
