@@ -7,8 +7,9 @@ FROM python:${PYTHON} AS build-edge
 ENV PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv
-COPY requirements-edge-locked.txt ./
-RUN pip install --require-hashes -r requirements-edge-locked.txt
+COPY requirements-edge-locked.txt requirements-immich-locked.txt ./
+RUN pip install --require-hashes -r requirements-edge-locked.txt \
+    && pip install --require-hashes -r requirements-immich-locked.txt
 
 FROM build-edge AS build-cuda
 COPY requirements-locked.txt ./

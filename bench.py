@@ -4,6 +4,7 @@
     python bench.py --precision int8         # or --backend torch
     python bench.py --photos ~/Photos        # an import of one's own pictures
     python bench.py --against host:50051     # any server that speaks the protocol
+    python bench.py --immich 3003            # previews and texts over HTTP, as immich sends them
 
 The weights are random and have real size. They are built once and kept in `data/bench`. Nothing is downloaded. Each
 rate is compared with two limits: `model` is the raw model on prepared inputs, at its best batch size. `cores` is the
@@ -16,6 +17,7 @@ model in all core time. It does not depend on other programs on the machine.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import collections
 import itertools
 import json
@@ -46,7 +48,19 @@ import machine
 import model_files
 import preprocess
 import torch_backend
-from bench_load import FEW, IN_FLIGHT, Case, Clients, core_s_of, make_cases, ping, text_of
+from bench_load import (
+    FEW,
+    IN_FLIGHT,
+    Case,
+    Clients,
+    ask_http,
+    ask_on_and_on_over_http,
+    core_s_of,
+    immich_request,
+    make_cases,
+    ping,
+    text_of,
+)
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from settings import ModelOptions
@@ -262,7 +276,11 @@ class Window:
 
 def load(server: Server, cases: Sequence[Case], count: int, seconds: float, each: int = 0) -> Window:
     """Closed-loop load of `count` clients, measured once it is steady. `each`: see `Clients`."""
-    clients = Clients(server.address, cases, count, each)
+    return watch(server, Clients(server.address, cases, count, each), seconds)
+
+
+def watch(server: Server, clients: Clients, seconds: float) -> Window:
+    """The figures of clients that have begun. They are ended."""
     time.sleep(0.75 * seconds)
     begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
     time.sleep(seconds)
@@ -332,9 +350,8 @@ def measure_few(server: Server, limits: Limits | None, cases: Sequence[Case], se
                 found += [limits.ways_per_s(case, count)] if limits else []
             row = row_of(case.name, count, windows, [])
             ways = statistics.mean(found) if found else 0.0
-            rows.append(
-                {"case": case.name, "clients": count, "per_s": row.per_s, "ways_per_s": ways, "p50_ms": row.p50_ms}
-            )
+            kept = {"case": case.name, "clients": count, "per_s": row.per_s}
+            rows.append(kept | {"ways_per_s": ways, "p50_ms": row.p50_ms})
             cells = [f"{row.per_s:.1f}", f"{ways:.1f} ({row.per_s / ways:.2f})" if ways else ""]
             cells = [case.name, str(count), *cells, f"{row.p50_ms:.0f}", f"{row.p95_ms:.0f}"]
             print("  ".join(cell.rjust(14) for cell in cells), flush=True)
@@ -373,6 +390,43 @@ def measure_waits(server: Server, limits: Limits | None, cases: Sequence[Case], 
         at_once = int(extra["clip_batch_size"]) * int(extra["clip_lanes"])
         found["one image batch"] = 1000 * at_once / per_s
     return found
+
+
+def measure_immich(server: Server, http: str, seconds: float) -> list[dict[str, Any]]:
+    """Previews over HTTP as immich sends them, in turns with the same over gRPC; and texts over HTTP meanwhile."""
+    from immich import immich_name  # needs aiohttp
+
+    by_name = {case.name: case for case in make_cases()}
+    case, text = by_name["1440 px JPEG"], by_name["short text"]
+    model = immich_name(server.stub.GetCapabilities(empty_pb2.Empty()).extra["clip_model"])
+    preview = [immich_request(case, model)]
+    texts = (immich_request(text, model, text_of(text, number)) for number in itertools.count())
+    turns, rows = max(1, round(seconds / WINDOW)), []
+    names = ("clients, 1 each", "gRPC per s", "HTTP per s", "ratio", "HTTP p50 ms", "p95", "text p50 ms", "p95")
+    print("  ".join(name.rjust(15) for name in names))
+    for count in FEW:
+        over_grpc, over_http, waits = list[Window](), list[Window](), list[float]()
+        for _ in range(turns):
+            over_grpc.append(load(server, [case], count, seconds / turns, 1))
+            over_http.append(watch(server, Clients(http, preview, count, 1, ask_on_and_on_over_http), seconds / turns))
+            importing = Clients(http, preview, count, 1, ask_on_and_on_over_http)
+            asking = ask_http(http, texts, partial(_is_past, time.perf_counter() + seconds / turns), 0.05)
+            waits += [1000 * took for _, took in asyncio.run(asking)]
+            importing.stop()
+        grpc_row, row = row_of(case.name, count, over_grpc, []), row_of(case.name, count, over_http, [])
+        p50, p95 = np.percentile(waits, (50, 95))
+        rows.append({"clients": count, "grpc_per_s": grpc_row.per_s, "http_per_s": row.per_s, "p50_ms": row.p50_ms})
+        rows[-1] |= {"p95_ms": row.p95_ms, "text_p50_ms": float(p50), "text_p95_ms": float(p95)}
+        rows[-1] |= {"grpc_core_ms": grpc_row.core_ms, "http_core_ms": row.core_ms}
+        cells = [str(count), f"{grpc_row.per_s:.1f}", f"{row.per_s:.1f}", f"{row.per_s / grpc_row.per_s:.2f}"]
+        cells += [f"{value:.0f}" for value in (row.p50_ms, row.p95_ms, p50, p95)]
+        print("  ".join(cell.rjust(15) for cell in cells), flush=True)
+    print(f"memory of the daemon: {server.memory_mb():.0f} MB")
+    return rows
+
+
+def _is_past(when: float) -> bool:
+    return time.perf_counter() > when
 
 
 def measure_photos(server: Server, folder: Path) -> str:
@@ -430,6 +484,8 @@ def environment_of(data: Path, options: argparse.Namespace, model: str) -> dict[
     names = data / "names.json"  # ImageNet's are on a hub
     names.write_text(json.dumps([f"thing {i}" for i in range(1000)]))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CLIP_", "BIOCLIP_", "LUMEN_", "BATCH_"))}
+    if options.immich:
+        kept["LUMEN_IMMICH_PORT"] = str(options.immich)
     own = {"CLIP_BACKEND": options.backend, "CLIP_MODEL": model, "CLIP_LABELS": str(names), "CLIP_TEMPLATES": "1"}
     return {**kept, **own, "BIOCLIP_BACKEND": "none", "CLIP_MDNS_TYPE": "off", "LUMEN_DATA_DIR": str(data / "daemon")}
 
@@ -464,8 +520,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rates")
     parser.add_argument("--against", metavar="HOST:PORT", help="measure this server, without limits")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure an import of these only")
+    parser.add_argument("--immich", type=int, metavar="PORT", help="measure immich's requests only, on a free port")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data" / "bench")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.immich and parsed.against:
+        parser.error("--immich starts a daemon; allowed without --against")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -477,6 +537,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.photos:
             print(measure_photos(server, options.photos))
+            return 0
+        if options.immich:
+            rows = measure_immich(server, f"127.0.0.1:{options.immich}", options.seconds)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
             return 0
         report(server, None if options.against else open_backend(options, model), options)
     finally:

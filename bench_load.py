@@ -6,10 +6,12 @@ import asyncio
 import collections
 import io
 import itertools
+import json
 import multiprocessing
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +104,20 @@ class Clients:
 
     numbers = 0  # the texts that all clients have sent so far
 
-    def __init__(self, address: str, cases: Sequence[Case], count: int, each: int = 0) -> None:
-        """`each`: requests that each client has in progress; 0: as IN_FLIGHT says."""
+    def __init__(
+        self,
+        address: str,
+        cases: Sequence[Case | bytes],
+        count: int,
+        each: int = 0,
+        ask: Callable[..., None] | None = None,
+    ) -> None:
+        """`each`: requests that each client has in progress; 0: as IN_FLIGHT says. `ask`: the body of the process."""
         spawn = multiprocessing.get_context("spawn")
         self._over = spawn.Event()
         self._found, theirs = spawn.Pipe(duplex=False)
         arguments = (address, cases, (count, each or IN_FLIGHT[count]), Clients.numbers, self._over, theirs)
-        self._process = spawn.Process(target=ask_on_and_on, args=arguments, daemon=True)
+        self._process = spawn.Process(target=ask or ask_on_and_on, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         if not self._found.recv():  # True with the first answer
@@ -164,6 +173,52 @@ def ask_on_and_on(
 
     asyncio.run(ask_all())
     found.send((answers, next(numbers) - number))
+
+
+def immich_request(case: Case, model: str, text: bytes = b"") -> bytes:
+    """The HTTP request by which immich's server asks for a case."""
+    picture = case.task == "clip_image_embed"
+    entries = json.dumps({"clip": {"visual" if picture else "textual": {"modelName": model}}})
+    more = '; filename="blob"\r\nContent-Type: application/octet-stream' if picture else ""
+    head = f'--lumen\r\nContent-Disposition: form-data; name="entries"\r\n\r\n{entries}\r\n--lumen\r\n'
+    head += f'Content-Disposition: form-data; name="{"image" if picture else "text"}"{more}\r\n\r\n'
+    body = head.encode() + (text or case.payload) + b"\r\n--lumen--\r\n"
+    head = "POST /predict HTTP/1.1\r\nHost: bench\r\nContent-Type: multipart/form-data; boundary=lumen\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def ask_http(
+    address: str, requests: Iterator[bytes], over: Callable[[], bool], pause: float = 0.0
+) -> list[tuple[float, float]]:
+    """One client over HTTP, with one request in progress; -> (answered at, seconds) of each answer."""
+    reader, writer = await asyncio.open_connection(*address.split(":"))
+    answers = []
+    while not over():
+        sent = time.perf_counter()
+        writer.write(next(requests))
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        if not head.startswith(b"HTTP/1.1 200 ") or not length:
+            raise RuntimeError(head.decode("latin-1"))
+        await reader.readexactly(int(length[1]))
+        answers.append((time.perf_counter(), time.perf_counter() - sent))
+        await asyncio.sleep(pause)
+    writer.close()
+    return answers
+
+
+def ask_on_and_on_over_http(
+    address: str, requests: Sequence[bytes], clients: tuple[int, int], number: int, over: Any, found: Any
+) -> None:
+    """Like `ask_on_and_on`, for whole HTTP requests."""
+
+    async def ask_all() -> list[tuple[float, float]]:
+        await ask_http(address, iter(requests[:1]), iter([False, True]).__next__)
+        found.send(True)
+        asking = (ask_http(address, itertools.cycle(requests), over.is_set) for _ in range(clients[0]))
+        return list(itertools.chain.from_iterable(await asyncio.gather(*asking)))
+
+    found.send((asyncio.run(ask_all()), 0))
 
 
 def ping(address: str, over: Any, found: Any) -> None:

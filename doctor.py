@@ -19,7 +19,6 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -367,7 +366,7 @@ def cache(setup: Setup) -> Iterator[Finding]:
     for what in missing:
         yield NOTE, f"{what} will be downloaded"
     existing = next(path for path in (data, *data.absolute().parents) if path.exists())
-    if os.access(existing, os.W_OK) and not _read_only(existing):
+    if os.access(existing, os.W_OK) and not machine.is_read_only(existing):
         yield FINE, f"{data} can be written"
     elif not missing:
         yield WARNING, f"{data} cannot be written; what is computed is computed again at each start"
@@ -426,9 +425,8 @@ def token(setup: Setup) -> Iterator[Finding]:
 
 def ports(setup: Setup) -> Iterator[Finding]:
     family = socket.AF_INET6 if ":" in setup.host else socket.AF_INET
-    metrics_port = setup.settings.lumen_metrics_port
-    wanted = {"--port": setup.port} | ({"LUMEN_METRICS_PORT": metrics_port} if metrics_port else {})
-    for option, number in wanted.items():
+    others = ((name.upper(), getattr(setup.settings, name)) for name in ("lumen_metrics_port", "lumen_immich_port"))
+    for option, number in (("--port", setup.port), *(other for other in others if other[1])):
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -439,6 +437,21 @@ def ports(setup: Setup) -> Iterator[Finding]:
                 yield FAILURE, f"{text}; {taken if error.errno == errno.EADDRINUSE else 'set --host'}"
             else:
                 yield FINE, f"{setup.host} port {number} is free"
+
+
+def immich(setup: Setup) -> Iterator[Finding]:
+    port, fallback = setup.settings.lumen_immich_port, setup.settings.lumen_immich_fallback
+    security.check_immich_port(setup.settings, setup.host)
+    if port and importlib.util.find_spec("aiohttp") is None:
+        yield FAILURE, f"LUMEN_IMMICH_PORT={port}: aiohttp is missing; pip install -r requirements-immich.txt"
+    elif not (port and fallback):
+        yield (WARNING, "faces and text in pictures are refused; set LUMEN_IMMICH_FALLBACK") if port else (NOTE, "off")
+    else:
+        try:
+            urllib.request.urlopen(f"{fallback}/ping", timeout=5).close()
+            yield FINE, f"{fallback} answers"
+        except (OSError, ValueError) as error:
+            yield WARNING, f"{fallback} does not answer ({getattr(error, 'reason', error)}); is immich's service there?"
 
 
 def discovery(setup: Setup) -> Iterator[Finding]:
@@ -473,6 +486,7 @@ CHECKS: tuple[tuple[str, Callable[[Setup], Iterator[Finding]]], ...] = (
     ("TLS", tls),
     ("token", token),
     ("port", ports),
+    ("immich", immich),
     ("mDNS", discovery),
 )
 
@@ -580,21 +594,5 @@ def _nodes(places: Places) -> list[Path]:
 def _group_remedy(node: Path) -> str:
     if not node.exists():
         return "it is not in /dev; in a container: --device /dev/dri"
-    import grp
-
-    try:
-        group = grp.getgrgid(node.stat().st_gid).gr_name
-    except KeyError:
-        group = str(node.stat().st_gid)
-    return (
-        f"add the daemon's user to the group {group}: usermod -aG {group} USER (systemd: SupplementaryGroups={group})"
-    )
-
-
-def _read_only(folder: Path) -> bool:
-    """Root may write anywhere, but not on a disk that is mounted read-only; this leaves nothing behind."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return False
-    except OSError:
-        return True
+    name = machine.group_of(node)
+    return f"add the daemon's user to the group {name}: usermod -aG {name} USER (systemd: SupplementaryGroups={name})"

@@ -54,6 +54,7 @@ from labels import LabelSet
 from machine import clock
 from model import Model
 from model_files import Encode, Say, encoder_of, quiet
+from security import check_immich_port
 from service import Daemon, start_server
 from settings import VERSION, Settings, demo_environment
 from species import Species
@@ -233,6 +234,23 @@ def serve_metrics(daemon: Daemon, host: str) -> None:
         metrics.serve(daemon.traffic.metrics, host, port)
     except OSError as error:
         raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
+
+
+def serve_immich(daemon: Daemon, host: str) -> Callable[[float], None]:
+    """Opens the port for immich; -> what waits up to so many seconds for its last answers. Raises SettingError."""
+    port = daemon.settings.lumen_immich_port
+    if not port:
+        return lambda seconds: None
+    check_immich_port(daemon.settings, host)
+    try:
+        import immich  # aiohttp takes 9 MB
+    except ModuleNotFoundError as error:
+        text = f"{error.name} is not installed here; pip install -r requirements-immich.txt"
+        raise SettingError(f"LUMEN_IMMICH_PORT={port}: {text}") from None
+    try:
+        return immich.serve(daemon, host, port).drain
+    except OSError as error:
+        raise SettingError(f"LUMEN_IMMICH_PORT={port}: {error.strerror or error}") from None
 
 
 def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
@@ -426,7 +444,7 @@ def supervise(daemon: Daemon, events: Events, terminal: Terminal) -> str:
 # --- stop -------------------------------------------------------------------------------------------------------
 
 
-def stop(daemon: Daemon, advertiser: Advertiser) -> None:
+def stop(daemon: Daemon, advertiser: Advertiser, drain_immich: Callable[[float], None]) -> None:
     """Answers what is in work first. The caller then leaves the process, which closes the port and all connections.
 
     `grpc.Server.stop` would end calls that arrive at that moment with CANCELLED. A connection that closes is
@@ -435,7 +453,9 @@ def stop(daemon: Daemon, advertiser: Advertiser) -> None:
     notify("STOPPING=1")
     log.info("stopping: answering what is in work")
     advertiser.close()
+    until = time.monotonic() + DRAIN_S
     daemon.drain(DRAIN_S)
+    drain_immich(until - time.monotonic())
     time.sleep(LINGER_S)
     daemon.journal.close()
     daemon.traffic.log_summary(0)
@@ -462,6 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
             serve_metrics(daemon, options.host)
+        drain_immich = serve_immich(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
         complain(error)
@@ -488,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advertiser.close()
         time.sleep(LINGER_S)
         _leave(1)  # what is in work has no one who could answer it
-    stop(daemon, advertiser)
+    stop(daemon, advertiser, drain_immich)
     _leave(0)
 
 

@@ -152,8 +152,8 @@ def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
 
 
 def split_model(options: ModelOptions) -> tuple[str, str]:
-    """`ARCH:weights` -> (arch, weights). Raises SettingError."""
-    arch, _, weights = options.model.partition(":")
+    """`ARCH:weights`, or `ARCH__weights` as immich writes it -> (arch, weights). Raises SettingError."""
+    arch, _, weights = options.model.partition(":" if ":" in options.model else "__")
     if not arch or not weights:
         text = "not a folder; allowed: ARCH:pretrained-tag, ARCH:path/to/weights, hf-hub:org/name, or a folder"
         raise options.error("MODEL", options.model, text)

@@ -98,13 +98,18 @@ def anyone(pixels: int) -> AbstractContextManager[None]:
 
 
 def decode_image(
-    data: bytes, recipes: Iterable[Preprocess], max_pixels: int, draft: bool, room: Room = anyone
+    data: bytes,
+    recipes: Iterable[Preprocess],
+    max_pixels: int,
+    draft: bool,
+    room: Room = anyone,
+    sized: Callable[[tuple[int, int]], None] = lambda size: None,
 ) -> dict[Preprocess, Pixels]:
     """Decodes a picture, whose format is detected from its content, for each recipe: uint8 RGB `[size, size, 3]`.
 
     `draft`: a JPEG may be decoded at a fraction of its size, but at least DRAFT_MARGIN times the largest side of a
     recipe. `room`: a context that is entered with the number of pixels while they are in memory, 4 to 20 bytes each.
-    Raises BadInput.
+    `sized`: called with the width and height as stored, before the EXIF orientation is applied. Raises BadInput.
     """
     recipes = list(recipes)
     try:
@@ -122,6 +127,7 @@ def decode_image(
     width, height = image.size
     if width * height > max_pixels:
         raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
+    sized((width, height))
     try:
         if draft and image.format in ("JPEG", "MPO"):
             side = DRAFT_MARGIN * max(recipe.size for recipe in recipes)

@@ -69,6 +69,14 @@ def read_token(settings: Settings, host: str) -> bytes:
     return token
 
 
+def check_immich_port(settings: Settings, host: str) -> None:
+    """Raises SettingError if the port for immich would bypass TLS or the token: immich's server sends no token."""
+    for name in ("LUMEN_TLS_CERT", "LUMEN_TOKEN_FILE"):
+        if settings.lumen_immich_port and getattr(settings, name.lower()) and not _is_loopback(host):
+            text = f"{name} is set, and the port for immich has neither TLS nor a token; allowed then: --host 127.0.0.1"
+            raise SettingError(f"LUMEN_IMMICH_PORT={settings.lumen_immich_port}: {text}")
+
+
 def _read_file(setting: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()

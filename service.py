@@ -57,6 +57,7 @@ KEEPALIVE_S, KEEPALIVE_PATIENCE_S = 30, 10  # seconds between pings to a client,
 CONNECTION_AGE_S = 45
 NO_LIMIT = 2**31 - 1  # the largest number that gRPC's options take
 CONNECTIONS_MAX = 4096
+HTTP_CONNECTIONS_MAX = 256  # of the port for immich, whose server opens a few
 FILES_RESERVED = 48  # open files that are no connections: models, caches, the log, mDNS
 FAILURES_MAX = 3  # batches of a tower that may fail in a row before the process ends, to start again
 
@@ -84,6 +85,10 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if models.operator_sets and models.clip:
             models.operator_sets.start(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def serving(self) -> Models | None:
+        """The models, or None while they load and after the daemon was told to stop."""
+        return None if self.streams.draining else self._models
 
     def reload(self) -> None:
         """Has the operator's label sets read again."""
@@ -272,6 +277,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error
     # For streams, for short calls, and for as many calls that are being rejected.
     threads = OPEN_PER_PLACE * daemon.settings.lumen_max_streams + 2 * SHORT_CALLS_MAX
+    files = FILES_RESERVED + (HTTP_CONNECTIONS_MAX if daemon.settings.lumen_immich_port else 0)
     message_bytes = (daemon.settings.lumen_max_request_mb + 1) << 20
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, "grpc"),
@@ -294,7 +300,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             # Per connection, and more than all connections need. Without it, calls that are opened and reset at once
             # accumulate in gRPC.
             ("grpc.max_concurrent_streams", 4 * threads),
-            ("grpc.max_allowed_incoming_connections", machine.files_for(CONNECTIONS_MAX, FILES_RESERVED)),
+            ("grpc.max_allowed_incoming_connections", machine.files_for(CONNECTIONS_MAX, files)),
             ("grpc.server_handshake_timeout_ms", 20_000),  # for silent connections; the default is two minutes
             # No client compresses photographs, and 60 kB could become 64 MB before we see it.
             ("grpc.compression_enabled_algorithms_bitset", 1),

@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import logging
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -91,6 +92,18 @@ def _ipv4(text: str) -> str:
         raise ValueError("allowed: an IPv4 address") from None
 
 
+def _address(text: str) -> str:
+    """The address of an HTTP server, without a slash at its end."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of a port that is no number, for example
+        valid = False
+    if not valid or "@" in text or "?" in text or "#" in text:
+        raise ValueError("allowed: the address of a server, such as http://192.168.1.5:3003")
+    return text.rstrip("/")
+
+
 def _templates(text: str) -> int:
     return int(_choice("1", "7", "80")(text))  # the keys of `labels.TEMPLATES`
 
@@ -133,6 +146,10 @@ def _with_models(*names: str) -> Callable[[Settings], str]:
 
 def _with_mdns(settings: Settings) -> str:
     return "" if settings.clip_mdns_type else "CLIP_MDNS_TYPE=off"
+
+
+def _with_immich(settings: Settings) -> str:
+    return "" if settings.lumen_immich_port else "LUMEN_IMMICH_PORT=0"
 
 
 # --- fields -----------------------------------------------------------------------------------------------------
@@ -260,6 +277,11 @@ class Settings:
     lumen_max_megapixels: int = _setting(40, _number(1, 1000))
     # The port of the metrics for Prometheus; 0: none.
     lumen_metrics_port: int = _setting(0, _number(0, 65535))
+    # The HTTP port for immich's smart search; 0: none. immich's own machine-learning service uses 3003.
+    lumen_immich_port: int = _setting(0, _number(0, 65535))
+    # immich's own service, for its requests that are no smart search: faces and texts in pictures. Without it they are
+    # refused, and immich then takes the daemon for unhealthy and sends its searches elsewhere.
+    lumen_immich_fallback: str = _setting("", _address, idle=_with_immich)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -284,6 +306,9 @@ class Settings:
         if settings.lumen_semantic and settings.lumen_semantic not in settings.models():
             model = settings.lumen_semantic
             raise SettingError(f"LUMEN_SEMANTIC={model}: {model.upper()}_BACKEND=none; allowed: a model that is served")
+        if settings.lumen_immich_port and "clip" not in settings.models():
+            text = "CLIP_BACKEND=none; immich's smart search needs CLIP"
+            raise SettingError(f"LUMEN_IMMICH_PORT={settings.lumen_immich_port}: {text}")
         for owner, prefix in ((settings, ""), (clip, "CLIP_"), (bioclip, "BIOCLIP_")):
             for name, setting in _variables(type(owner), prefix).items():
                 text = environment.get(name, "").strip()

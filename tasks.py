@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,7 @@ class Request:
     rows: Any = None  # row numbers of the species in `within`, int64, ascending; None: all
     unknown_taxa: int = 0
     chosen_set: OperatorSet | None = None  # the set that `label_set` names
+    image_size: tuple[int, int] = (0, 0)  # width and height as stored, in pixels; (0, 0) for a tensor or a text
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
     tokens: Any = None  # int64 [n, context_length]: the text, or the labels of the request
 
@@ -499,7 +501,12 @@ def _pixels(
     if kind == "raw":
         limit = settings.lumen_max_megapixels * 1_000_000
         pictures = preprocess.decode_image(
-            request.payload, set(recipes.values()), limit, settings.lumen_jpeg_draft, room
+            request.payload,
+            set(recipes.values()),
+            limit,
+            settings.lumen_jpeg_draft,
+            room,
+            partial(setattr, request, "image_size"),
         )
         return {name: pictures[recipe] for name, recipe in recipes.items()}
     recipe = recipes[task.models[0]]

@@ -32,6 +32,7 @@ from gen import ml_service_pb2_grpc as pb_grpc
 from tests.board import Board
 from tests.hostile import PATIENCE, held, impatient
 from tests.hub import FakeHub
+from tests.immich import MODEL, make_folder
 from tests.kit import (
     AS_IT_IS,
     COLOURS,
@@ -77,6 +78,12 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_immich(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return shared(tmp_path_factory, "tiny-immich", lambda folder: export_immich_from(tiny, folder))
+
+
+@pytest.fixture(scope="session")
+def openai(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A folder with the name of immich's default model."""
+    return shared(tmp_path_factory, MODEL, lambda folder: make_folder(tiny, folder))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,10 @@ import pytest
 import doctor
 import label_cache
 import tree_of_life
+from tests.immich import FakeImmich
 from tests.kit import KEPT, LIMIT_S, NOWHERE, Node, one_model, settings_of, write_labels
 from tests.npu_double import with_program
+from tests.test_metrics import free_port
 
 
 def a_board(folder: Path, **changes: str) -> doctor.Places:
@@ -260,6 +262,7 @@ def test_the_doctor_reports_what_works_and_warns_of_what_has_no_effect(
         "LUMEN_TLS_CERT": certificates / "server.pem",
         "LUMEN_TLS_KEY": certificates / "server.key",
         "LUMEN_TOKEN_FILE": tmp_path / "token",
+        "LUMEN_IMMICH_FALLBACK": "http://127.0.0.1:9",
         "CLIP_DEVICE": "cuda",
         "CLIP_BACKNED": "torch",
         "CLIP_MDNS_STATUS": "busy",
@@ -273,6 +276,8 @@ def test_the_doctor_reports_what_works_and_warns_of_what_has_no_effect(
         "ok   token         every call must carry it",
         f"!    token         LUMEN_TOKEN_FILE={tmp_path}/token can be read by others on this machine; chmod 600",
         "!    settings      CLIP_BACKNED is not a setting; did you mean CLIP_BACKEND?",
+        "--   immich        off",
+        "!    settings      LUMEN_IMMICH_FALLBACK=http://127.0.0.1:9 has no effect with LUMEN_IMMICH_PORT=0",
         "!    settings      CLIP_DEVICE=cuda has no effect with CLIP_BACKEND=onnxrt",
     ):
         assert said in run.stdout.splitlines(), run.stdout
@@ -365,3 +370,29 @@ def test_the_doctor_tells_whether_a_gpu_is_used(
         settings_of(**settings, bioclip_backend="none"), "", 0, doctor.Places(tmp_path), {"open_clip": run}
     )
     assert list(doctor.gpu(setup)) == [expected]
+
+
+def test_the_doctor_looks_after_the_port_for_immich(tmp_path: Path, tiny_onnx: Path, certificates: Path) -> None:
+    """Lost otherwise: a start that fails, or faces that nobody finds, after a check that found nothing."""
+    fallback, port = FakeImmich(), free_port()
+    (tmp_path / "names.json").write_text('["a dog", "a cat"]')
+    settings = {**one_model(tiny_onnx), "CLIP_LABELS": tmp_path / "names.json", "LUMEN_IMMICH_PORT": port}
+    cases = [
+        ({}, 0, "!    immich        faces and text in pictures are refused; set LUMEN_IMMICH_FALLBACK"),
+        ({"LUMEN_IMMICH_FALLBACK": f"{fallback.url}/"}, 0, f"ok   immich        {fallback.url} answers"),
+        ({"LUMEN_IMMICH_FALLBACK": "http://127.0.0.1:9"}, 0, "!    immich        http://127.0.0.1:9 does not answer"),
+        (
+            {"LUMEN_TOKEN_FILE": certificates / "token", "LUMEN_TLS_CERT": certificates / "server.pem"},
+            1,
+            f"FAIL immich        LUMEN_IMMICH_PORT={port}: LUMEN_TLS_CERT is set, and the port for immich has neither",
+        ),
+    ]
+    for more, status, said in cases:
+        run = run_doctor(tmp_path, "--host", "0.0.0.0", "--port", "0", **settings, **more)
+        assert (run.returncode, said in run.stdout) == (status, True), run.stdout
+        assert f"ok   port          0.0.0.0 port {port} is free" in run.stdout
+    fallback.shutdown()
+    with socket.create_server(("0.0.0.0", port)):
+        run = run_doctor(tmp_path, "--host", "0.0.0.0", "--port", "0", **settings)
+    assert f"FAIL port          0.0.0.0 port {port}: Address already in use; " in run.stdout
+    assert "or set LUMEN_IMMICH_PORT" in run.stdout

@@ -126,6 +126,10 @@ IDLE: list[tuple[dict[str, str], str]] = [
         {"CLIP_BACKEND": "none", "BIOCLIP_BACKEND": "onnxrt", "LUMEN_SCENES": "/x"},
         "LUMEN_SCENES=/x has no effect with CLIP_BACKEND=none",
     ),
+    (
+        {"LUMEN_IMMICH_FALLBACK": "http://nas:3003"},
+        "LUMEN_IMMICH_FALLBACK=http://nas:3003 has no effect with LUMEN_IMMICH_PORT=0",
+    ),
     *(
         ({"CLIP_MDNS_TYPE": "off", name: value}, f"{name}={value} has no effect with CLIP_MDNS_TYPE=off")
         for name, value in (("CLIP_MDNS_NAME", "x"), ("CLIP_MDNS_UUID", "x"), ("ADVERTISE_IP", "192.0.2.7"))

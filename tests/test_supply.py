@@ -17,18 +17,23 @@ import pytest
 from settings import VERSION
 from tests.kit import ROOT, Node
 
-EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "dev"}
+EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "immich", "dev"}
 
 
 @pytest.mark.parametrize(
     ("name", "lock"),
-    [("edge", "requirements-edge"), ("edge", "requirements"), ("torch", "requirements")],
+    [
+        ("edge", "requirements-edge"),
+        ("edge", "requirements"),
+        ("torch", "requirements"),
+        ("immich", "requirements-immich"),
+    ],
 )
 def test_the_locks_hold_what_the_requirements_ask_for(name: str, lock: str) -> None:
     """Lost otherwise: an install that is today's on one machine and last year's, or somebody else's, on the next."""
     locked = (ROOT / f"{lock}-locked.txt").read_text()
     pins = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", locked, re.MULTILINE))
-    assert locked.count("--hash=sha256:") >= len(pins) > 15 and "://" not in locked
+    assert locked.count("--hash=sha256:") >= len(pins) > 8 and "://" not in locked
     asked = [line for line in (ROOT / f"requirements-{name}.txt").read_text().splitlines() if re.match(r"\w", line)]
     assert asked
     for line in asked:
@@ -58,14 +63,15 @@ def test_an_installation_brings_what_is_needed_and_no_module(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_pip_takes_a_devices_lock_by_hash_and_without_a_compiler(tmp_path: Path, machine: str) -> None:
+def test_pip_takes_a_devices_locks_by_hash_and_without_a_compiler(tmp_path: Path, machine: str) -> None:
     """Lost otherwise: the install on a board, when one wheel of thirty is not there."""
     platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in range(17, 40)]
     platforms.append(f"--platform=manylinux2014_{machine}")
     command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--only-binary", ":all:", "--no-deps", "-q"]
     command += [*platforms, "--python-version", "3.11", "-d", str(tmp_path)]
-    run = subprocess.run([*command, "-r", str(ROOT / "requirements-edge-locked.txt")], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    for lock in ("requirements-edge-locked.txt", "requirements-immich-locked.txt"):
+        run = subprocess.run([*command, "-r", str(ROOT / lock)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
     wheels = [path.name for path in tmp_path.iterdir()]
     assert len(wheels) > 20 and any(name.startswith("onnxruntime-") and machine in name for name in wheels)
 
@@ -84,7 +90,7 @@ def test_a_daemon_writes_to_its_data_folder_alone_and_reports_to_nobody(tmp_path
 def test_no_installed_package_has_a_known_vulnerability(tmp_path: Path) -> None:
     """Lost otherwise: months with a decoder that the whole world knows how to break."""
     report = tmp_path / "report.json"
-    for name in ("requirements-edge", "requirements"):
+    for name in ("requirements-edge", "requirements", "requirements-immich"):
         lock = str(ROOT / f"{name}-locked.txt")
         command = ["pip_audit", "-r", lock, "--require-hashes", "--disable-pip", "-f", "json", "-o", str(report)]
         run = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)

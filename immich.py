@@ -1,0 +1,483 @@
+"""The port for immich: smart search over HTTP, with the requests of immich's own machine-learning service.
+
+One thread runs an event loop, in which nothing blocks. It reads forms, submits jobs to the intake, which gRPC requests
+use as well, and waits for their answers. What the daemon does not do is forwarded to LUMEN_IMMICH_FALLBACK.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from functools import partial
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import hdrs, web
+
+from engine import Answer, Job, forget_frames
+from errors import BadInput, NotReady, Overload
+from intake import Budget
+from security import internal_error
+from service import HTTP_CONNECTIONS_MAX, Daemon
+from tasks import Models, Request
+
+log = logging.getLogger("lumen.immich")
+
+# Counts and times that nobody needs to change. immich's server has a few connections, each with one request.
+REQUESTS_MAX = 64  # whole requests in progress; one more is answered with 503
+FORWARDED_MAX = 16  # the same of forwarded requests
+IDLE_S = 60  # time without a request; immich's HTTP client closes a connection after 4 s
+UPLOAD_S = 20  # time for the body of a request, as long as an upload over gRPC may keep others waiting
+ROOM_S = 10  # time that a body waits for memory
+SEND_S = 20  # time in which the client reads nothing of a forwarded answer
+FORWARD_S = 300  # time without a byte from the fallback; it may have to load a model. immich waits as long
+CONNECT_S = 5  # time to connect to the fallback
+CHECK_S = 0.5  # between two looks at the idle connections, and at a budget that is in use
+RETRY_AFTER_S = 5
+ENTRIES_WITHIN = 1 << 16  # bytes at the start of a form in which `entries` ends, if the rest is to be streamed
+FORM_EXTRA = 1 << 16  # bytes of a form in addition to the image
+PART_HEADERS_MAX = 1024  # bytes of the headers of a part
+BOUNDARY_MAX = 70  # characters; RFC 2046
+REASON_MAX = 200  # characters of an error in the status line, which immich writes into its log
+
+CLIP = "clip"  # immich's name of smart search
+FIELDS = {"visual": "image", "textual": "text"}  # immich's type of a CLIP request -> the field with its input
+TASKS = {"visual": "clip_image_embed", "textual": "clip_embed"}
+EXAMPLE = 'allowed: {"clip": {"visual": {"modelName": NAME}}}, or textual in place of visual'
+# Headers that belong to one connection (RFC 9110, 7.6.1).
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
+HOP_BY_HOP |= {"transfer-encoding", "upgrade", "proxy-connection", "host", "expect"}
+
+
+class _Refused(Exception):
+    """An answer that is no success. The text is one line for the client."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+    def response(self) -> web.Response:
+        text = str(self)
+        reason = text.encode("ascii", "replace").decode()[:REASON_MAX]
+        headers = {hdrs.RETRY_AFTER: str(RETRY_AFTER_S)} if self.status == 503 else {}
+        body = orjson.dumps({"detail": text.encode("utf-8", "replace").decode()})
+        return web.Response(
+            status=self.status, reason=reason, headers=headers, body=body, content_type="application/json"
+        )
+
+
+# --- forms ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a form asks for. `kind` ("visual" or "textual") and `model` are empty unless the task is CLIP."""
+
+    task: str
+    kind: str = ""
+    model: str = ""
+
+
+def boundary_of(content_type: str) -> bytes:
+    """The boundary of a multipart form, with the dashes before it. Raises _Refused."""
+    header = Message()
+    header[hdrs.CONTENT_TYPE] = content_type
+    boundary = header.get_boundary("")
+    if header.get_content_type() != "multipart/form-data" or not 0 < len(boundary) <= BOUNDARY_MAX:
+        raise _Refused(422, "Content-Type: allowed: multipart/form-data with a boundary")
+    return b"--" + boundary.encode("utf-8", "surrogateescape")
+
+
+def parts(body: bytes | bytearray, boundary: bytes, begin: int = 0) -> Iterator[tuple[str, slice]]:
+    """(name, content) of each complete part of a form that may be cut off. The name may be "".
+
+    `begin`: 0, or 2 more than the end of the content of an earlier part.
+    """
+    at = body.find(boundary, begin)  # a preamble is allowed
+    while at >= 0:
+        headers = at + len(boundary)
+        start = body.find(b"\r\n\r\n", headers, headers + PART_HEADERS_MAX)
+        end = body.find(b"\r\n" + boundary, start + 4)
+        if start < 0 or end < 0:
+            return
+        name = re.search(rb'form-data;(?:[^\r\n]*;)? ?name="([^"\r\n]*)"', body[headers:start])
+        yield name[1].decode("utf-8", "replace") if name else "", slice(start + 4, end)
+        at = end + 2
+
+
+def read_entries(text: bytes | bytearray) -> Entry:
+    """The field `entries`. Raises _Refused."""
+    try:
+        tasks = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise _Refused(422, f"entries: not JSON; {EXAMPLE}") from None
+    if not isinstance(tasks, dict) or not tasks or not all(isinstance(kinds, dict) for kinds in tasks.values()):
+        raise _Refused(422, f"entries: {EXAMPLE}")
+    if len(tasks) > 1 or len(tasks.get(CLIP, ())) > 1:
+        raise _Refused(501, "entries: several tasks in one request; allowed: one")
+    [(task, kinds)] = tasks.items()
+    if task != CLIP:
+        return Entry(task)
+    kind, options = next(iter(kinds.items()), ("", None))
+    model = options.get("modelName") if isinstance(options, dict) else None
+    if kind not in FIELDS or not isinstance(model, str):
+        raise _Refused(422, f"entries: {EXAMPLE}")
+    return Entry(task, kind, model)
+
+
+def immich_name(model: str) -> str:
+    """immich's name of a model: `ViT-B-32__openai` of `ViT-B-32:openai` or of `immich-app/ViT-B-32__openai`.
+
+    An int8 export has the name of its source, because immich has no other.
+    """
+    name = model.rpartition("/")[2].replace("::", "__").removesuffix("-int8")
+    architecture, _, tag = name.partition(":")
+    return f"{architecture}__{tag.replace('_', '-')}" if tag else name
+
+
+@dataclass
+class Upload:
+    """The body of a request as it arrives. Its bytes are taken from the budget of payloads."""
+
+    budget: Budget
+    size_max: int
+    body: bytearray = field(default_factory=bytearray)
+    seen: int = 0  # bytes that have arrived
+    held: int = 0  # bytes taken from the budget
+    ended: bool = False
+
+    async def read(self, content: aiohttp.StreamReader) -> bytes:
+        """The next bytes; b"" at the end. Raises _Refused."""
+        chunk = await content.readany()
+        self.ended, self.seen = not chunk, self.seen + len(chunk)
+        if self.seen > self.size_max:
+            raise self.too_large()
+        return chunk
+
+    def too_large(self) -> _Refused:
+        return _Refused(413, f"the form has over {self.size_max} bytes, the most that is allowed")
+
+    async def keep(self, chunk: bytes) -> None:
+        """Appends bytes to the body, as soon as there is memory for them. Raises Overload."""
+        deadline = time.monotonic() + ROOM_S
+        while True:
+            try:
+                self.budget.take(len(chunk), gone=lambda: True, has_begun=self.held > 0)  # without waiting
+                break
+            except Overload:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(CHECK_S / 10)
+        self.held += len(chunk)
+        self.body += chunk
+
+    def release(self) -> None:
+        self.budget.give(self.held)
+        self.held = 0
+        self.body.clear()
+
+
+# --- the server -------------------------------------------------------------------------------------------------
+
+
+class ImmichServer:
+    """The HTTP server. Its coroutines run on its own thread; `drain` is for the main thread."""
+
+    def __init__(self, daemon: Daemon, bound: socket.socket) -> None:
+        self._daemon, self._settings = daemon, daemon.settings
+        self._waiting: dict[web.RequestHandler, float] = {}  # connections that wait for their client -> since when
+        self._in_progress = 0  # whole requests
+        self._forwarded = 0
+        self._served = 0
+        self._session: Any = None  # of the fallback
+        # A request that comes back with this has been forwarded in a circle.
+        self._via = f"1.1 lumen-clip-{uuid.uuid4().hex[:8]}"
+        self._size_max = daemon.intake.request_bytes_max + FORM_EXTRA
+        threading.Thread(target=lambda: asyncio.run(self._run(bound)), name="immich", daemon=True).start()
+
+    def drain(self, seconds: float) -> None:
+        """Waits up to `seconds` until the requests in progress are answered."""
+        deadline = time.monotonic() + seconds
+        while self._in_progress + self._forwarded and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    async def _run(self, bound: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: log.debug("%s", context))
+        app = web.Application(middlewares=[self._guard])
+        app.add_routes([web.get("/", _root), web.get("/ping", self._ping), web.post("/predict", self._predict)])
+        # What the library logs are errors of clients, each with a traceback. `_guard` logs what is ours.
+        quiet = logging.getLogger("lumen.immich.http")
+        quiet.setLevel(logging.CRITICAL)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=quiet,
+            handler_cancellation=True,  # a client that leaves takes its job with it
+            auto_decompress=False,
+            keepalive_timeout=IDLE_S,
+            read_bufsize=1 << 16,
+        )
+        await runner.setup()
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S, sock_connect=CONNECT_S, sock_read=FORWARD_S)
+        async with aiohttp.ClientSession(
+            timeout=timeout,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            connector=aiohttp.TCPConnector(limit=FORWARDED_MAX),
+            skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE),
+        ) as self._session:
+            await loop.create_server(partial(self._connect, runner.server), sock=bound)
+            while True:
+                await asyncio.sleep(CHECK_S)
+                self._end_idle_connections(loop.time() - IDLE_S)
+
+    # Connections
+
+    def _connect(self, server: Any) -> asyncio.Protocol:
+        """The protocol of a new connection. If there are too many, the one that has waited for longest is ended."""
+        if len(self._waiting) + self._in_progress + self._forwarded >= HTTP_CONNECTIONS_MAX:
+            self._end_connection(min(self._waiting, key=lambda connection: self._waiting[connection]))
+        connection: web.RequestHandler = server()
+        self._waits(connection)
+        return connection
+
+    def _waits(self, connection: web.RequestHandler) -> None:
+        self._waiting[connection] = asyncio.get_running_loop().time()
+
+    def _end_connection(self, connection: web.RequestHandler) -> None:
+        del self._waiting[connection]
+        connection.force_close()
+
+    def _end_idle_connections(self, before: float) -> None:
+        """Ends the connections that have waited since `before`, and forgets those that are closed."""
+        now = asyncio.get_running_loop().time()
+        for connection, since in list(self._waiting.items()):
+            if since < before or (connection.transport is None and since < now - CHECK_S):
+                self._end_connection(connection)
+
+    # Requests
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Turns errors into responses without a traceback or a path."""
+        connection = request.protocol
+        self._waits(connection)  # for the body
+        try:
+            return await handler(request)
+        except _Refused as error:
+            return error.response()
+        except Overload:
+            self._daemon.traffic.count_rejected("too many bytes over HTTP", str(request.remote))
+            return _Refused(503, "too many bytes of requests are waiting; try later").response()
+        except TimeoutError:
+            return _Refused(408, f"the request did not arrive within {UPLOAD_S} s").response()
+        except (web.HTTPException, ConnectionError, aiohttp.ClientPayloadError):
+            raise  # of the router, or the client has left
+        except Exception as error:
+            return _Refused(500, internal_error(error)).response()
+        finally:
+            if connection.transport is not None:
+                self._waits(connection)
+
+    async def _ping(self, request: web.Request) -> web.Response:
+        self._models()
+        return web.Response(text="pong")
+
+    async def _predict(self, request: web.Request) -> web.StreamResponse:
+        self._models()
+        if request.headers.get(hdrs.CONTENT_ENCODING):
+            raise _Refused(415, "Content-Encoding: allowed: none")
+        boundary = boundary_of(request.headers.get(hdrs.CONTENT_TYPE, ""))
+        upload = Upload(self._daemon.intake.payloads, self._size_max)
+        if (request.content_length or 0) > self._size_max:
+            raise upload.too_large()
+        try:
+            async with asyncio.timeout(UPLOAD_S):
+                entry = await self._entry(request, upload, boundary)
+                while entry.task == CLIP and not upload.ended:
+                    await upload.keep(await upload.read(request.content))
+            if entry.task == CLIP:
+                return await self._embed(request, entry, upload, boundary)
+            return await self._forward(request, entry, upload)
+        finally:
+            upload.release()
+
+    async def _entry(self, request: web.Request, upload: Upload, boundary: bytes) -> Entry:
+        """Reads the form until `entries` is complete. Raises _Refused."""
+        at = 0  # where the first part that is not complete begins
+        while True:
+            before = len(upload.body)
+            await upload.keep(await upload.read(request.content))
+            if before < ENTRIES_WITHIN or upload.ended:  # not again for each chunk of a large form
+                for name, content in parts(upload.body, boundary, at):
+                    if name == "entries":
+                        return read_entries(upload.body[content])
+                    at = content.stop + 2
+            if upload.ended:
+                raise _Refused(422, f"entries: missing; {EXAMPLE}")
+
+    async def _embed(self, request: web.Request, entry: Entry, upload: Upload, boundary: bytes) -> web.Response:
+        """Answers a request of smart search. Raises _Refused."""
+        models, field_name = self._models(), FIELDS[entry.kind]
+        self._check_model(models, entry.model)
+        fields = dict(parts(upload.body, boundary))
+        if field_name not in fields:
+            raise _Refused(400, f"{field_name}: missing, or the form is cut off")
+        if self._in_progress >= REQUESTS_MAX:
+            self._daemon.traffic.count_rejected("too many requests over HTTP", str(request.remote))
+            raise _Refused(503, f"{REQUESTS_MAX} requests are in progress; try later")
+        self._waiting.pop(request.protocol, None)
+        self._in_progress += 1
+        try:
+            asked = Request("", TASKS[entry.kind], "", {}, bytes(upload.body[fields[field_name]]))
+            asked.held, upload.held = upload.held, 0
+            upload.body = bytearray()
+            answer = await self._answer(request, asked, models, field_name)
+        finally:
+            self._in_progress -= 1
+        # The vector is a JSON array in a string: immich passes it to its database as it is.
+        content = {CLIP: orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY).decode()}
+        width, height = asked.image_size
+        sizes = {"imageHeight": height, "imageWidth": width} if width else {}
+        return web.Response(body=orjson.dumps(content | sizes), content_type="application/json")
+
+    async def _answer(self, request: web.Request, asked: Request, models: Models, field_name: str) -> Any:
+        """The vector of a request: float32 `[dim]`. Raises _Refused."""
+        self._served += 1
+        # All connections from one address are one client, so that immich's share does not grow with their number.
+        job = self._daemon.intake.job(f"immich-{self._served}", (f"http {request.remote}", id(request.protocol)), asked)
+        outcome = "cancelled"
+        try:
+            self._daemon.intake.begin(job, asked, models, alone=True)  # REQUESTS_MAX bounds the prepared pictures
+            answer = await asyncio.wrap_future(job.answer)
+            outcome = "ok"
+        except BadInput as error:
+            outcome = "invalid_argument"
+            raise _Refused(400, str(error).replace("payload: ", f"{field_name}: ", 1)) from None
+        except NotReady as error:
+            outcome = "unavailable"
+            raise _Refused(503, str(error)) from None
+        except Exception as error:
+            outcome = "internal"
+            text = internal_error(error)
+            forget_frames(error)
+            raise _Refused(500, text) from None
+        finally:
+            self._daemon.intake.finished(job, outcome)
+        return _vector(answer, job)
+
+    def _models(self) -> Models:
+        models = self._daemon.serving()
+        if models is None:
+            raise _Refused(503, "the models are loading, or the daemon is stopping")
+        return models
+
+    def _check_model(self, models: Models, wanted: str) -> None:
+        """Raises _Refused if immich asks for another model than the one that is served."""
+        served = immich_name(models.ask(CLIP).backend.model_id)
+        if immich_name(wanted) == served:
+            return
+        log.warning(
+            "immich asks for the model %a, and this daemon serves %a: set the CLIP model to %a in immich's settings of "
+            "smart search, or CLIP_MODEL to a form of %a here",
+            wanted[:80],
+            served,
+            served,
+            wanted[:80],
+        )
+        raise _Refused(400, f"modelName: {wanted[:80]!a} is not served here; allowed: {served!a}")
+
+    # What the daemon does not do
+
+    async def _forward(self, request: web.Request, entry: Entry, upload: Upload) -> web.StreamResponse:
+        """Passes a request to the fallback unchanged, and its response back. Both are streamed. Raises _Refused."""
+        fallback, task = self._settings.lumen_immich_fallback, f"{entry.task[:40]!a}"
+        if not fallback:
+            raise _Refused(501, f"entries: {task} is not done here; set LUMEN_IMMICH_FALLBACK to a server that does it")
+        if any(self._via in value for value in request.headers.getall(hdrs.VIA, ())):
+            raise _Refused(508, "LUMEN_IMMICH_FALLBACK leads back to this daemon")
+        if self._forwarded >= FORWARDED_MAX:
+            raise _Refused(503, f"{FORWARDED_MAX} requests are being forwarded; try later")
+        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP]
+        headers.append((hdrs.VIA, self._via))
+        self._waiting.pop(request.protocol, None)
+        self._forwarded += 1
+        try:
+            data = _rest_of(request, upload)
+            async with self._session.post(
+                f"{fallback}/predict", data=data, headers=headers, allow_redirects=False
+            ) as answer:
+                return await _pass_on(request, answer)
+        except (aiohttp.ClientError, OSError) as error:
+            if upload.seen > upload.size_max:
+                raise upload.too_large() from None
+            text = "LUMEN_IMMICH_FALLBACK=%s: a request for %s could not be forwarded (%s)"
+            log.warning(text, fallback, task, type(error).__name__)
+            raise _Refused(502, f"{task} could not be forwarded to LUMEN_IMMICH_FALLBACK") from None
+        finally:
+            self._forwarded -= 1
+
+
+async def _root(request: web.Request) -> web.Response:
+    return web.Response(body=orjson.dumps({"message": "Immich ML"}), content_type="application/json")
+
+
+def _vector(answer: Answer, job: Job) -> Any:
+    assert isinstance(answer.content, dict), job.task
+    return answer.content["vector"]
+
+
+async def _rest_of(request: web.Request, upload: Upload) -> AsyncIterator[bytes]:
+    """The body of a request: what has been read, then the rest as it arrives. Raises _Refused or TimeoutError."""
+    yield bytes(upload.body)
+    upload.release()
+    deadline = asyncio.get_running_loop().time() + UPLOAD_S
+    while not upload.ended:
+        try:
+            async with asyncio.timeout_at(deadline):
+                chunk = await upload.read(request.content)
+        except TimeoutError:
+            request.protocol.force_close()
+            raise
+        if chunk:
+            yield chunk
+
+
+async def _pass_on(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    """Streams the fallback's response to the client."""
+    response = web.StreamResponse(status=answer.status, reason=answer.reason)
+    for name, value in answer.headers.items():
+        if name.lower() not in HOP_BY_HOP:
+            response.headers.add(name, value)
+    await response.prepare(request)
+    try:
+        async for chunk in answer.content.iter_any():
+            async with asyncio.timeout(SEND_S):
+                await response.write(chunk)
+        await response.write_eof()
+    except (aiohttp.ClientError, OSError) as error:
+        log.warning("a response of LUMEN_IMMICH_FALLBACK was cut off (%s)", type(error).__name__)
+        request.protocol.force_close()  # the client would take a second status line for a part of the response
+    return response
+
+
+def serve(daemon: Daemon, host: str, port: int) -> ImmichServer:
+    """Binds the port and starts the server. Raises OSError if the port cannot be bound."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, port))
+    bound.listen()  # connections wait until the loop runs
+    log.info("immich's requests on %s port %d", host, bound.getsockname()[1])
+    return ImmichServer(daemon, bound)
