@@ -77,8 +77,8 @@ class Preprocess:
             raise BackendError(f"preprocess interpolation {filter_name!r}: only 'bicubic' and 'bilinear'")
         return cls(
             size=int(side),
-            mean=tuple(float(x) for x in config.get("mean") or cls.mean),
-            std=tuple(float(x) for x in config.get("std") or cls.std),
+            mean=_of_channels(config.get("mean") or cls.mean),
+            std=_of_channels(config.get("std") or cls.std),
             interpolation=filter_name,
             resize_mode=mode,
         )
@@ -87,6 +87,10 @@ class Preprocess:
     def tensor_id(self) -> str:
         """The id of this preprocessing in the Lumen SDK, or "" if it has none."""
         return "bioclip2_224_image_v1" if self == Preprocess() else ""
+
+
+def _of_channels(values: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, values)) if isinstance(values, Sequence) else (float(values),) * 3
 
 
 Room = Callable[[int], AbstractContextManager[None]]
