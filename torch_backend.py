@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,17 @@ class TorchBackend:
         device = chosen_device(options)
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
         self.tokenizer = _tokenizer_of(name, self.weights)
+        # OpenCLIP's model as it was trained
+        self.build = partial(
+            open_clip.create_model,
+            name,
+            device=device,
+            precision=options.precision,
+            require_pretrained=True,
+            **arguments,
+        )
         try:
-            model: Any = open_clip.create_model(
-                name, device=device, precision=options.precision, require_pretrained=True, **arguments
-            )
+            model: Any = self.build()
             self.was_reparameterized = _reparameterize(model.visual)
         except Exception as error:
             log.debug("OpenCLIP could not build %s", name, exc_info=True)
@@ -146,9 +154,7 @@ class TorchBackend:
         self.workers = self._cores if self._device.type == "cpu" else 1
         self.single_image_cores = self._cores
         self._text = text = getattr(model, "text", model)  # OpenCLIP's CLIP has the parts of the text tower itself
-        if self.tokenizer.highest_id >= (rows := text.token_embedding.num_embeddings):
-            complaint = f"its tokenizer has ids up to {self.tokenizer.highest_id}, and its embedding table {rows} rows"
-            raise options.error("MODEL", options.model, complaint)
+        self._check_table(options)
         # Cutting at the end token is exact only for a causal tower that is pooled at that token.
         pooling = text.text_pool_type if text is model else text.pool_type
         causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
@@ -160,6 +166,13 @@ class TorchBackend:
             and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
         )
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    def _check_table(self, options: ModelOptions) -> None:
+        """Raises SettingError if the vocabulary is larger than the table of token embeddings."""
+        rows, highest = self._text.token_embedding.num_embeddings, self.tokenizer.highest_id
+        if highest >= rows:
+            text = f"its tokenizer has ids up to {highest}, and its embedding table {rows} rows"
+            raise options.error("MODEL", options.model, text)
 
     @staticmethod
     def _resolve(options: ModelOptions, say: Say) -> tuple[str, dict[str, Any], str, Path]:
