@@ -32,7 +32,7 @@ PICTURE_TASK_OF = dict(zip(TEXT_TASKS, IMAGE_TASKS[3:], strict=True))  # by the 
 SPECIES_TASKS = ("bioclip_classify", "smart_classify")
 OPTION_TASKS = {  # options that not all tasks take
     **dict.fromkeys(("topk", "min_score"), ("clip_classify", *SPECIES_TASKS)),
-    **dict.fromkeys(("labels", "label_set"), ("clip_classify",)),
+    **dict.fromkeys(("labels", "label_set", "score"), ("clip_classify",)),
     **dict.fromkeys(("label_format", "rank", "within"), SPECIES_TASKS),
     "prompt_template": ("clip_classify", *TEXT_TASKS),
     "out": (*IMAGE_TASKS, *TEXT_TASKS),
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--topk", metavar="K")
     parser.add_argument("--labels", metavar="A,B,...", help="your own labels for clip_classify; @FILE: one a line")
     parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon, for clip_classify")
+    parser.add_argument("--score", help="softmax, or sigmoid for models such as SigLIP, for clip_classify")
     formats = ("lineage", "scientific", "common")
     parser.add_argument("--label-format", choices=formats, metavar="F", help="species as lineage, scientific or common")
     parser.add_argument("--rank", choices=RANKS, metavar="R", help="rank of species: kingdom to species, or auto")
@@ -105,7 +106,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def request_meta(options: argparse.Namespace) -> dict[str, str]:
     """The options as request meta. Raises UsageError if one is not UTF-8, OSError if a file cannot be read."""
-    plain = ("topk", "label_format", "prompt_template", "label_set", "rank", "min_score")
+    plain = ("topk", "label_format", "prompt_template", "label_set", "score", "rank", "min_score")
     meta = {name: value for name in plain if (value := getattr(options, name)) is not None}
     for name in ("labels", "within"):
         if text := getattr(options, name):

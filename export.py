@@ -4,7 +4,9 @@
     .venv-rknn/bin/python export.py --to models/vit-b-32 --rknn rk3588
 
 The image tower takes uint8 RGB `[n, size, size, 3]`, the text tower int64 ids `[n, length]` of any length up to the
-context's; both return float32 unit rows. What was written is compared with OpenCLIP before the folder appears.
+context's, or of the full context if the tower is not causal; both return float32 unit rows. The table of token
+embeddings is stored in float16, or in int8 with a scale for each row. What was written is compared with OpenCLIP before
+the folder appears.
 A program for the NPU takes uint8 RGB `[1, size, size, 3]`; it is run in the toolkit's simulator and compared with the
 ONNX tower before it appears. `export_rknn.py` makes it.
 """
@@ -45,6 +47,7 @@ from torch_backend import TorchBackend
 log = logging.getLogger("lumen.export")
 
 TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
+WEIGHTS = "model.onnx.data"  # the file beside a graph for weights
 LARGEST_PROTOBUF = 1_800_000_000  # bytes; a larger tower keeps its weights in a file beside the graph
 
 
@@ -81,7 +84,7 @@ class ExportOptions(ModelOptions):
 
 
 def write_towers(source: TorchBackend, folder: Path) -> None:
-    """`visual/model.onnx` and `textual/model.onnx`, each with an open batch, the text's length open too."""
+    """`visual/model.onnx` and `textual/model.onnx`, each with an open batch, a causal text's length open too."""
     import torch
 
     # The fused attention of torch's inference fast path has no ONNX form.
@@ -89,9 +92,11 @@ def write_towers(source: TorchBackend, folder: Path) -> None:
     auto = torch.export.Dim.AUTO
     side = source.preprocess.size
     pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    tokens = torch.ones(2, 9, dtype=torch.int64)
+    length = 9 if source.open_length else source.tokenizer.context_length
+    tokens = torch.ones(2, length, dtype=torch.int64)
+    axes = {0: auto, 1: auto} if source.open_length else {0: auto}
     _write_tower(source, source.image_tower, ("image", pixels, {0: auto}), folder / "visual")
-    _write_tower(source, source.text_tower, ("text", tokens, {0: auto, 1: auto}), folder / "textual")
+    _write_tower(source, source.text_tower, ("text", tokens, axes), folder / "textual")
 
 
 def _write_tower(
@@ -127,7 +132,7 @@ def _write_tower(
     _fold_constants(model.graph)
     _tidy(model, {f"model.{key}": value for key, value in source.model.state_dict().items()})
     large = model.ByteSize() > LARGEST_PROTOBUF
-    onnx.save_model(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data")
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=large, location=WEIGHTS)
 
 
 def _fold_constants(graph: Any) -> None:
@@ -170,34 +175,71 @@ def _fingerprint(array: NDArray[Any]) -> tuple[tuple[int, ...], str]:
     return array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def quantize_towers(folder: Path) -> None:
-    """Both towers to int8: weights per channel, activations by the range that each input turns out to have.
+def shrink_table(folder: Path, precision: str) -> None:
+    """Stores the text tower's table of token embeddings in float16, or for int8 in int8 with a scale for each row.
 
-    Convolution, the products inside attention, LayerNorm and softmax stay in float. Only seven of the eight bits are
-    used, because x86 without VNNI adds pairs of products in 16 bits. The range is that of the whole input, and a vector
-    must not depend on other requests. So a tower takes one picture or text at a time. For ViT-B-32 this is as fast as
-    a batch of eight.
+    A vocabulary of 256,000 tokens is half of a model. The table is in the file beside the graph, which ONNX Runtime
+    maps into memory, and only the rows of a text are read and converted to float32.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(folder / "model.onnx")
+    graph = model.graph
+    table = next(tensor for tensor in graph.initializer if tensor.name.endswith("token_embedding.weight"))
+    position, gather = next((i, node) for i, node in enumerate(graph.node) if node.input[:1] == [table.name])
+    values, [result] = numpy_helper.to_array(table), gather.output
+    gather.output[0] = f"{result}.stored"
+    cast = helper.make_node("Cast", [f"{result}.stored"], [result], to=onnx.TensorProto.FLOAT)
+    if precision == "int8":
+        scales = np.maximum(np.abs(values).max(axis=1, keepdims=True), 1e-12) / np.float32(127)
+        stored = np.rint(values / scales).astype(np.int8)
+        graph.initializer.append(numpy_helper.from_array(scales, f"{table.name}.scales"))
+        cast.output[0] = f"{result}.integers"
+        scaled = helper.make_node("Gather", [f"{table.name}.scales", gather.input[1]], [f"{result}.scales"])
+        product = helper.make_node("Mul", [f"{result}.integers", f"{result}.scales"], [result])
+        added = [cast, scaled, product]
+    else:
+        stored = values.astype(np.float16)
+        added = [cast]
+    table.CopyFrom(numpy_helper.from_array(stored, table.name))
+    nodes = list(graph.node)
+    rebuild_graph(graph, nodes[: position + 1] + added + nodes[position + 1 :], list(graph.initializer))
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    smallest = 1024 if model.ByteSize() > LARGEST_PROTOBUF else stored.nbytes  # of the tensors in that file
+    path = folder / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location=WEIGHTS, size_threshold=smallest)
+    shutil.copymode(path, folder / WEIGHTS)  # onnx makes it readable for its owner alone
+
+
+def quantize_tower(folder: Path) -> None:
+    """A tower to int8: weights per channel, activations by the range that each input turns out to have.
+
+    Convolution, the products inside attention, LayerNorm and softmax stay in float, and so does a convolutional image
+    tower as a whole. Only seven of the eight bits are used, because x86 without VNNI adds pairs of products in 16 bits.
+    The range is that of the whole input, and a vector must not depend on other requests. So a tower takes one picture
+    or text at a time. For ViT-B-32 this is as fast as a batch of eight.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    for part in ("visual", "textual"):
-        path = folder / part / "model.onnx"
-        model = onnx.load(path)
-        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-        level = logging.root.level
-        logging.root.setLevel(logging.ERROR)  # it reports every operator that it leaves alone
-        try:
-            quantize_dynamic(
-                model,
-                path,
-                op_types_to_quantize=["MatMul", "Gather"],
-                per_channel=True,
-                reduce_range=True,
-                weight_type=QuantType.QInt8,
-            )
-        finally:
-            logging.root.setLevel(level)
+    model = onnx.load(folder / "model.onnx")
+    if sum(node.op_type == "Conv" for node in model.graph.node) > 1:  # a vision transformer has one
+        return
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # it reports every operator that it leaves alone
+    try:
+        quantize_dynamic(
+            model,
+            folder / "model.onnx",
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )
+    finally:
+        logging.root.setLevel(level)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
@@ -207,7 +249,9 @@ def write_folder(source: TorchBackend, reference: Reference, folder: Path, wante
     """The whole layout but the manifest: towers, tokenizer, configs."""
     write_towers(source, folder)
     if wanted.precision == "int8":
-        quantize_towers(folder)
+        for part in PARTS["both"]:
+            quantize_tower(folder / part)
+    shrink_table(folder / "textual", wanted.precision)
     write_json(folder / "visual" / "preprocess_cfg.json", {**asdict(source.preprocess), "mode": "RGB"})
     config = reference.config
     # A path on the machine that exports means nothing elsewhere; tokenizer.json has what lay there.
@@ -226,7 +270,7 @@ def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wan
         "dim": source.dim,
         "context_length": source.tokenizer.context_length,
         "logit_scale": source.logit_scale,
-        "logit_bias": 0.0,  # CLIP has none; the models that have one are refused
+        "logit_bias": source.logit_bias,  # null for CLIP, which has none
         "preprocess": asdict(source.preprocess),
         "golden": _golden(reference, FLOORS[wanted.precision].golden),
         "source": {"file": source.weights.name, "sha256": machine.sha256_of(source.weights)},
@@ -282,7 +326,10 @@ def sample_pictures(count: int) -> list[Image.Image]:
 
 
 class Reference:
-    """OpenCLIP itself: its own transform, tokenizer and towers, one picture and one text at a time."""
+    """OpenCLIP itself: its own transform, tokenizer and towers, one picture and one text at a time.
+
+    Its tokenizers of the hub need `transformers`, so `tokenizer.py` stands in for them; the tests compare the two.
+    """
 
     def __init__(self, source: TorchBackend, model: str) -> None:
         import open_clip
@@ -294,8 +341,10 @@ class Reference:
         elif model.startswith("hf-hub:"):
             name = f"local-dir:{source.weights.parent}"
         self.config: dict[str, Any] = open_clip.get_model_config(name)
-        self._model = source.model
-        self._tokenizer = open_clip.get_tokenizer(name)
+        # The towers are made of merged branches, if there are some. The reference is the model as it was trained.
+        self._model = source.build().eval() if source.was_reparameterized else source.model
+        of_hub = isinstance(source.tokenizer, tokenizer.HubTokenizer)
+        self._tokenizer = source.tokenizer if of_hub else open_clip.get_tokenizer(name)
         recipe = {**source.model.visual.preprocess_cfg, "size": source.preprocess.size}
         self._transform = image_transform_v2(PreprocessCfg(**recipe), is_train=False)
 
@@ -310,7 +359,8 @@ class Reference:
         import torch
 
         with torch.inference_mode():
-            rows = [self._model.encode_text(self._tokenizer([text]), normalize=True).numpy() for text in texts]
+            tokens = [torch.as_tensor(self._tokenizer([text])) for text in texts]
+            rows = [self._model.encode_text(row, normalize=True).numpy() for row in tokens]
         return np.concatenate(rows)
 
 
@@ -360,7 +410,6 @@ def export(
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
     source = TorchBackend(ExportOptions("CLIP", "torch", model, data_dir, device="cpu"))
-    refuse_other_models(source, model)
     # Vectors of two precisions must not be mixed in one index unseen, so the name says which these are.
     name = (model_id or source.model_id) + ("" if precision == "fp32" else f"-{precision}")
     wanted, reference = Wanted(name, precision, notice, tower), Reference(source, model)
@@ -379,16 +428,6 @@ def export(
         shutil.rmtree(staging, ignore_errors=True)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     print(f"{to}: {wanted.model_id}, {source.dim} dimensions, {size / 1e6:.1f} MB")
-
-
-def refuse_other_models(source: TorchBackend, model: str) -> None:
-    """Raises ExportError for SigLIP and others. They need text at full length, other tokenizers and other scores."""
-    if getattr(source.model, "logit_bias", None) is not None:
-        raise ExportError(f"--model {model}: a SigLIP model (it has a logit bias); only CLIP models are supported")
-    if not isinstance(source.tokenizer, tokenizer.ClipTokenizer):
-        raise ExportError(f"--model {model}: its tokenizer is not CLIP's; only CLIP models are supported")
-    if not source.open_length:
-        raise ExportError(f"--model {model}: its text tower is not CLIP's causal one; only CLIP models are supported")
 
 
 def check(found: tuple[NDArray[Any], NDArray[Any]], floor: float) -> None:

@@ -74,9 +74,17 @@ class ChoiceSet(LabelSet):
         super().__init__(choices.names, vectors, logit_scale)
         self._starts = np.cumsum([0, *map(len, choices.rows)])[:-1]
 
-    def probabilities(self, queries: Vectors) -> NDArray[np.float32]:
-        """float32 `[b, dim]` unit rows -> float32 `[b, names]`, rows that sum to 1."""
-        return np.add.reduceat(super().probabilities(queries), self._starts, axis=1)
+    def probabilities(self, queries: Vectors, biases: Sequence[float | None] = ()) -> NDArray[np.float32]:
+        """float32 `[b, dim]` unit rows -> float32 `[b, names]`.
+
+        A row sums to 1. With a bias, a name's value is that of its best row instead; see `LabelSet.probabilities`.
+        """
+        rows = super().probabilities(queries, biases)
+        found = np.add.reduceat(rows, self._starts, axis=1)
+        for at, bias in enumerate(biases):
+            if bias is not None:
+                found[at] = np.maximum.reduceat(rows[at], self._starts)
+        return found
 
 
 @dataclass(frozen=True)
@@ -227,9 +235,14 @@ class OperatorSet(ChoiceSet):
         self.name, self.digest, self.threshold = name, file.digest(), file.threshold
         self.size = len(self.names) - (self.names[-1] == NONE)
 
-    def answer(self, query: NDArray[np.float32], k: int, min_score: float) -> tuple[list[tuple[str, float]], float]:
-        """(the k best labels with at least `min_score` and a better score than NONE, the score of NONE)."""
-        row = self.probabilities(query[None])[0]
+    def answer(
+        self, query: NDArray[np.float32], k: int, min_score: float, bias: float | None = None
+    ) -> tuple[list[tuple[str, float]], float]:
+        """(the k best labels with at least `min_score` and a better score than NONE, the score of NONE).
+
+        `bias`: see `LabelSet.probabilities`.
+        """
+        row = self.probabilities(query[None], [bias])[0]
         best = self.top(row, min(k + 1, len(self)))
         found = itertools.takewhile(lambda pair: pair[0] != NONE and pair[1] >= min_score, best)
         return list(found)[:k], float(row[-1]) if self.names[-1] == NONE else 0.0

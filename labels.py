@@ -211,11 +211,17 @@ class LabelSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def probabilities(self, queries: Vectors) -> NDArray[np.float32]:
-        """float32 `[b, dim]` unit rows -> float32 `[b, n]`, rows that sum to 1."""
+    def probabilities(self, queries: Vectors, biases: Sequence[float | None] = ()) -> NDArray[np.float32]:
+        """float32 `[b, dim]` unit rows -> float32 `[b, n]`.
+
+        A row sums to 1. With a bias in `biases`, the logit bias of the model, its values are independent of each other.
+        """
         scores = self._cosines(queries)
-        for row in scores:  # a single row stays in the cache
-            softmax(row, self._logit_scale)
+        for row, bias in zip(scores, biases or [None] * len(scores), strict=True):  # a single row stays in the cache
+            if bias is None:
+                softmax(row, self._logit_scale)
+            else:
+                sigmoid(row, self._logit_scale, bias)
         return scores
 
     def top(
@@ -231,6 +237,17 @@ def softmax(cosines: NDArray[np.float32], logit_scale: np.float32) -> NDArray[np
     cosines -= cosines.max()
     np.exp(cosines, out=cosines)
     cosines /= cosines.sum()
+    return cosines
+
+
+def sigmoid(cosines: NDArray[np.float32], logit_scale: np.float32, bias: float) -> NDArray[np.float32]:
+    """Sigmoid of logit scale x cosine + bias, float32 `[n]`, in place. SigLIP is trained with these probabilities."""
+    cosines *= -logit_scale
+    cosines -= np.float32(bias)
+    with np.errstate(over="ignore"):  # to infinity, whose reciprocal is 0
+        np.exp(cosines, out=cosines)
+    cosines += 1
+    np.reciprocal(cosines, out=cosines)
     return cosines
 
 

@@ -61,6 +61,7 @@ class Backend(Protocol):
     precision: str  # "fp32", "fp16" or "int8"; what really runs
     dim: int
     logit_scale: float  # the model's own, after exp()
+    logit_bias: float | None  # of models that were trained with a sigmoid, such as SigLIP
     preprocess: Preprocess
     notice: str  # a notice from the maker of the model to its users, or ""
     golden: Mapping[str, Any]  # inputs and expected vectors from the export, or {}; see `self_test`

@@ -31,7 +31,7 @@ from model_files import (
 )
 from preprocess import Pixels, Preprocess, normalize
 from settings import ModelOptions
-from tokenizer import ClipTokenizer, Tokens, true_length
+from tokenizer import Tokens, is_cut_at_the_end, read_tokenizer, true_length
 
 log = logging.getLogger("lumen.onnx_backend")
 # From 1.29 on, ONNX Runtime sends usage data to its maker unless this is set before it is imported.
@@ -254,7 +254,7 @@ class OnnxImageTower:
 
 
 class OnnxTextTower:
-    """A text tower with int32 or int64 token ids, a fixed or an open length, and CLIP's tokenizer."""
+    """A text tower with int32 or int64 token ids, a fixed or an open length, and a tokenizer beside it."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self._options = folder.options
@@ -265,10 +265,23 @@ class OnnxTextTower:
             names = ", ".join(x.name for x in inputs)
             text = f"takes {names}; only towers fed by token ids alone"
             raise self._options.error("ONNX_TEXT", str(self._path), text)
-        length = inputs[0].shape[1]
-        self.open_length = not isinstance(length, int)
-        context = folder.config.get("text_cfg", {}).get("context_length", 77) if self.open_length else length
-        self.tokenize = ClipTokenizer.from_file(self._path.parent / "tokenizer.json", int(context))
+        length, config = inputs[0].shape[1], folder.config.get("text_cfg", {})
+        self.open_length = not isinstance(length, int) and is_cut_at_the_end(config)
+        context = length if isinstance(length, int) else config.get("context_length", 77)
+        self.tokenize = read_tokenizer(self._path.parent / "tokenizer.json", config, int(context))
+
+    def highest_token(self) -> Vectors:
+        """float32 `[1, dim]`: the vector of a text with the tokenizer's highest id.
+
+        Raises SettingError if the tower has no such token: the tokenizer is that of another model.
+        """
+        tokens = self.tokenize(["a photo"])
+        tokens[0, 1] = self.tokenize.highest_id
+        try:
+            return self.encode(tokens)
+        except Exception as error:
+            text = f"its tokenizer.json has ids up to {self.tokenize.highest_id}, which its text tower does not take"
+            raise self._options.error("MODEL", self._options.model, f"{text} ({one_line(error)})") from error
 
     def encode(self, tokens: Tokens) -> Vectors:
         session = self._opened()
@@ -299,13 +312,15 @@ class FolderBackend:
         self.preprocess, self.workers, self.open_length = image.preprocess, image.workers, self.text.open_length
         self.single_image_cores = image.single_image_cores
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
+        # Manifests of older versions have a bias of 0 for models without one.
+        self.logit_bias: float | None = manifest.get("logit_bias", config.get("logit_bias")) or None
         self.precision = precision or str(manifest.get("precision", "fp32"))
         self.notice = str(manifest.get("notice", ""))
         self.golden: Mapping[str, Any] = manifest.get("golden", {})
         self.self_test_cosine: float | None = None
         # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
         self.space = folder.space(self.preprocess, str(manifest.get("precision", "fp32")))
-        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+        self.dim = int(self.text.highest_token().shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         return self.text.tokenize(texts)

@@ -32,6 +32,8 @@ Pixels = NDArray[np.uint8]  # [n, size, size, 3], RGB
 # OpenAI's CLIP statistics; open_clip/constants.py has the same.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# Names of preprocessings in the Lumen SDK
+BIOCLIP_TENSOR, SIGLIP_TENSOR = "bioclip2_224_image_v1", "siglip2_base_patch16_224_image_v1"
 DRAFT_MARGIN = 2  # scaled JPEG decoding keeps at least so many times the side of the model's input
 STRIP_LINES = 256  # lines of a picture with alpha that are blended at a time
 Image.MAX_IMAGE_PIXELS = None  # disables Pillow's limit; `decode_image` applies the configured one
@@ -77,16 +79,27 @@ class Preprocess:
             raise BackendError(f"preprocess interpolation {filter_name!r}: only 'bicubic' and 'bilinear'")
         return cls(
             size=int(side),
-            mean=tuple(float(x) for x in config.get("mean") or cls.mean),
-            std=tuple(float(x) for x in config.get("std") or cls.std),
+            mean=_of_channels(config.get("mean") or cls.mean),
+            std=_of_channels(config.get("std") or cls.std),
             interpolation=filter_name,
             resize_mode=mode,
         )
 
     @property
     def tensor_id(self) -> str:
-        """The id of this preprocessing in the Lumen SDK, or "" if it has none."""
-        return "bioclip2_224_image_v1" if self == Preprocess() else ""
+        """The id of this preprocessing in the Lumen SDK, or "" if it has none.
+
+        The SDK's tensors for SigLIP 2 are resized by the bilinear filter, and OpenCLIP's recipe is bicubic.
+        """
+        ids = {
+            Preprocess(): BIOCLIP_TENSOR,
+            Preprocess(224, (0.5,) * 3, (0.5,) * 3, resize_mode="squash"): SIGLIP_TENSOR,
+        }
+        return ids.get(self, "")
+
+
+def _of_channels(values: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, values)) if isinstance(values, Sequence) else (float(values),) * 3
 
 
 Room = Callable[[int], AbstractContextManager[None]]

@@ -184,13 +184,21 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
         models = self._ready(context)
-        return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"))
+        return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"), models.offered())
 
     def StreamCapabilities(self, request: empty_pb2.Empty, context: Any) -> Iterator[pb.Capability]:
+        """One for each model. The Lumen SDK sends tensors for `semantic_image_embed` to a service "siglip" alone, so
+        the semantic tasks have one of their own if their model takes such tensors."""
         models = self._ready(context)
+        apart = [task for task in models.offered() if task.models == ("semantic",)]
+        if not any(task.tensor_id(models.ask("semantic").backend.preprocess) for task in apart):
+            apart = []
         for name in ("clip", "bioclip"):
             if models.get(name):
-                yield self._capability(name, models, (name,))
+                offered = [task for task in models.offered() if models.name_of(task.models[0]) == name]
+                yield self._capability(name, models, (name,), [task for task in offered if task not in apart])
+        if apart:
+            yield self._capability("siglip", models, (models.semantic,), apart)
 
     def Health(self, request: empty_pb2.Empty, context: Any) -> empty_pb2.Empty:
         """Empty has no fields, so the trailing metadata says what does not run as the operator asked."""
@@ -199,7 +207,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
         return empty_pb2.Empty()
 
-    def _capability(self, service: str, models: Models, names: Sequence[str]) -> pb.Capability:
+    def _capability(self, service: str, models: Models, names: Sequence[str], tasks: Sequence[Task]) -> pb.Capability:
         loaded = {name: model for name in names if (model := models.get(name))}
         backs = {name: model.backend for name, model in loaded.items()}
         runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
@@ -209,6 +217,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             extra[f"{name}_embedding_dim"] = str(back.dim)
             extra[f"{name}_runtime"] = back.runtime
             extra[f"{name}_space"] = back.space
+            if back.logit_bias is not None:
+                extra[f"{name}_scores"] = "softmax,sigmoid"
             if back.npu or back.refusal:
                 extra[f"{name}_npu"] = back.npu or f"refused: {back.refusal}"
             if back.self_test_cosine is not None:
@@ -230,7 +240,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             max_concurrency=self.settings.lumen_max_streams,
             precisions=sorted({back.precision for back in backs.values()}),
             extra=extra,
-            tasks=[self._io_task(task, models) for task in models.offered() if models.name_of(task.models[0]) in names],
+            tasks=[self._io_task(task, models) for task in tasks],
             protocol_version=PROTOCOL_VERSION,
         )
 
@@ -250,7 +260,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             limits["within_max"] = str(TAXA_MAX)
         if task.caller_labels:
             limits["labels_max"] = str(CALLER_LABELS_MAX)
-        tensor_id = backend.preprocess.tensor_id if task.tensor else ""
+        tensor_id = task.tensor_id(backend.preprocess)
         mimes = TEXT_MIMES if task.takes == "text" else IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
         return pb.IOTask(
             name=task.name,

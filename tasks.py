@@ -22,7 +22,7 @@ from errors import BadInput, LabelError, NotReady
 from label_files import OperatorSet, OperatorSets, SceneSet
 from labels import LabelSet
 from model import Model
-from preprocess import Preprocess
+from preprocess import BIOCLIP_TENSOR, SIGLIP_TENSOR, Preprocess
 from settings import Settings
 from species import LABEL_FORMATS, RANKS, Ask, Species
 from tree_of_life import Progress
@@ -79,7 +79,7 @@ class Models:
 
     @staticmethod
     def _operator_scorer(items: list[Any]) -> Sequence[Any]:
-        return [chosen.answer(vector, k, min_score) for vector, chosen, k, min_score in items]
+        return [chosen.answer(vector, k, min_score, bias) for vector, chosen, k, min_score, bias in items]
 
     @staticmethod
     def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
@@ -87,8 +87,8 @@ class Models:
             queries, asks = np.stack([vector for vector, _ in items]), [ask for _, ask in items]
             if isinstance(labelset, Species):
                 return labelset.answers(queries, asks)
-            rows = labelset.probabilities(queries)
-            return [labelset.top(row, min(k, len(labelset))) for row, k in zip(rows, asks, strict=True)]
+            rows = labelset.probabilities(queries, [bias for _, bias in asks])
+            return [labelset.top(row, min(k, len(labelset))) for row, (k, _) in zip(rows, asks, strict=True)]
 
         return run
 
@@ -122,20 +122,20 @@ class Models:
         assert isinstance(self._scenes, SceneSet)
         return self._scenes
 
-    def best(self, labelset: str, vector: Any, ask: int | Ask) -> Generator[Any, Any, Any]:
-        """Step: the k best labels of a built-in set, or the best species for `ask`."""
+    def best(self, labelset: str, vector: Any, ask: tuple[int, float | None] | Ask) -> Generator[Any, Any, Any]:
+        """Step: the k best labels of a built-in set for (k, bias of the scores or None), or the best species."""
         return (yield self._stages[labelset], [(vector, ask)])[0]
 
     def best_of_operator_set(self, chosen: OperatorSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best labels of an operator's set, and the score of "none of these"."""
-        return (yield self._operator_stage, [(vector, chosen, request.topk, request.min_score)])[0]
+        return (yield self._operator_stage, [(vector, chosen, request.topk, request.min_score, request.bias)])[0]
 
     def best_of_caller_labels(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best of the labels in the request."""
         clip = self.ask("clip")
         vectors = yield from clip.embed(request.tokens, clip.prompts)
         labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
-        return labelset.top(labelset.probabilities(vector[None])[0], min(request.topk, len(labelset)))
+        return labelset.top(labelset.probabilities(vector[None], [request.bias])[0], min(request.topk, len(labelset)))
 
 
 @dataclass
@@ -152,6 +152,7 @@ class Request:
     topk: int = 0
     labels: tuple[str, ...] = ()
     label_set: str = ""
+    score: str = "softmax"
     template: str = ""
     label_format: str = "lineage"
     rank: str = "species"
@@ -163,6 +164,7 @@ class Request:
     unknown_taxa: int = 0
     chosen_set: OperatorSet | None = None  # the set that `label_set` names
     image_size: tuple[int, int] = (0, 0)  # width and height as stored, in pixels; (0, 0) for a tensor or a text
+    bias: float | None = None  # the model's, if `score` is "sigmoid"
     pixels: dict[str, Any] = field(default_factory=dict)  # model name -> uint8 [size, size, 3]
     tokens: Any = None  # int64 [n, context_length]: the text, or the labels of the request
 
@@ -173,13 +175,15 @@ def clip_classify(models: Models, request: Request) -> Steps:
     if request.chosen_set:
         best, none = yield from models.best_of_operator_set(request.chosen_set, vector, request)
         answer = _labels_answer(best, clip, "clip_classification")
-        answer.meta.update(label_set=request.chosen_set.name, none_score=f"{none:.6f}")
+        answer.meta.update(label_set=request.chosen_set.name, none_score=f"{none:.6f}", score=request.score)
         return answer
     if request.labels:
         best = yield from models.best_of_caller_labels(vector, request)
     else:
-        best = yield from models.best("classes", vector, request.topk)
-    return _labels_answer([pair for pair in best if pair[1] >= request.min_score], clip, "clip_classification")
+        best = yield from models.best("classes", vector, (request.topk, request.bias))
+    answer = _labels_answer([pair for pair in best if pair[1] >= request.min_score], clip, "clip_classification")
+    answer.meta["score"] = request.score
+    return answer
 
 
 def bioclip_classify(models: Models, request: Request) -> Steps:
@@ -198,7 +202,7 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 def smart_classify(models: Models, request: Request) -> Steps:
     clip = models.ask("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
-    scene = models.scenes.resolve((yield from models.best("scenes", vector, len(models.scenes))))
+    scene = models.scenes.resolve((yield from models.best("scenes", vector, (len(models.scenes), None))))
     if scene is None:
         return (yield from bioclip_classify(models, request))
     return _labels_answer([scene], clip, "scene_classification")
@@ -264,7 +268,11 @@ class Task:
     caller_labels: bool = False
     species: bool = False  # takes `label_format`, `rank`, `min_score` and `within`
     only_species: bool = False  # the task is offered only when the species are available
-    tensor: bool = False  # takes ready-made tensors, if the model's preprocessing has an id
+    tensor: str = ""  # takes ready-made tensors of this preprocessing, if it is the model's; see `tensor_id`
+
+    def tensor_id(self, recipe: Preprocess) -> str:
+        """The id of the tensors that it takes with a model's preprocessing, or "" for none."""
+        return self.tensor if self.tensor == recipe.tensor_id else ""
 
     @property
     def schema(self) -> str:
@@ -286,15 +294,16 @@ TASKS = {
             topk=3,
             species=True,
             only_species=True,
-            tensor=True,
+            tensor=BIOCLIP_TENSOR,
         ),
         Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
-        Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=True),
+        Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=BIOCLIP_TENSOR),
         # Newer photo apps search with these tasks; see LUMEN_SEMANTIC.
-        Task("semantic_image_embed", _embed_image("semantic"), ("semantic",), "image"),
+        Task("semantic_image_embed", _embed_image("semantic"), ("semantic",), "image", tensor=SIGLIP_TENSOR),
         Task("semantic_text_embed", _embed_text("semantic"), ("semantic",), "text"),
     )
 }
+SCORES = ("softmax", "sigmoid")
 TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
 
 
@@ -341,6 +350,7 @@ def read_meta(task: Task, request: Request) -> None:
 def _read_label_meta(request: Request) -> None:
     meta = request.meta
     request.label_set = meta.get("label_set", "")
+    request.score = _one_of(meta, "score", SCORES, request.score)
     request.min_score = _min_score(meta, 0.0)
     if "labels" in meta:
         if request.label_set:
@@ -472,6 +482,11 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         request.unknown_taxa = len(unknown)
         if not len(request.rows):
             raise BadInput(f"meta within: none of these names is in the species list: {', '.join(unknown)[:200]}")
+    if request.score == "sigmoid":
+        backend = models.ask("clip").backend
+        request.bias = backend.logit_bias
+        if request.bias is None:
+            raise BadInput(f"meta score: 'sigmoid'; {backend.model_id} has no bias; allowed: softmax")
     if request.label_set:
         request.chosen_set = _operator_set(request, models)
     recipes = {name: models.ask(name).backend.preprocess for name in task.models}
@@ -489,7 +504,7 @@ def _operator_set(request: Request, models: Models) -> OperatorSet:
         chosen = models.operator_sets.get(request.label_set)
     except LabelError as error:
         raise BadInput(f"meta label_set: {error}") from None
-    if "min_score" not in request.meta:
+    if "min_score" not in request.meta and request.score == "softmax":  # the file's threshold is one for a softmax
         request.min_score = chosen.threshold
     return chosen
 
@@ -510,7 +525,8 @@ def _pixels(
         )
         return {name: pictures[recipe] for name, recipe in recipes.items()}
     recipe = recipes[task.models[0]]
-    if kind != "tensor" or not task.tensor or not recipe.tensor_id:
-        allowed = "raw, tensor" if task.tensor and recipe.tensor_id else "raw"
+    takes_tensors = task.tensor_id(recipe)
+    if kind != "tensor" or not takes_tensors:
+        allowed = "raw, tensor" if takes_tensors else "raw"
         raise BadInput(f"meta lumen.input.kind: {kind[:80]!r}; {task.name} takes {allowed}")
     return {task.models[0]: preprocess.pixels_from_tensor(request.payload, request.meta, recipe)}

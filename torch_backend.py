@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from model_files import (
 )
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
-from tokenizer import ClipTokenizer, Tokens, true_length
+from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
 
 log = logging.getLogger("lumen.torch_backend")
 
@@ -116,11 +117,19 @@ class TorchBackend:
 
         device = chosen_device(options)
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
+        self.tokenizer = _tokenizer_of(name, self.weights)
+        # OpenCLIP's model as it was trained
+        self.build = partial(
+            open_clip.create_model,
+            name,
+            device=device,
+            precision=options.precision,
+            require_pretrained=True,
+            **arguments,
+        )
         try:
-            model: Any = open_clip.create_model(
-                name, device=device, precision=options.precision, require_pretrained=True, **arguments
-            )
-            tokenizer: Any = open_clip.get_tokenizer(name)
+            model: Any = self.build()
+            self.was_reparameterized = _reparameterize(model.visual)
         except Exception as error:
             log.debug("OpenCLIP could not build %s", name, exc_info=True)
             text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
@@ -134,24 +143,22 @@ class TorchBackend:
         self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
         self.accelerator = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
         self.logit_scale = float(model.logit_scale.detach().exp())
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = None if bias is None else float(bias.detach())
         self.preprocess = Preprocess.from_config(model.visual.preprocess_cfg, model.visual.image_size)
         self._mean, self._std = (
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
         )
         self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
-        # OpenCLIP's own tokenizer caches every word without a limit.
-        if type(tokenizer) is open_clip.SimpleTokenizer:
-            self.tokenizer: Any = ClipTokenizer(
-                tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.context_length or 77
-            )
-        else:
-            self.tokenizer = lambda texts: tokenizer(list(texts)).numpy()
         # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
         self.workers = self._cores if self._device.type == "cpu" else 1
         self.single_image_cores = self._cores
+        self._text = text = getattr(model, "text", model)  # OpenCLIP's CLIP has the parts of the text tower itself
+        self._check_table(options)
         # Cutting at the end token is exact only for a causal tower that is pooled at that token.
-        causal = type(model) is open_clip.CLIP and model.attn_mask is not None
-        self.open_length = causal and model.text_pool_type == "argmax"
+        pooling = text.text_pool_type if text is model else text.pool_type
+        causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
+        self.open_length = causal and pooling == "argmax"
         visual = model.visual
         self._pools_one_token = (
             type(visual) is open_clip.transformer.VisionTransformer
@@ -159,6 +166,13 @@ class TorchBackend:
             and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
         )
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    def _check_table(self, options: ModelOptions) -> None:
+        """Raises SettingError if the vocabulary is larger than the table of token embeddings."""
+        rows, highest = self._text.token_embedding.num_embeddings, self.tokenizer.highest_id
+        if highest >= rows:
+            text = f"its tokenizer has ids up to {highest}, and its embedding table {rows} rows"
+            raise options.error("MODEL", options.model, text)
 
     @staticmethod
     def _resolve(options: ModelOptions, say: Say) -> tuple[str, dict[str, Any], str, Path]:
@@ -174,7 +188,8 @@ class TorchBackend:
             return f"local-dir:{folder}", {}, folder.resolve().name if local else repo, weights
         arch, tag, config = find_weights(options)
         if not config:
-            return arch, {"pretrained": tag}, f"{arch}:{Path(tag).stem}", Path(tag)
+            given: dict[str, Any] = {"pretrained": tag, "force_preprocess_cfg": _recipe_of(arch)}
+            return arch, given, f"{arch}:{Path(tag).stem}", Path(tag)
         if config.get("hf_hub"):
             repo, file = os.path.split(config["hf_hub"])
             folder = fetch_repository(options, repo, (lambda files: [file]) if file else _torch_files, say)
@@ -187,9 +202,8 @@ class TorchBackend:
             except Exception as error:
                 raise options.failure("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
         # OpenCLIP knows these for a tag, but not for a path.
-        recipe = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
-        quick_gelu = bool(config.get("quick_gelu", False))
-        arguments = {"pretrained": str(path), "force_quick_gelu": quick_gelu, "force_preprocess_cfg": recipe}
+        arguments: dict[str, Any] = {"pretrained": str(path), "force_quick_gelu": bool(config.get("quick_gelu", False))}
+        arguments["force_preprocess_cfg"] = _recipe(config)
         return arch, arguments, value, path
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -248,18 +262,60 @@ class TorchBackend:
     def text_tower(self, tokens: Any) -> Any:
         """int64 tensor `[n, length]` -> `[n, dim]`. A causal tower takes any length up to its context length.
 
-        For such a tower this is `CLIP.encode_text` without its demand for the full context.
+        For such a tower this is OpenCLIP's `encode_text` without its demand for the full context. Other towers need it.
         """
-        model, length = self.model, tokens.shape[1]
+        text, length = self._text, tokens.shape[1]
         if not self.open_length:
-            return model.encode_text(tokens)
-        x = model.token_embedding(tokens).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+            return self.model.encode_text(tokens)
+        x = text.token_embedding(tokens).to(self._dtype) + text.positional_embedding[:length].to(self._dtype)
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
         x = x[self._torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
-        projection = model.text_projection
+        projection = text.text_projection
         if projection is None:
             return x
         return projection(x) if callable(projection) else x @ projection
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
+
+
+def _recipe_of(arch: str) -> dict[str, Any]:
+    """The preprocessing of an architecture's published weights, for weights from a file; {} if they have several."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    recipes = [_recipe(open_clip.get_pretrained_cfg(arch, tag)) for tag in tags]
+    return recipes[0] if recipes and all(recipe == recipes[0] for recipe in recipes) else {}
+
+
+def _tokenizer_of(name: str, weights: Path) -> TextTokenizer:
+    """The tokenizer of a model: OpenCLIP's own vocabulary, or the `tokenizer.json` beside the weights.
+
+    OpenCLIP's classes are not used: one caches every word without a limit, and the other needs `transformers`. Raises
+    BackendError.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(name).get("text_cfg", {})
+    context, clean = int(config.get("context_length", 77)), cleaner_of(config, name)
+    if config.get("hf_tokenizer_name"):
+        folder = weights if weights.is_dir() else weights.parent
+        return read_tokenizer(folder / "tokenizer.json", config, context)
+    own: Any = open_clip.get_tokenizer(name)
+    return ClipTokenizer(own.encoder, list(own.bpe_ranks), context, clean)
+
+
+def _reparameterize(visual: Any) -> bool:
+    """Merges the branches that an image tower of timm has for training only. Returns whether it has such branches."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None:
+        return False
+    from timm.utils.model import reparameterize_model
+
+    before = sum(1 for _ in trunk.parameters())
+    visual.trunk = reparameterize_model(trunk, inplace=True)
+    return sum(1 for _ in visual.trunk.parameters()) != before
 
 
 def _torch_files(files: list[str]) -> list[str]:

@@ -161,7 +161,7 @@ def train_tiny(folder: Path) -> None:
 
 
 def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False) -> None:
-    """A folder as immich's exporter makes it: 77 int32 ids, the weights beside the graph.
+    """A folder as immich's exporter makes it: int32 ids of the full context, the weights beside the graph.
 
     The older form has a fixed batch of 1 and float NCHW pixels; the newer one an open batch, uint8 NHWC pixels,
     operators of opset 23, and token embeddings stored in half precision.
@@ -175,7 +175,7 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
 
         def forward(self, image: Any) -> Any:
             if newer:
-                mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.OPENAI_MEAN, preprocess.OPENAI_STD))
+                mean, std = (torch.tensor(recipe[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
                 image = (image.permute(0, 3, 1, 2).float() / 255 - mean) / std
             return self.model.encode_image(image, normalize=True)
 
@@ -184,12 +184,13 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
             return self.model.encode_text(text, normalize=True)
 
     torch.backends.mha.set_fastpath_enabled(False)
+    recipe = model.visual.preprocess_cfg
     side = preprocess.Preprocess.from_config({}, model.visual.image_size).size
     count = 2 if newer else 1
     pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8) if newer else torch.zeros(1, 3, side, side)
     towers = (
         ("visual", "image", Images(), pixels),
-        ("textual", "text", Texts(), torch.ones(count, 77, dtype=torch.int32)),
+        ("textual", "text", Texts(), torch.ones(count, tokenizer.context_length, dtype=torch.int32)),
     )
     for part, name, tower, sample in towers:
         (folder / part).mkdir(parents=True)
@@ -206,8 +207,9 @@ def export_immich(model: Any, tokenizer: Any, folder: Path, newer: bool = False)
                 dynamo=True,
                 external_data=True,
             )
-    recipe = {"size": side, "mean": preprocess.OPENAI_MEAN, "std": preprocess.OPENAI_STD, "interpolation": "bicubic"}
-    (folder / "visual" / "preprocess_cfg.json").write_text(json.dumps({**recipe, "resize_mode": "shortest"}))
+    (folder / "visual" / "preprocess_cfg.json").write_text(json.dumps({**recipe, "size": side}))
+    if not hasattr(tokenizer, "encoder"):  # not CLIP's
+        return
     (folder / "config.json").write_text(json.dumps({"text_cfg": {"context_length": 77}}))
     vocab = {re.sub("<(start|end)_of_text>", r"<|\1oftext|>", word): i for word, i in tokenizer.encoder.items()}
     bpe = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": vocab, "merges": list(tokenizer.bpe_ranks)}
@@ -233,6 +235,11 @@ def export_immich_from(openclip: Path, folder: Path, newer: bool = False) -> Non
 
     name = f"local-dir:{openclip}"
     export_immich(open_clip.create_model(name).eval(), open_clip.get_tokenizer(name), folder, newer)
+    if (openclip / "tokenizer.json").is_file():
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(openclip / file, folder / "textual")
+        config = json.loads((openclip / "open_clip_config.json").read_text())["model_cfg"]
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def reference_vectors(reference: Any, pictures: list[Image.Image] = (), texts: list[str] = ()) -> Any:  # type: ignore[assignment]

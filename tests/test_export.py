@@ -118,19 +118,21 @@ def test_export_refuses_by_name_what_it_cannot_do(
     import open_clip
     import torch
 
-    both_ways = tmp_path / "both-ways"
-    shutil.copytree(tiny, both_ways)
-    config = json.loads((both_ways / "open_clip_config.json").read_text())
-    config["model_cfg"]["text_cfg"]["no_causal_mask"] = True
-    (both_ways / "open_clip_config.json").write_text(json.dumps(config))
-    siglip = tmp_path / "siglip"
-    siglip.mkdir()
-    config["model_cfg"] = {**TINY, "init_logit_bias": -10}
-    (siglip / "open_clip_config.json").write_text(json.dumps(config))
-    torch.save(open_clip.CLIP(**config["model_cfg"]).state_dict(), siglip / "open_clip_pytorch_model.bin")
+    small = tmp_path / "small"
+    shutil.copytree(tiny, small)
+    config = json.loads((small / "open_clip_config.json").read_text())
+    text: Any = TINY["text_cfg"]
+    config["model_cfg"] = {**TINY, "text_cfg": {**text, "vocab_size": 49407}}
+    (small / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(open_clip.CLIP(**config["model_cfg"]).state_dict(), small / "open_clip_pytorch_model.bin")
+    hugging_face = tmp_path / "hugging-face"
+    shutil.copytree(tiny, hugging_face)
+    of_hub = {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base"}
+    config["model_cfg"] = {**TINY, "text_cfg": {**text, **of_hub}}
+    (hugging_face / "open_clip_config.json").write_text(json.dumps(config))
     for model, to, complaint in (
-        (str(both_ways), tmp_path / "new", "its text tower is not CLIP's causal one"),
-        (str(siglip), tmp_path / "new", f"--model {siglip}: a SigLIP model (it has a logit bias)"),
+        (str(small), tmp_path / "new", "its tokenizer has ids up to 49407, and its embedding table 49407 rows"),
+        (str(hugging_face), tmp_path / "new", "text towers with hf_model_name ('roberta-base') are not supported"),
         (str(tiny), tiny, "it exists already and is not an empty folder"),
         ("ViT-B-33:laion2b", tmp_path / "new", "--model ViT-B-33:laion2b: OpenCLIP has no architecture 'ViT-B-33'"),
         ("ViT-B-32:laion9b", tmp_path / "new", "'laion9b' is neither a file nor a tag of ViT-B-32"),
