@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import model
 import model_files
 import onnx_backend
 import streams
-import tasks
 from gen import ml_service_pb2 as pb
 from tests.kit import LIMIT_S, RED, encoded, one, picture, queued, wait_until
 
@@ -145,7 +145,7 @@ def test_a_search_that_comes_again_costs_nothing(watched: Any) -> None:
 def test_texts_are_forgotten_by_age(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: a daemon that grows for ever, or one that answers wrongly once its memory is full."""
     backend, stub = watched
-    monkeypatch.setattr(tasks, "TEXTS_KEPT", 4)
+    monkeypatch.setattr(model, "TEXTS_KEPT", 4)
     own = json.dumps([f"thing {i}" for i in range(6)])
     before = one(stub, "clip_classify", encoded(picture(RED)), labels=own)
     assert before.result and one(stub, "clip_classify", encoded(picture(RED)), labels=own).result == before.result
