@@ -345,10 +345,10 @@ def test_systemd_is_told_when_the_models_answer(tmp_path: Path, tiny_onnx: Path)
 
 def test_a_start_is_given_time_as_long_as_it_makes_progress(tmp_path: Path, hub: FakeHub, tiny_onnx: Path) -> None:
     """Lost otherwise: a first start that systemd ends in the middle of its download, or one that hangs for ever."""
-    files = hub.repos["org/model"] = folder_content(tiny_onnx)
+    files = hub.repos["org/model"] = folder_content(tiny_onnx) | {"visual/more.data": bytes(14_000_000)}
     whole = round(sum(map(len, files.values())) / 1e6)
     hub.pace = 4_000_000
-    hub.stall_after = {"textual/model.onnx": 11_000_000}  # the hub's client writes 10 MB at a time
+    hub.stall_after = {"visual/more.data": 11_000_000}  # the hub's client writes 10 MB at a time
     settings = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": "hf-hub:org/model"}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))

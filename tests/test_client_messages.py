@@ -279,7 +279,7 @@ def test_the_options_of_a_task_are_those_of_the_daemon() -> None:
     """Lost otherwise: an option that the client refuses although the daemon takes it."""
     for name, task in tasks.TASKS.items():
         expected = {"out", "topk"} if task.topk else {"out"}
-        expected |= {"labels", "label_set", "min_score"} if task.caller_labels else set()
+        expected |= {"labels", "label_set", "min_score", "score"} if task.caller_labels else set()
         expected |= {"label_format", "rank", "within", "min_score"} if task.species else set()
         expected |= {"prompt_template"} if task.takes == "text" or task.caller_labels else set()
         assert {option for option, taking in client_files.OPTION_TASKS.items() if name in taking} == expected

@@ -118,7 +118,7 @@ def test_a_picture_that_crashes_the_decoder_does_so_once(misbehaving: Callable[.
 
     node = misbehaving()
     [told] = [line for line in node.log.splitlines() if "rejected from now on: " in line]
-    assert f"sha-256 {hashlib.sha256(poison).hexdigest()[:16]}" in told and "processing 1 payloads" in told
+    assert f"sha-256 {hashlib.sha256(poison).hexdigest()[:16]}" in told and "processing of 1 payloads" in told
     assert "the previous process crashed: Fatal Python error: Segmentation fault" in node.log
     assert node.ask("clip_image_embed", poison).error.message == REFUSED
     assert node.ask("clip_image_embed", good).result  # which was at hand as well

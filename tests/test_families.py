@@ -13,6 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from google.protobuf.empty_pb2 import Empty
 from PIL import Image
 
 import backends
@@ -37,7 +38,7 @@ from tests.families import (
     t5_files,
     train_siglip,
 )
-from tests.kit import RED, Node, encoded, export_immich_from, load, one_model, picture, shared
+from tests.kit import RED, Node, encoded, export_immich_from, load, one_model, picture, shared, wait_until
 from tests.test_inputs import HOSTILE
 
 # The recipes of OpenCLIP's tags: SigLIP, MobileCLIP, MobileCLIP2-S3 and -L-14, CLIP with 256 pixels.
@@ -275,6 +276,7 @@ def test_scores_are_a_softmax_or_the_models_own_probabilities(siglip_node: Node,
 def test_scores_of_an_operators_set_may_be_independent(siglip_node: Node) -> None:
     """Lost otherwise: the same, for a label set of the household."""
     drawing, _ = next(pair for pair in known_drawings()[1] if pair[1] == 0)
+    wait_until(lambda: "things" in siglip_node.stub.GetCapabilities(Empty()).extra["clip_label_sets"])
     both = [
         siglip_node.result("clip_classify", drawing.file(96), topk="10", label_set="things", score=score, min_score="0")
         for score in ("softmax", "sigmoid")
