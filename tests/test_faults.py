@@ -158,7 +158,7 @@ def test_bytes_that_are_no_message_end_that_stream_alone(harsh: Node) -> None:
         assert pb.InferResponse.FromString(next(answers)).result  # what came before them is answered
         with pytest.raises(grpc.RpcError) as error:
             next(answers)
-        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "no InferRequest" in error.value.details()
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "not an InferRequest" in error.value.details()
 
 
 ANY_BYTES = [INFER, "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
