@@ -68,9 +68,9 @@ LINGER_S = 0.2  # seconds between the last message and the end of the process, w
 TRAFFIC_LOG_S = 60  # seconds between two log lines about the traffic
 PROGRESS_LOG_S = 30  # seconds between two log lines about the progress of a start, if there is no terminal
 SILENCE_S = 300  # seconds without progress after which systemd stops a start
-# Labels of `clip_classify` for which the first start computes all prompts before it serves. For more labels it computes
-# one prompt each, and the rest in the background: 7,000 prompts take 28 s on two cores, and minutes on a board.
-FEW_LABELS = 256
+# Seconds that the first start may take for all prompts of the labels of `clip_classify`. If they would take longer, it
+# computes one prompt each, and the rest in the background: 7,000 take 28 s on two cores, and minutes on a board.
+PROMPTS_S = 10.0
 FIRST_PROMPTS = "first-prompts"  # folder of the vectors that are used until then
 OLD_CLASSES = "clip/*_imagenet_vectors.npz"  # caches of the first version, below the data folder
 SEMANTIC_NOTICE = (
@@ -336,7 +336,7 @@ def _classes(
 ) -> tuple[LabelSet, Callable[[], LabelSet] | None]:
     """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime.
 
-    The first start computes one prompt for each label, if there are many. The function computes them all in the
+    The first start computes one prompt for each label, if all would take long. The function computes them all in the
     background, while the daemon serves.
     """
     own, backend = settings.clip.labels, model.backend
@@ -360,9 +360,18 @@ def _classes(
         return found
 
     encode = encoder_of(backend)
-    if settings.clip_templates == 1 or len(names) <= FEW_LABELS or older or (folder / label_cache.FILE).exists():
+    kept = older or (folder / label_cache.FILE).exists()
+    if settings.clip_templates == 1 or kept or _seconds_of(names, recipe, encode) <= PROMPTS_S:
         return computed(recipe, encode, folder, say), None
     return computed(recipe_of(1), encode, folder / FIRST_PROMPTS, say), complete
+
+
+def _seconds_of(names: Sequence[str], recipe: labels.Recipe, encode: Encode) -> float:
+    """How long the text vectors of the labels take, estimated from a few of them."""
+    few = names[:: max(1, len(names) // 8)]
+    began = time.monotonic()
+    labels.label_vectors(few, recipe, encode)
+    return (time.monotonic() - began) * len(names) / len(few)
 
 
 def _complete_classes(models: Models, complete: Callable[[], LabelSet]) -> None:
