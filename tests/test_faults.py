@@ -356,6 +356,7 @@ def test_a_disk_that_takes_nothing_costs_warnings(tmp_path: Path, tiny_onnx: Pat
         node = Node(data, **settings).ready()
         with outlived(node):
             pass
+        node.wait_for("cannot keep the tuning")
         for said in ("cannot keep the text vectors", "cannot keep the tuning", "no crash journal"):
             assert node.log.count(said) == 1, node.log
         assert "Traceback" not in node.log

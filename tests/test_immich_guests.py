@@ -288,7 +288,9 @@ def test_overload_is_told_and_a_client_that_leaves_takes_its_work_along(
     backend, _, port = gated
     backend.gate.clear()
     bodies = [text_form(f"text {number}", TINY_TEXT) for number in range(4)]
-    peers = [Peer(port).begin(len(body), body) for body in bodies[:3]]
+    peers = [Peer(port).begin(len(bodies[0]), bodies[0])]
+    assert backend.busy.wait(LIMIT_S)  # the first one runs, so that the others wait for the next batch
+    peers += [Peer(port).begin(len(body), body) for body in bodies[1:3]]
     wait_until(lambda: queued(backend.daemon) == 2)
     status, reason, headers, _ = send(port, bodies[3])
     assert (status, reason, headers["retry-after"]) == (503, "3 requests are in progress; try later", "5")

@@ -123,7 +123,9 @@ def test_a_label_set_follows_its_file(tmp_path: Path, caplog: pytest.LogCaptureF
     """Lost otherwise: a restart for every word; or, at a typing error, the set that worked."""
     folder = Folder(tmp_path).read()
     assert folder.sets.facts() == {"clip_label_sets": ""}
-    with pytest.raises(errors.LabelError, match=r"'pets' is unknown; allowed: none so far; a file labels/NAME.txt"):
+    with pytest.raises(
+        errors.LabelError, match=r"'pets' is unknown; allowed: none so far; make a file labels/NAME.txt"
+    ):
         folder.labels("pets")
     folder.write("pets.txt", "\ufeff# mine\ndog\n\n cat \ndog\n")
     folder.write("no set.txt", "dog")

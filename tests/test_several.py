@@ -171,7 +171,7 @@ def test_each_daemon_takes_a_request_when_it_has_answered_one(caplog: pytest.Log
     assert other.answered == 0 and "left out: its model for clip_embed is b, the first daemon's a" in caplog.text
     alone = Timed(0.005)
     with serving(alone) as clients:
-        assert len(list(client.infer_many(clients, iter(requests)))) == 150 and alone.most == 32
+        assert len(list(client.infer_many(clients, iter(requests)))) == 150 and alone.most > 32
 
 
 SPREAD = """
