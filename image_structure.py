@@ -291,6 +291,7 @@ class _BoxFileCheck:
         self._properties: list[tuple[bytes, int, int]] = []  # kind, start and end of each box in `ipco`
         self._associations: list[tuple[int, int]] = []  # item number, number of its property from 1 on
         self._references: list[_Reference] = []
+        self._has_av1_track = False
         self._units = self._pixels = self._largest = 0  # AV1 or HEVC units; pixels of all frames and of the largest
 
     def run(self) -> int:
@@ -321,7 +322,7 @@ class _BoxFileCheck:
             _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the file")
             if b"Exif" in kinds:
                 _limit(size, EXIF_BYTES_MAX, "bytes of EXIF of the file")
-        for track in self._tracks:
+        for track in self._tracks if self._has_av1_track else ():  # not the video behind a phone's photograph
             _limit(track.chunks * track.samples_per_chunk, DATA_PARTS_MAX, "frames of the file")
             self._check_av1(data[track.offset : track.offset + track.size])
         if slices:
@@ -360,6 +361,7 @@ class _BoxFileCheck:
                     self._read_track(kind, _Integers(self._data, start + 4), self._tracks[-1])
                 if parent == b"ipco":
                     self._properties.append((kind, start, stop))
+                self._has_av1_track |= kind == b"av01"
                 if kind == b"grpl":
                     _limit(stop - start, GROUP_BYTES_MAX, "bytes of entity groups of the file")
                 if kind in _CONTAINERS:

@@ -36,12 +36,12 @@ log = logging.getLogger("lumen.immich")
 REQUESTS_MAX = 64  # whole requests in progress; one more is answered with 503
 FORWARDED_MAX = 16  # the same of forwarded requests
 IDLE_S = 60  # time without a request; immich's HTTP client closes a connection after 4 s
-UPLOAD_S = 20  # time for the body of a request, as long as an upload over gRPC may keep others waiting
+UPLOAD_S = 20  # time for the body of a request; the same limit as for an upload over gRPC
 ROOM_S = 10  # time that a body waits for memory
 SEND_S = 20  # time in which the client reads nothing of a forwarded answer
 FORWARD_S = 300  # time without a byte from the fallback; it may have to load a model. immich waits as long
 CONNECT_S = 5  # time to connect to the fallback
-CHECK_S = 0.5  # between two looks at the idle connections, and at a budget that is in use
+CHECK_S = 0.5  # time between two checks of the idle connections
 RETRY_AFTER_S = 5
 ENTRIES_WITHIN = 1 << 16  # bytes at the start of a form in which `entries` ends, if the rest is to be streamed
 FORM_EXTRA = 1 << 16  # bytes of a form in addition to the image
@@ -59,7 +59,7 @@ HOP_BY_HOP |= {"transfer-encoding", "upgrade", "proxy-connection", "host", "expe
 
 
 class _Refused(Exception):
-    """An answer that is no success. The text is one line for the client."""
+    """A response that is not a success. The text is one line for the client."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
@@ -13,8 +14,11 @@ import numpy as np
 import backends
 import machine
 from engine import Answer, Engine, Job, Stage, Steps
+from errors import BackendError
 from model_files import Backend, Encode, Vectors
 from tokenizer import true_length
+
+log = logging.getLogger("lumen.model")
 
 TEXTS_KEPT = 4096  # text vectors that are cached for each model, 2 to 3 KB each: clients repeat searches and labels
 # Tokens. Batches of shorter texts are larger, up to four times: small matrices are less efficient (ViT-B-32 with ONNX
@@ -87,7 +91,10 @@ class Model:
         def measure() -> None:
             machine.lower_thread_priority(5)  # as the workers' is; the threads of a session inherit it
             engine.wait_for_a_pause()
-            self.backend.prepare_single()
+            try:
+                self.backend.prepare_single()
+            except BackendError as error:  # such as too little memory
+                log.warning("a single picture runs on one core: %s", error)
             if folder and not self.tuning:
                 use(backends.tune(self.backend, most, folder, engine.wait_for_a_pause))
 

@@ -241,7 +241,7 @@ class Peer:
         except TimeoutError:
             return False
         except OSError:
-            pass
+            pass  # a reset: the daemon has ended the connection while bytes were on their way to it
         return True
 
     def close(self) -> None:

@@ -40,6 +40,7 @@ from tests.families import (
 )
 from tests.kit import RED, Node, encoded, export_immich_from, load, one_model, picture, shared, wait_until
 from tests.test_inputs import HOSTILE
+from tests.test_tasks import TENSOR_META
 
 # The recipes of OpenCLIP's tags: SigLIP, MobileCLIP, MobileCLIP2-S3 and -L-14, CLIP with 256 pixels.
 RECIPES = {
@@ -407,17 +408,7 @@ def test_the_apps_tensors_are_taken_as_its_hub_takes_them(tmp_path: Path) -> Non
         assert not any("semantic" in name for name in services["clip"])
         assert services["siglip"]["semantic_image_embed"].tensor_preprocess_id == preprocess.SIGLIP_TENSOR
         assert services["clip"]["clip_image_embed"].tensor_preprocess_id == ""
-        meta = {
-            "lumen.input.kind": "tensor",
-            "lumen.tensor.dtype": "fp32",
-            "lumen.tensor.shape": "[1,3,224,224]",
-            "lumen.tensor.layout": "NCHW",
-            "lumen.tensor.format": "contiguous",
-            "lumen.tensor.byte_order": "little",
-            "lumen.preprocess.id": preprocess.SIGLIP_TENSOR,
-            "lumen.preprocess.skip": "true",
-            "service": "siglip",
-        }
+        meta = TENSOR_META | {"lumen.preprocess.id": preprocess.SIGLIP_TENSOR, "service": "siglip"}
         answers = []
         for number, photo in enumerate(export.sample_pictures(5)):
             small = photo.resize((224, 224), Image.Resampling.BILINEAR)

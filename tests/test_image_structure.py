@@ -106,6 +106,16 @@ def honest_jpegs() -> dict[str, bytes]:
     return files
 
 
+def with_video(photo: bytes, sample: bytes, codec: bytes = b"hvc1") -> bytes:
+    """A photograph, and the video that some phones append to it."""
+    tables = full_box(b"stsd", struct.pack(">I", 1) + box(codec, bytes(78)))
+    tables += full_box(b"stsz", struct.pack(">II", len(sample), 1))
+    tables += full_box(b"stco", struct.pack(">II", 1, len(photo) + 8))
+    tables += full_box(b"stsc", struct.pack(">IIII", 1, 1, 1, 1))
+    track = box(b"trak", box(b"mdia", box(b"minf", box(b"stbl", tables))))
+    return photo + box(b"mdat", sample) + box(b"moov", track)
+
+
 def honest_others() -> dict[str, bytes]:
     photo = picture(RED, SIZE)
     noise = np.random.default_rng(1).bytes
@@ -159,6 +169,15 @@ def test_honest_pictures_with_much_metadata_are_accepted(make: Callable[[], dict
         image_structure.check_structure(data, FULL)
         assert pixels_of(data).shape == (224, 224, 3), name
         assert pixels_of(data, draft=True).shape == (224, 224, 3), name
+
+
+@pytest.mark.skipif(not (WITH_AVIF and WITH_HEIC), reason="this Pillow reads no AVIF or no HEIC")
+def test_a_video_behind_a_photograph_is_not_taken_for_av1() -> None:
+    """Lost otherwise: a phone's photograph, if the bytes of its video look like the header of a large picture."""
+    sample = b"\x0a\x07\x08\x3f" + b"\xff" * 5  # as AV1: a sequence header of 65,536 x 65,536 pixels
+    image_structure.check_structure(with_video(heic(), sample), FULL)
+    with pytest.raises(errors.BadInput, match="65536 x 65536 pixels"):
+        image_structure.check_structure(with_video(avif(), sample, b"av01"), FULL)
 
 
 def test_the_check_costs_little_beside_the_decode() -> None:
