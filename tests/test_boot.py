@@ -83,6 +83,10 @@ def test_the_documented_commands_and_a_reboot_bring_the_demo_up(board: Board) ->
         assert len(groups) == 2 and {line.split(":")[2] for line in groups} <= set(process["Groups"].split())
         if boot == 1:
             assert board.run("systemctl", "is-enabled", board.UNIT).strip() == "enabled"
+            [doctor] = code_of("docs/operations.md", "Check a machine")
+            report = board.run("sh", "-c", doctor.replace("sudo ", ""))
+            problems = [line for line in report.splitlines() if line.startswith("FAIL")]
+            assert [line.split()[1] for line in problems] == ["port"], report  # which the daemon itself has
             board.reboot()
 
 
