@@ -208,7 +208,7 @@ def explain(code: str, details: str, address: str, given: Credentials) -> str:
         unsigned = "the daemon's certificate is not signed by the CA in --ca FILE; give the CA that signed it"
     else:
         unsigned = "the daemon's certificate is not signed by a CA that this computer trusts; give --ca FILE"
-    if given.tls:
+    if given.uses_tls:
         closed = "if it asks for a client certificate, give --cert FILE and --key FILE that its CA has signed"
     else:
         closed = "if it uses TLS, give --ca FILE"
