@@ -5,8 +5,8 @@
     python client.py clip_image_embed ~/Photos --out vectors.npz --discover
 
 `LumenClient` talks to one daemon, `infer_many` shares work among several, `discover` finds them by mDNS. To use the
-client in another project, copy this file, `client_files.py` and `gen/`. It needs `grpcio` and `protobuf`. numpy (for
-.npz), tqdm (for the progress bar) and zeroconf (for --discover) are imported where they are used.
+client in another project, copy this file, `client_connections.py`, `client_files.py` and `gen/`. They need `grpcio` and
+`protobuf`. numpy (for .npz), tqdm (for the progress bar) and zeroconf (for --discover) are imported where needed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
 import logging
 import os
 import sys
-import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from contextlib import ExitStack
+from typing import Any
 
 if __name__ == "__main__":  # gRPC reads this at import; its log must not appear beside the client's messages
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -33,383 +29,25 @@ if __name__ == "__main__":  # gRPC reads this at import; its log must not appear
         print(f"client.py: grpcio is not installed for {sys.executable}; run .venv/bin/python", file=sys.stderr)
         sys.exit(2)
 
-import grpc
-from google.protobuf import empty_pb2
-
 import client_files as files
-from client_files import Credentials as Credentials
+from client_connections import (
+    AS_TENSOR,
+    DEFAULT_ADDRESS,
+    Credentials,
+    LumenClient,
+    LumenError,
+    Request,
+    Result,
+    full_address,
+    infer_many,
+    read_credentials,
+)
 from client_files import OutputError, UsageError
-from gen import ml_service_pb2 as pb
-from gen import ml_service_pb2_grpc as pb_grpc
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-MESSAGE_BYTES_MAX = 65 << 20
-# Larger payloads are sent in chunks of this size, at the least core time: for 3 MB, client and daemon together take 2.8
-# core ms with chunks of 1 MiB, 4.3 with 256 KiB, and 5.1 with one message.
-CHUNK_BYTES = 1 << 20
-IN_FLIGHT_EACH = 8  # unanswered requests of each of several daemons. A single one limits them itself.
-KEEPALIVE_MS = 10_000, 5_000  # interval and timeout: detects a daemon that has lost its network
-AS_TENSOR = {"lumen.output.kind": "tensor"}  # a fifth of JSON's size; servers without support for it send JSON
+__all__ = ["Credentials", "LumenClient", "LumenError", "Request", "Result", "UsageError", "discover", "infer_many"]
 SERVICE_TYPE, DISCOVERY_SECONDS = "_lumen._tcp.local.", 3.0
-AHEAD = 1024  # requests that `infer_many` reads ahead of the answer that the caller gets next
-HELD_BYTES_MAX = 256 << 20  # of unanswered payloads, which may have to be sent again
-RETURN_SECONDS = 5.0  # after which a daemon that failed is tried again
-HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
 log = logging.getLogger("lumen.client")
-
-
-class LumenError(Exception):
-    """A request failed. `code` is an ErrorCode or gRPC status in lower case, such as "invalid_argument"."""
-
-    def __init__(self, code: str, message: str, detail: str = "") -> None:
-        super().__init__(f"{message} ({code})")
-        self.code, self.message, self.detail = code, message, detail
-
-
-@dataclass(frozen=True)
-class Request:
-    """A task, its payload, and meta such as topk, labels, prompt_template or label_format."""
-
-    task: str
-    payload: bytes
-    mime: str = ""
-    meta: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer. `data` is the labels_v1 or embedding_v1 object, `meta` is that of the response."""
-
-    task: str
-    mime: str
-    data: dict[str, Any]
-    meta: dict[str, str]
-
-
-class LumenClient:
-    """A connection to one daemon. It can be used from several threads. The default port is 50051.
-
-    `timeout`: seconds for each call except `infer_many`, which has no limit. Raises UsageError, a ValueError, for an
-    invalid address, and for a token that would be sent unencrypted.
-    """
-
-    def __init__(
-        self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0, credentials: Credentials | None = None
-    ) -> None:
-        self._credentials = given = credentials or Credentials()
-        options: list[tuple[str, Any]] = [
-            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS[0]),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS[1]),
-        ]
-        if given.name:
-            options.append(("grpc.ssl_target_name_override", given.name))
-        self.address, self.timeout = files.full_address(address), timeout
-        given.check(self.address)
-        self._metadata = (("authorization", f"Bearer {given.token.strip()}"),) if given.token else ()
-        if given.uses_tls:
-            tls = grpc.ssl_channel_credentials(given.ca, given.key, given.certificate)
-            self._channel = grpc.secure_channel(self.address, tls, options)
-        else:
-            self._channel = grpc.insecure_channel(self.address, options)
-        self._stub = pb_grpc.InferenceStub(self._channel)
-
-    def __enter__(self) -> LumenClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._channel.close()
-
-    @contextmanager
-    def _rpc_errors(self) -> Iterator[None]:
-        """Raises a gRPC failure as a LumenError that says what to do. Its `detail` is what gRPC says."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            call: Any = error  # grpc.RpcError is a Call too, which its type does not say
-            code, details = call.code().name.lower(), call.details() or "the call failed"
-            raise LumenError(code, files.explain(code, details, self.address, self._credentials), details) from error
-
-    def infer(self, task: str, payload: bytes, mime: str = "", meta: Mapping[str, str] | None = None) -> Result:
-        """Sends one request and returns its answer. Raises LumenError."""
-        messages = _messages(Request(task, payload, mime, meta or {}), "")
-        with self._rpc_errors():
-            for response in self._stub.Infer(messages, timeout=self.timeout, metadata=self._metadata):
-                answer = _answer(task, response)
-                if isinstance(answer, LumenError):
-                    raise answer
-                return answer
-        raise LumenError("internal", "the stream ended without an answer")
-
-    def infer_many(self, requests: Iterable[Request]) -> Iterator[Result | LumenError]:
-        """Sends the requests over one stream; yields the answers in their order, a LumenError for each that failed.
-
-        A thread reads `requests`, as many ahead of the answers as the daemon takes. Raises LumenError if the stream
-        fails, and whatever `requests` raises.
-        """
-        return infer_many([self], requests)
-
-    def _stream(self, requests: Iterable[Request]) -> Iterator[Result | LumenError]:
-        tasks: deque[str] = deque()
-
-        def send() -> Iterator[pb.InferRequest]:
-            for number, request in enumerate(requests):
-                tasks.append(request.task)
-                yield from _messages(request, str(number))
-
-        call = self._stub.Infer(send(), metadata=self._metadata)
-        try:
-            with self._rpc_errors():
-                for number, response in enumerate(call):
-                    if response.correlation_id != str(number):
-                        raise LumenError("internal", f"answer {number} has the id {response.correlation_id!r}")
-                    yield _answer(tasks.popleft(), response)
-        finally:
-            call.cancel()
-
-    def classify(
-        self,
-        image: bytes,
-        task: str = "clip_classify",
-        topk: int | None = None,
-        labels: Sequence[str] | None = None,
-        label_set: str | None = None,
-        min_score: float | None = None,
-    ) -> list[tuple[str, float]]:
-        """(label, probability) pairs, best first; none if no label fits or reaches `min_score`. Raises LumenError.
-
-        For clip_classify only: `labels`, which are the caller's own, or `label_set`, the name of one of the daemon's.
-        """
-        given = {"topk": topk, "label_set": label_set, "min_score": min_score}
-        meta = {key: str(value) for key, value in given.items() if value is not None}
-        if labels is not None:
-            meta["labels"] = json.dumps(list(labels))
-        rows = self.infer(task, image, meta=meta).data["labels"]
-        return [(row["label"], row["score"]) for row in rows]
-
-    def embed_image(self, image: bytes, task: str = "clip_image_embed") -> list[float]:
-        """The embedding of a picture: `dim` floats of unit length. Raises LumenError."""
-        vector: list[float] = self.infer(task, image, meta=AS_TENSOR).data["vector"]
-        return vector
-
-    def embed_text(self, text: str, task: str = "clip_embed") -> list[float]:
-        """The embedding of a text, comparable with image embeddings of the same model. Raises LumenError."""
-        vector: list[float] = self.infer(task, text.encode(), "text/plain", AS_TENSOR).data["vector"]
-        return vector
-
-    def capabilities(self) -> list[pb.Capability]:
-        """One capability for each model. Raises LumenError."""
-        with self._rpc_errors():
-            return list(self._stub.StreamCapabilities(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata))
-
-    def models(self) -> dict[str, str]:
-        """task -> the `space` of its vectors, or the model if the daemon does not report one. Raises LumenError.
-
-        Vectors belong into one index only if these are equal.
-        """
-        found: dict[str, str] = {}
-        for capability in self.capabilities():
-            spaces = [value for key, value in sorted(capability.extra.items()) if key.endswith("_space")]
-            found |= dict.fromkeys((task.name for task in capability.tasks), ", ".join(spaces or capability.model_ids))
-        return found
-
-    def health(self) -> str:
-        """The state that the standard health service reports, such as "SERVING". Raises LumenError.
-
-        The reply is one varint field with number 1. It is parsed here, so that no health package is needed.
-        """
-        check = self._channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
-        with self._rpc_errors():
-            reply: bytes = check(b"", timeout=self.timeout, metadata=self._metadata)
-        state = reply[1] if len(reply) == 2 and reply[0] == 0x08 else 0
-        return HEALTH_STATES[state] if state < len(HEALTH_STATES) else "UNKNOWN"
-
-    def degraded(self) -> list[str]:
-        """Where the daemon differs from its settings, for example images on the CPU. Raises LumenError."""
-        with self._rpc_errors():
-            _, call = self._stub.Health.with_call(empty_pb2.Empty(), timeout=self.timeout, metadata=self._metadata)
-        return [str(value) for key, value in call.trailing_metadata() or () if key == "lumen-degraded"]
-
-
-def infer_many(clients: Sequence[LumenClient], requests: Iterable[Request]) -> Iterator[Result | LumenError]:
-    """Sends the requests to several daemons, each at its own pace; yields the answers in the order of the requests.
-
-    A daemon whose model differs from the first daemon's is left out. When a daemon fails, the others get its unanswered
-    requests, and it is used again once it is back. Each of these events is logged as a warning. Raises LumenError when
-    no daemon is left, and whatever `requests` raises.
-    """
-    return _PullQueue(clients, requests).answers()
-
-
-@dataclass
-class _Daemon:
-    client: LumenClient
-    models: dict[str, str] | None = None  # None until the daemon has answered; empty if it is the only daemon
-    taken: deque[tuple[int, Request]] = field(default_factory=deque)  # its unanswered requests, with their numbers
-    error: LumenError | None = None  # why it is not in use
-    refusal: LumenError | None = None  # why it will not be used again
-
-
-class _PullQueue:
-    """One `infer_many`. Each daemon has a stream and takes the next request when it has answered one.
-
-    One thread reads `requests`, one thread for each daemon reads its answers, and the caller's thread yields them.
-    """
-
-    def __init__(self, clients: Sequence[LumenClient], requests: Iterable[Request]) -> None:
-        self._requests, self._daemons = requests, [_Daemon(client) for client in clients]
-        self._window = AHEAD if len(clients) == 1 else IN_FLIGHT_EACH
-        self._changed = threading.Condition()  # guards the daemons and everything below
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._answers: dict[int, Result | LumenError | None] = {}  # None marks the end
-        self._drawn = self._yielded = self._held = 0  # requests; answers; bytes of unanswered payloads
-        self._models: dict[str, str] = {}  # task -> the model that every daemon must have
-        self._closed = False  # the caller wants no more answers
-        self._failure: Exception | None = None  # raised by `requests`
-        self._last_error = LumenError("invalid_argument", "no daemon is given")
-
-    def answers(self) -> Iterator[Result | LumenError]:
-        threading.Thread(target=self._draw, daemon=True).start()
-        for daemon in self._daemons:
-            threading.Thread(target=self._run, args=(daemon,), daemon=True).start()
-        try:
-            while answer := self._next():
-                yield answer
-        finally:
-            with self._changed:
-                self._closed = True
-                self._changed.notify_all()
-        if self._failure:
-            raise self._failure
-
-    def _next(self) -> Result | LumenError | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._yielded in self._answers or all(d.error for d in self._daemons))
-            if self._yielded not in self._answers:
-                raise self._last_error
-            self._yielded += 1
-            self._changed.notify_all()
-            return self._answers.pop(self._yielded - 1)
-
-    def _draw(self) -> None:
-        def room() -> bool:
-            near = self._drawn - self._yielded < AHEAD and self._held < HELD_BYTES_MAX
-            return self._closed or (near and len(self._waiting) < 2 * len(self._daemons))
-
-        try:
-            for request in self._requests:
-                with self._changed:
-                    self._waiting.append((self._drawn, request))
-                    self._drawn += 1
-                    self._held += len(request.payload)
-                    self._changed.notify_all()
-                    self._changed.wait_for(room)
-                    if self._closed:
-                        return
-        except Exception as error:  # the caller gets it after the answers
-            self._failure = error
-        with self._changed:
-            self._answers[self._drawn] = None
-            self._changed.notify_all()
-
-    def _run(self, daemon: _Daemon) -> None:
-        """Uses the daemon. If it fails, returns its requests to the queue and tries it again later."""
-        while not (self._closed or daemon.refusal):
-            try:
-                self._use(daemon)
-            except Exception as raised:  # the requests must be returned, whatever happened
-                failed = raised if isinstance(raised, LumenError) else LumenError("internal", repr(raised))
-                error = daemon.refusal or failed
-            with self._changed:
-                if not (self._closed or daemon.error or len(self._daemons) == 1):
-                    again = f"; {len(daemon.taken)} unanswered requests go to the others" if daemon.taken else ""
-                    log.warning("%s: %s%s", daemon.client.address, error, again)
-                self._waiting.extendleft(reversed(daemon.taken))
-                daemon.taken, daemon.error, self._last_error = deque(), error, error
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._closed, RETURN_SECONDS)
-
-    def _use(self, daemon: _Daemon) -> NoReturn:
-        """Sends requests over one stream until it ends, and raises the reason."""
-        models = daemon.client.models() if len(self._daemons) > 1 else {}
-        taken: deque[tuple[int, Request]] = deque()
-        with self._changed:
-            daemon.models, daemon.taken, daemon.error = models, taken, None
-            self._changed.notify_all()
-        for answer in daemon.client._stream(iter(lambda: self._take(daemon, taken), None)):
-            with self._changed:
-                number, request = taken.popleft()
-                self._answers[number] = answer
-                self._held -= len(request.payload)
-                self._changed.notify_all()
-        raise LumenError("internal", "the daemon ended the stream")
-
-    def _take(self, daemon: _Daemon, taken: deque[tuple[int, Request]]) -> Request | None:
-        """The next request of the daemon's stream; None to end the stream."""
-
-        def ended() -> bool:
-            return self._closed or daemon.taken is not taken  # the stream has failed
-
-        def ready() -> bool:  # the first daemon sets the model, even if it is slow to answer
-            known = all(other.error or other.models is not None for other in self._daemons)
-            return known and bool(self._waiting) and len(taken) < self._window
-
-        with self._changed:
-            self._changed.wait_for(lambda: ended() or ready())
-            if ended():
-                return None
-            number, request = self._waiting[0]
-            models = [other.models for other in self._daemons if other.models and request.task in other.models]
-            expected = self._models.setdefault(request.task, models[0][request.task] if models else "missing")
-            model = (daemon.models or {}).get(request.task, "missing")
-            if model != expected:
-                text = f"left out: its model for {request.task} is {model}, the first daemon's {expected}"
-                daemon.refusal = LumenError("failed_precondition", text)
-                return None
-            self._waiting.popleft()
-            taken.append((number, request))
-            self._changed.notify_all()
-            return request
-
-
-def _messages(request: Request, correlation_id: str) -> Iterator[pb.InferRequest]:
-    shared: dict[str, Any] = {"correlation_id": correlation_id, "task": request.task, "payload_mime": request.mime}
-    shared["meta"], payload = dict(request.meta), request.payload
-    if len(payload) <= CHUNK_BYTES:
-        yield pb.InferRequest(payload=payload, **shared)
-        return
-    total = -(-len(payload) // CHUNK_BYTES)
-    for seq in range(total):
-        offset = seq * CHUNK_BYTES
-        part = payload[offset : offset + CHUNK_BYTES]
-        yield pb.InferRequest(payload=part, seq=seq, total=total, offset=offset, **shared)
-
-
-def _answer(task: str, response: pb.InferResponse) -> Result | LumenError:
-    if response.error.message or response.error.code:
-        code = response.error.code  # a newer server may send codes that are unknown here
-        name = pb.ErrorCode.Name(code) if code in pb.ErrorCode.values() else f"code_{code}"
-        return LumenError(name.removeprefix("ERROR_CODE_").lower(), response.error.message, response.error.detail)
-    meta = dict(response.meta)
-    try:
-        tensor = meta.get("lumen.output.kind") == "tensor"
-        data = _vector(response.result, meta) if tensor else json.loads(response.result)
-    except ValueError as error:
-        return LumenError("internal", f"the answer cannot be read ({error})")
-    return Result(task, response.result_mime, data, meta)
-
-
-def _vector(payload: bytes, meta: Mapping[str, str]) -> dict[str, Any]:
-    """The embedding_v1 object of a tensor answer, which is little-endian float32 `[1, dim]`."""
-    values = array("f", payload)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return {"vector": values.tolist(), "dim": len(values), "model_id": meta.get("model_id", "")}
 
 
 def discover(seconds: float = DISCOVERY_SECONDS, tls: bool = False) -> list[str]:
@@ -453,7 +91,7 @@ def find_daemons(options: argparse.Namespace) -> list[str]:
     """The addresses of the daemons, without duplicates. Raises UsageError or LumenError."""
     if not options.discover:
         given = ",".join(options.address or [os.environ.get("LUMEN_ADDRESS") or DEFAULT_ADDRESS]).split(",")
-        return list(dict.fromkeys(files.full_address(address.strip()) for address in given))
+        return list(dict.fromkeys(full_address(address.strip()) for address in given))
     found = discover(tls=options.tls)
     print(f"client.py: found {', '.join(found)}", file=sys.stderr)
     return found
@@ -520,6 +158,8 @@ def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int
         for name, answer in files.progress(ask(clients, options.task, inputs, meta), len(inputs)):
             shown = files.readable(name)
             if isinstance(answer, LumenError):
+                if answer.message.startswith("meta "):  # an option is wrong, so all other answers would be the same
+                    raise answer
                 failed += 1
                 print(f"client.py: {shown}: {answer.message}", file=sys.stderr)
                 output.add({"input": shown, "error": answer.message})
@@ -576,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         files.check_options(options)
         addresses = find_daemons(options)
-        credentials = files.read_credentials(options, addresses)
+        credentials = read_credentials(options, addresses)
         with ExitStack() as stack:
             clients = [stack.enter_context(LumenClient(address, options.timeout, credentials)) for address in addresses]
             return (show if options.task in ("capabilities", "health") else run_task)(clients, options)

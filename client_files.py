@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import ipaddress
 import itertools
 import json
 import mimetypes
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,114 +114,6 @@ def request_meta(options: argparse.Namespace) -> dict[str, str]:
         if not is_text(value):
             raise UsageError(f"--{name.replace('_', '-')}: {readable(value)} is not UTF-8")
     return meta
-
-
-# --- addresses and credentials ------------------------------------------------------------------------------------
-
-DEFAULT_PORT = 50051
-GRPC_TARGET = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):(?!\d+$)")  # such as unix:/run/lumen.sock
-
-
-def full_address(text: str) -> str:
-    """HOST:PORT, with DEFAULT_PORT if the port is missing, and with IPv6 in brackets. Raises UsageError.
-
-    Addresses in one of gRPC's own forms are not changed.
-    """
-    if GRPC_TARGET.match(text):
-        return text
-    bracketed = text.startswith("[") and text.endswith("]")
-    if is_ipv6(bare := text[1:-1] if bracketed else text) and "]" not in bare:
-        return f"[{bare}]:{DEFAULT_PORT}"
-    host, _, port = text.rpartition(":") if ":" in text else (text, "", str(DEFAULT_PORT))
-    known = is_ipv6(host[1:-1]) if host.startswith("[") else is_text(host) and re.fullmatch(r"[^][:/\s]+", host)
-    if known and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536:
-        return f"{host}:{port}"
-    raise UsageError(f"--address {readable(text)}: allowed: HOST, HOST:PORT or [IPV6]:PORT, several with commas")
-
-
-def is_ipv6(text: str) -> bool:
-    try:
-        ipaddress.IPv6Address(text)
-    except ValueError:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """What a daemon with TLS or a token asks for. Certificates and keys are PEM.
-
-    Error messages name the options of the command line: --tls, --ca, --cert, --key, --server-name and --token-file.
-    """
-
-    tls: bool = False
-    ca: bytes | None = None  # the CA that signed the daemon's certificate; None: the CAs that gRPC trusts
-    certificate: bytes | None = None  # the client's certificate with its key, if the daemon asks for one
-    key: bytes | None = None
-    name: str = ""  # the name in the daemon's certificate, if it differs from the address
-    token: str = ""
-
-    @property
-    def uses_tls(self) -> bool:
-        return bool(self.tls or self.ca or self.certificate or self.name)
-
-    def check(self, address: str) -> None:
-        """Raises UsageError if the token would be sent to another machine without TLS, or cannot be sent at all."""
-        host = address.rpartition(":")[0].strip("[]")
-        if self.token and not (self.uses_tls or host in ("localhost", "::1") or host.startswith("127.")):
-            raise UsageError(f"--token-file: without --tls the token would be sent unencrypted to {address}")
-        if not re.fullmatch("[!-~]*", self.token.strip()):
-            raise UsageError("--token-file: allowed: printable ASCII characters without spaces")
-
-
-def read_credentials(options: argparse.Namespace, addresses: Sequence[str]) -> Credentials:
-    """Raises UsageError, or OSError if a file cannot be read."""
-    if bool(options.cert) != bool(options.key):
-        raise UsageError("--cert and --key: only one of them is given; allowed: both")
-    token = read_utf8(options.token_file, "--token-file").strip() if options.token_file else ""
-    ca, certificate, key = (path.read_bytes() if path else None for path in (options.ca, options.cert, options.key))
-    credentials = Credentials(options.tls, ca, certificate, key, options.server_name, token)
-    for address in addresses:
-        credentials.check(address)
-    return credentials
-
-
-def explain(code: str, details: str, address: str, given: Credentials) -> str:
-    """What to do about a call that failed, or gRPC's own text if that is not known.
-
-    `code` is the gRPC status in lower case, `details` is its text.
-    """
-    if code == "unauthenticated":
-        asked = "does not accept the token in" if given.token else "asks for a token; give"
-        return f"the daemon {asked} --token-file FILE"
-    if code == "unavailable" and details.startswith("not ready: "):
-        return f"the daemon is still loading ({details.removeprefix('not ready: ')}); try again in a minute"
-    if re.match("errors resolving|DNS resolution failed", details):
-        return f"the host name in {address} cannot be resolved; check the name"
-    if not details.startswith("failed to connect to all addresses"):
-        return details
-    name = given.name or address.rpartition(":")[0].strip("[]")
-    if given.ca:
-        unsigned = "the daemon's certificate is not signed by the CA in --ca FILE; give the CA that signed it"
-    else:
-        unsigned = "the daemon's certificate is not signed by a CA that this computer trusts; give --ca FILE"
-    if given.uses_tls:
-        closed = "if it asks for a client certificate, give --cert FILE and --key FILE that its CA has signed"
-    else:
-        closed = "if it uses TLS, give --ca FILE"
-    for pattern, advice in (
-        ("Connection refused", f"nothing answers at {address}; is the daemon running?"),
-        ("WRONG_VERSION_NUMBER", "the daemon does not use TLS; leave out --tls, --ca, --cert, --key and --server-name"),
-        ("certificate has expired", "the daemon's certificate has expired; make a new one"),
-        ("CERTIFICATE_VERIFY_FAILED", unsigned),
-        ("Hostname Verification", f"the daemon's certificate is not for {name}; give a name in it: --server-name NAME"),
-        ("security handshaker", "a file of --ca, --cert or --key cannot be used; allowed: PEM"),
-        ("Socket closed|Connection reset", f"the daemon closed the connection; {closed}"),
-        ("No route|unreachable|[Tt]imed? ?out", f"{address} does not answer; check the address and the network"),
-    ):
-        if re.search(pattern, details):
-            return advice
-    return details
 
 
 # --- names and texts that may not be UTF-8 ----------------------------------------------------------------------

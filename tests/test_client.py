@@ -25,6 +25,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 import client
+import client_connections
 import machine
 from gen import ml_service_pb2 as pb
 from tests.hub import FakeHub, folder_content
@@ -179,10 +180,10 @@ def test_an_answer_that_cannot_be_read_fails_alone() -> None:
     garbled = pb.InferResponse(result=b"{", result_mime="application/json")
     short = pb.InferResponse(result=b"abc", meta={"lumen.output.kind": "tensor"})
     for response in (garbled, short):
-        found = client._answer("clip_image_embed", response)
+        found = client_connections._answer("clip_image_embed", response)
         assert isinstance(found, client.LumenError) and "the answer cannot be read" in found.message
     newer = pb.InferResponse(error=pb.Error(code=77, message="no"))
-    found = client._answer("clip_image_embed", newer)
+    found = client_connections._answer("clip_image_embed", newer)
     assert isinstance(found, client.LumenError) and found.code == "code_77"
 
 
@@ -315,9 +316,9 @@ def test_a_mistake_at_the_command_line_is_one_line(onnx_node: Node, tmp_path: Pa
 
 
 def test_the_client_runs_without_numpy_tqdm_and_zeroconf(onnx_node: Node, tmp_path: Path, album: Path) -> None:
-    """Lost otherwise: copying client.py, client_files.py and gen/ into another project."""
+    """Lost otherwise: copying the files of the client into another project."""
     shutil.copytree(ROOT / "gen", tmp_path / "gen")
-    for name in ("client.py", "client_files.py"):
+    for name in ("client.py", "client_connections.py", "client_files.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("numpy", "tqdm", "zeroconf", "PIL", "grpc_health", "google_crc32c"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')")

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import trustme
+from google.protobuf.empty_pb2 import Empty
 
 import client
+import client_connections
 import client_files
 import tasks
 from tests.kit import DEMO, ROOT, Node, run_client, wait_until
@@ -38,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     (data / "labels" / "things.txt").write_text("a house\na bicycle\n")
     (data / "labels" / "wrong.json").write_text('{"labels": ["größer"], "größer": 1}', "utf-8")
     node = Node(data, ("--demo",)).ready()
-    wait_until(lambda: node.stub.GetCapabilities(client.empty_pb2.Empty()).extra["clip_label_sets"] == "garden,things")
+    wait_until(lambda: node.stub.GetCapabilities(Empty()).extra["clip_label_sets"] == "garden,things")
     yield node
     assert node.stop() == 0, node.log
 
@@ -93,7 +95,7 @@ def test_an_address_without_a_port_has_the_daemons_port(capsys: Any) -> None:
         ("dns:///nas:50052", "dns:///nas:50052"),  # gRPC's own forms
         ("unix:/run/lumen.sock", "unix:/run/lumen.sock"),
     ):
-        assert client_files.full_address(given) == full == client.LumenClient(given).address
+        assert client_connections.full_address(given) == full == client.LumenClient(given).address
     for wrong in (
         "",
         ":",
@@ -108,7 +110,7 @@ def test_an_address_without_a_port_has_the_daemons_port(capsys: Any) -> None:
         "http://nas",
     ):
         with pytest.raises(client_files.UsageError, match=r"--address .*allowed: HOST, HOST:PORT or \[IPV6\]:PORT"):
-            client_files.full_address(wrong)
+            client_connections.full_address(wrong)
         assert client.main(["health", f"--address={wrong},nas"]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"client.py: --address {wrong}: allowed: HOST")
@@ -119,7 +121,7 @@ def test_a_daemon_is_reached_by_its_bare_address(
 ) -> None:
     """Lost otherwise: `--address nas`, and every network of IPv6."""
     host, _, port = demo.address.rpartition(":")
-    monkeypatch.setattr(client_files, "DEFAULT_PORT", int(port))
+    monkeypatch.setattr(client_connections, "DEFAULT_PORT", int(port))
     assert client.main(["health", "--address", host]) == 0 and capsys.readouterr().out == "SERVING\n"
     with socket.socket(socket.AF_INET6) as probe:
         try:
@@ -127,10 +129,10 @@ def test_a_daemon_is_reached_by_its_bare_address(
         except OSError:
             pytest.skip("this machine has no IPv6")
     node = Node(tmp_path, ("--demo", "--host", "::1"))
-    monkeypatch.setattr(client_files, "DEFAULT_PORT", int(node.wait_for(r"port (\d+); loading")[1]))
+    monkeypatch.setattr(client_connections, "DEFAULT_PORT", int(node.wait_for(r"port (\d+); loading")[1]))
     node.wait_for("ready: ")
     try:
-        for address in ("::1", "[::1]", f"[::1]:{client_files.DEFAULT_PORT}"):
+        for address in ("::1", "[::1]", f"[::1]:{client_connections.DEFAULT_PORT}"):
             assert client.main(["health", "--address", address]) == 0 and capsys.readouterr().out == "SERVING\n"
     finally:
         assert node.stop() == 0
@@ -208,11 +210,26 @@ def test_a_row_says_which_rank_was_answered_and_how_many_names_are_unknown(demo:
     assert run.returncode == 2 and "argument --rank: invalid choice: 'famly'" in run.stderr
 
 
+def test_an_option_that_the_daemon_refuses_is_one_line_for_a_whole_folder(demo: Node) -> None:
+    """Lost otherwise: the one line that matters, among a thousand copies of it."""
+    for option, said in (("--topk=0", "meta topk: '0'; allowed: "), ("--label-set=nothing", "meta label_set: ")):
+        assert said in line_of(run_client("clip_classify", str(PICTURES), option, address=demo.address))
+
+
+@pytest.mark.parametrize("option", ["--token-file", "--ca"])
+def test_a_file_that_is_missing_is_named_with_its_option(option: str, tmp_path: Path) -> None:
+    """Lost otherwise: which of four options has the wrong path."""
+    run = run_client("clip_embed", "a dog", option, str(tmp_path / "no"), address="127.0.0.1:9")
+    said = f"client.py: {option} {tmp_path / 'no'}: No such file or directory\n"
+    assert (run.returncode, run.stderr) == (2, said)
+
+
 def test_a_daemon_that_still_loads_says_so(tmp_path: Path) -> None:
     """Lost otherwise: the patience of somebody whose daemon only needs another minute."""
     with socket.create_server(("127.0.0.1", 0)) as silent_hub:
         endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
-        node = Node(tmp_path, CLIP_BACKEND="onnxrt", CLIP_MODEL="hf-hub:org/model", HF_ENDPOINT=endpoint).bound()
+        options = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "CLIP_MODEL": "hf-hub:org/model"}
+        node = Node(tmp_path, **options, HF_ENDPOINT=endpoint).bound()
         node.wait_for("downloading org/model")
         for task in (("clip_embed", "a dog"), ("clip_classify", str(PICTURES / "fox.png")), ("capabilities",)):
             said = line_of(run_client(*task, address=node.address))
@@ -242,10 +259,11 @@ def test_programs_get_the_advice_and_what_grpc_said() -> None:
             "a:1 cannot be resolved; check the name",
         ),
         ("unavailable", f"{prefix}something new", tls, f"{prefix}something new"),
-        ("unavailable", "Socket closed", plain, "Socket closed"),  # of a connection that there was
+        ("unavailable", "Socket closed", plain, "closed the connection during the call (Socket closed); try again"),
+        ("unknown", "Stream removed (Socket closed)", plain, "the daemon closed the connection during the call"),
         ("resource_exhausted", "64 Infer streams are open already; try later", plain, "64 Infer streams"),
     ):
-        assert advice in client_files.explain(code, said, "a:1", given)
+        assert advice in client_connections.explain(code, said, "a:1", given)
     with client.LumenClient("127.0.0.1:9") as lumen, pytest.raises(client.LumenError) as error:
         lumen.capabilities()
     assert error.value.message == "nothing answers at 127.0.0.1:9; is the daemon running?"
@@ -372,7 +390,7 @@ def test_a_file_of_vectors_has_their_space(demo: Node, tmp_path: Path, suffix: s
     out = tmp_path / f"v{suffix}"
     run = run_client("clip_image_embed", str(PICTURES / "fox.png"), "--out", str(out), address=demo.address)
     assert run.returncode == 0, run.stderr
-    extra = demo.stub.GetCapabilities(client.empty_pb2.Empty()).extra
+    extra = demo.stub.GetCapabilities(Empty()).extra
     expected = {"model_id": extra["clip_model"], "space": extra["clip_space"]}
     if suffix == ".npz":
         with np.load(out, allow_pickle=False) as file:

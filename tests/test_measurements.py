@@ -26,6 +26,7 @@ import label_cache
 import labels
 import machine
 import model_files
+import photo_index
 import preprocess
 import search
 import species
@@ -235,8 +236,8 @@ def print_speeds(
         "reading the rows": partial(on_each_core, scan.threads, read, rows),
         "a plain copy of them": partial(on_each_core, scan.threads, copy, rows),
         "their cosines": partial(scan, queries),
-        "top 5": partial(known.answers, queries, [species.Ask(5)] * len(queries)),
-        "top 5 families": partial(known.answers, queries, [species.Ask(5, rank="family")] * len(queries)),
+        "top 5": partial(known.answers, queries, [species.SpeciesOptions(5)] * len(queries)),
+        "top 5 families": partial(known.answers, queries, [species.SpeciesOptions(5, rank="family")] * len(queries)),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(15):
@@ -264,7 +265,7 @@ def assert_as_brute_force(stored: TextVectors, known: species.Species, queries: 
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     families = np.add.reduceat(probabilities, np.arange(0, len(rows), ROWS_OF_A_FAMILY), axis=1)
     for rank, expected, step in (("species", probabilities, 1), ("family", families, ROWS_OF_A_FAMILY)):
-        answers = known.answers(queries, [species.Ask(5, rank=rank)] * len(queries))
+        answers = known.answers(queries, [species.SpeciesOptions(5, rank=rank)] * len(queries))
         for found, row in zip(answers, expected, strict=True):
             best = np.argsort(-row, kind="stable")[:5]
             lineages = [species.render(names[int(i) * step], "lineage", species.RANKS.index(rank)) for i in best]
@@ -275,7 +276,7 @@ def assert_as_brute_force(stored: TextVectors, known: species.Species, queries: 
 # --- search --------------------------------------------------------------------------------------------------------
 
 
-def fill_index(index: search.Index, photos: list[search.Photo], space: str, dim: int) -> NDArray[np.float32]:
+def fill_index(index: photo_index.Index, photos: list[photo_index.Photo], space: str, dim: int) -> NDArray[np.float32]:
     """Adds random vectors, and returns them: float32 `[n, dim]`."""
     rng = np.random.default_rng(0)
     vectors = model_files.unit_rows(rng.standard_normal((len(photos), dim), np.float32))
@@ -300,8 +301,8 @@ def test_search_of_10_000_photographs_with_nothing_new(tmp_path: Path, monkeypat
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         space, dim = node.ask("clip_embed", b"a bird").meta["space"], 128
-        photos, _ = search.scan(str(tmp_path / "photos"))
-        with contextlib.closing(search.Index(search.index_path())) as index:
+        photos, _ = photo_index.scan(str(tmp_path / "photos"))
+        with contextlib.closing(photo_index.Index(photo_index.index_path())) as index:
             fill_index(index, photos, space, dim)
         seconds, before = [], resource.getrusage(resource.RUSAGE_CHILDREN)
         for _ in range(9):
@@ -320,8 +321,8 @@ def test_search_of_10_000_photographs_with_nothing_new(tmp_path: Path, monkeypat
 
 def test_search_of_100_000_vectors(tmp_path: Path) -> None:
     """Lost otherwise: a search that one waits for, or the right photographs. Prints figures of docs/performance.md."""
-    photos = [search.Photo(f"/photos/{number:06}.jpg", number, 1) for number in range(100_000)]
-    with contextlib.closing(search.Index(tmp_path / "search.sqlite")) as index:
+    photos = [photo_index.Photo(f"/photos/{number:06}.jpg", number, 1) for number in range(100_000)]
+    with contextlib.closing(photo_index.Index(tmp_path / "search.sqlite")) as index:
         stored = fill_index(index, photos, "space", 512)
         started = time.perf_counter()
         paths, vectors = index.vectors("/photos", "space", 512)

@@ -21,6 +21,7 @@ from PIL import Image
 
 import client
 import client_files
+import photo_index
 import search
 from tests.kit import COLOURS, DEMO, LIMIT_S, ROOT, Drawing, Node, encoded, picture, run_client, wait_until
 
@@ -393,7 +394,7 @@ def test_files_that_vanish_meanwhile_fail_alone(
     demo: Node, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Lost otherwise: the search, to somebody who tidies up at the same time."""
-    scanned, read_bytes = search.scan, Path.read_bytes
+    scanned, read_bytes = photo_index.scan, Path.read_bytes
 
     def scan_and_delete(folder: str) -> Any:
         found = scanned(folder)

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import client
+import client_connections
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from tests.kit import DEMO, LIMIT_S, RED, ROOT, Node, encoded, picture, pictures, run_client, vectors
@@ -56,8 +57,8 @@ def test_a_daemon_that_dies_in_the_middle_loses_nothing(
     demo_daemon: Callable[..., Node], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: an import of a night, or some of its pictures, or whose vector is whose."""
-    monkeypatch.setattr(client, "AHEAD", 32)  # they wait for us
-    monkeypatch.setattr(client, "RETURN_SECONDS", 0.3)
+    monkeypatch.setattr(client_connections, "AHEAD", 32)  # they wait for us
+    monkeypatch.setattr(client_connections, "RETURN_SECONDS", 0.3)
     nodes = [demo_daemon(name) for name in "ab"]
     clients = [client.LumenClient(node.address) for node in nodes]
     requests = pictures(300)
@@ -177,6 +178,7 @@ def test_each_daemon_takes_a_request_when_it_has_answered_one(caplog: pytest.Log
 SPREAD = """
 import json, sys, time
 import client
+import client_connections
 client.KEEPALIVE_MS = 1000, 1000
 
 def ask(addresses, photo, count):
