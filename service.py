@@ -191,7 +191,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         the semantic tasks have one of their own if their model takes such tensors."""
         models = self._ready(context)
         apart = [task for task in models.offered() if task.models == ("semantic",)]
-        if not any(task.tensor_id(models.ask("semantic").backend.preprocess) for task in apart):
+        if not any(task.tensor_id(models.model("semantic").backend.preprocess) for task in apart):
             apart = []
         for name in ("clip", "bioclip"):
             if models.get(name):
@@ -245,7 +245,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         )
 
     def _io_task(self, task: Task, models: Models) -> pb.IOTask:
-        backend = models.ask(task.models[0]).backend
+        backend = models.model(task.models[0]).backend
         limits = {"max_payload_size": str(self.settings.lumen_max_request_mb << 20)}
         if task.takes == "image":
             limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)

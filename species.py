@@ -220,7 +220,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SpeciesOptions:
     """The options of one request."""
 
     k: int
@@ -249,22 +249,22 @@ class Species:
     def __len__(self) -> int:
         return len(self.names)
 
-    def answers(self, queries: Vectors, asks: Sequence[Ask]) -> list[Found]:
+    def answers(self, queries: Vectors, options: Sequence[SpeciesOptions]) -> list[Found]:
         """float32 `[b, dim]` unit rows and their options -> one result each."""
         threads = self._cosines.threads
-        return list((threads.map if threads else map)(self._answer, self._cosines(queries), asks))
+        return list((threads.map if threads else map)(self._answer, self._cosines(queries), options))
 
-    def _answer(self, row: NDArray[np.float32], ask: Ask) -> Found:
-        inside = ask.within
+    def _answer(self, row: NDArray[np.float32], options: SpeciesOptions) -> Found:
+        inside = options.within
         probabilities = softmax(row if inside is None else row[inside], self._logit_scale)
-        if ask.rank == "species" and not self._twins:
-            found = top(probabilities, ask.k, lambda at: render(self._name(at, inside), ask.label_format))
-            return Found([(label, p) for label, p in found if p >= ask.min_score], "species")
-        for rank in range(SPECIES, -1, -1) if ask.rank == "auto" else [RANKS.index(ask.rank)]:
-            found = self._taxa(probabilities, inside, rank, ask)
-            if ask.rank != "auto":
-                return Found([(label, p) for label, p in found if p >= ask.min_score], ask.rank)
-            if found and found[0][1] >= ask.min_score:
+        if options.rank == "species" and not self._twins:
+            found = top(probabilities, options.k, lambda at: render(self._name(at, inside), options.label_format))
+            return Found([(label, p) for label, p in found if p >= options.min_score], "species")
+        for rank in range(SPECIES, -1, -1) if options.rank == "auto" else [RANKS.index(options.rank)]:
+            found = self._taxa(probabilities, inside, rank, options)
+            if options.rank != "auto":
+                return Found([(label, p) for label, p in found if p >= options.min_score], options.rank)
+            if found and found[0][1] >= options.min_score:
                 return Found(found, RANKS[rank])
         return Found([], "none")
 
@@ -272,7 +272,7 @@ class Species:
         return self.names[at if inside is None else int(inside[at])]
 
     def _taxa(
-        self, probabilities: NDArray[np.float32], inside: NDArray[np.int64] | None, rank: int, ask: Ask
+        self, probabilities: NDArray[np.float32], inside: NDArray[np.int64] | None, rank: int, options: SpeciesOptions
     ) -> list[tuple[str, float]]:
         """The k best taxa of a rank: sums over the rows that share the path down to this rank, as in pybioclip."""
         starts = self.tree.starts(rank)
@@ -282,13 +282,13 @@ class Species:
         sums = np.add.reduceat(probabilities, starts)
         found: dict[str, float] = {}
         count = 0
-        while len(found) < ask.k and count < len(sums):
-            count = min(2 * count + ask.k + 8, len(sums))
+        while len(found) < options.k and count < len(sums):
+            count = min(2 * count + options.k + 8, len(sums))
             best = largest(sums, count)
             for i in best[np.lexsort((best, -sums[best]))]:
                 members = slice(int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else len(probabilities))
                 at = int(members.start + probabilities[members].argmax())
                 name = self._name(at, inside)
-                if ask.rank != "auto" or name.split("/")[rank] != "*":  # a blank has no name
-                    found.setdefault(render(name, ask.label_format, rank), score(sums[i]))
-        return list(found.items())[: ask.k]
+                if options.rank != "auto" or name.split("/")[rank] != "*":  # a blank has no name
+                    found.setdefault(render(name, options.label_format, rank), score(sums[i]))
+        return list(found.items())[: options.k]

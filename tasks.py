@@ -24,7 +24,7 @@ from labels import LabelSet
 from model import Model
 from preprocess import BIOCLIP_TENSOR, SIGLIP_TENSOR, Preprocess
 from settings import Settings
-from species import LABEL_FORMATS, RANKS, Ask, Species
+from species import LABEL_FORMATS, RANKS, Species, SpeciesOptions
 from tree_of_life import Progress
 
 TOPK_MAX = 1000  # labels of a classification; larger numbers are reduced to this
@@ -68,7 +68,7 @@ class Models:
         self._stages["species"] = self._stage("species", species)
         self.species, self.progress = species, None
 
-    def ask_species(self) -> Species:
+    def available_species(self) -> Species:
         """Raises NotReady."""
         if self.species is None:
             raise NotReady(f"species are not available yet: {self.progress or 'loading'}")
@@ -84,11 +84,11 @@ class Models:
     @staticmethod
     def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
         def run(items: list[Any]) -> Sequence[Any]:
-            queries, asks = np.stack([vector for vector, _ in items]), [ask for _, ask in items]
+            queries, options = np.stack([vector for vector, _ in items]), [item_options for _, item_options in items]
             if isinstance(labelset, Species):
-                return labelset.answers(queries, asks)
-            rows = labelset.probabilities(queries, [bias for _, bias in asks])
-            return [labelset.top(row, min(k, len(labelset))) for row, (k, _) in zip(rows, asks, strict=True)]
+                return labelset.answers(queries, options)
+            rows = labelset.probabilities(queries, [bias for _, bias in options])
+            return [labelset.top(row, min(k, len(labelset))) for row, (k, _) in zip(rows, options, strict=True)]
 
         return run
 
@@ -100,7 +100,7 @@ class Models:
         """The model behind a name in the task table: "clip", "bioclip", or "" if "semantic" is switched off."""
         return self.semantic if name == "semantic" else name
 
-    def ask(self, name: str) -> Model:
+    def model(self, name: str) -> Model:
         """A loaded model by its name in the task table. Call it only for tasks in `offered()`."""
         model = self.get(name)
         assert model is not None
@@ -122,9 +122,11 @@ class Models:
         assert isinstance(self._scenes, SceneSet)
         return self._scenes
 
-    def best(self, labelset: str, vector: Any, ask: tuple[int, float | None] | Ask) -> Generator[Any, Any, Any]:
+    def best(
+        self, labelset: str, vector: Any, options: tuple[int, float | None] | SpeciesOptions
+    ) -> Generator[Any, Any, Any]:
         """Step: the k best labels of a built-in set for (k, bias of the scores or None), or the best species."""
-        return (yield self._stages[labelset], [(vector, ask)])[0]
+        return (yield self._stages[labelset], [(vector, options)])[0]
 
     def best_of_operator_set(self, chosen: OperatorSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best labels of an operator's set, and the score of "none of these"."""
@@ -132,7 +134,7 @@ class Models:
 
     def best_of_caller_labels(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best of the labels in the request."""
-        clip = self.ask("clip")
+        clip = self.model("clip")
         vectors = yield from clip.embed(request.tokens, clip.prompts)
         labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
         return labelset.top(labelset.probabilities(vector[None], [request.bias])[0], min(request.topk, len(labelset)))
@@ -170,7 +172,7 @@ class Request:
 
 
 def clip_classify(models: Models, request: Request) -> Steps:
-    clip = models.ask("clip")
+    clip = models.model("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
     if request.chosen_set:
         best, none = yield from models.best_of_operator_set(request.chosen_set, vector, request)
@@ -187,11 +189,11 @@ def clip_classify(models: Models, request: Request) -> Steps:
 
 
 def bioclip_classify(models: Models, request: Request) -> Steps:
-    bioclip = models.ask("bioclip")
-    models.ask_species()
+    bioclip = models.model("bioclip")
+    models.available_species()
     vector = (yield bioclip.image, [request.pixels["bioclip"]])[0]
-    ask = Ask(request.topk, request.label_format, request.rank, request.min_score, request.rows)
-    found = yield from models.best("species", vector, ask)
+    options = SpeciesOptions(request.topk, request.label_format, request.rank, request.min_score, request.rows)
+    found = yield from models.best("species", vector, options)
     answer = _labels_answer(found.labels, bioclip, "bioclip_classification")
     answer.meta["rank"] = found.rank
     if request.unknown_taxa:
@@ -200,7 +202,7 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 
 
 def smart_classify(models: Models, request: Request) -> Steps:
-    clip = models.ask("clip")
+    clip = models.model("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
     scene = models.scenes.resolve((yield from models.best("scenes", vector, (len(models.scenes), None))))
     if scene is None:
@@ -210,7 +212,7 @@ def smart_classify(models: Models, request: Request) -> Steps:
 
 def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
     def embed(models: Models, request: Request) -> Steps:
-        model = models.ask(name)
+        model = models.model(name)
         return _embedding_answer((yield model.image, [request.pixels[name]])[0], model, request)
 
     return embed
@@ -218,7 +220,7 @@ def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
 
 def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
     def embed(models: Models, request: Request) -> Steps:
-        model = models.ask(name)
+        model = models.model(name)
         return _embedding_answer((yield from model.embed(request.tokens, model.text))[0], model, request)
 
     return embed
@@ -314,7 +316,7 @@ def find_task(models: Models, name: str) -> Task:
         if task.name == name:
             return task
     if name in TASKS and TASKS[name].only_species and models.progress:
-        models.ask_species()
+        models.available_species()
     reason = "switched off by the daemon's settings" if name in TASKS else "unknown"
     raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(task.name for task in available)}")
 
@@ -453,7 +455,7 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
     """
     if task.takes == "text":
         return 0
-    sides = (models.ask(name).backend.preprocess.size for name in task.models)
+    sides = (models.model(name).backend.preprocess.size for name in task.models)
     pixels = sum(3 * side * side for side in sides)
     everything = len(models.species or ()) if request.within else 0
     rows = everything if request.rows is None else len(request.rows)
@@ -475,25 +477,25 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         if not text.strip():
             raise BadInput("payload: the text is blank")
         prompt = request.template.replace("{}", text)
-        request.tokens = models.ask(task.models[0]).backend.tokenize([prompt])
+        request.tokens = models.model(task.models[0]).backend.tokenize([prompt])
         return
     if request.within:
-        request.rows, unknown = models.ask_species().tree.within(request.within)
+        request.rows, unknown = models.available_species().tree.within(request.within)
         request.unknown_taxa = len(unknown)
         if not len(request.rows):
             raise BadInput(f"meta within: none of these names is in the species list: {', '.join(unknown)[:200]}")
     if request.score == "sigmoid":
-        backend = models.ask("clip").backend
+        backend = models.model("clip").backend
         request.bias = backend.logit_bias
         if request.bias is None:
             raise BadInput(f"meta score: 'sigmoid'; {backend.model_id} has no bias; allowed: softmax")
     if request.label_set:
         request.chosen_set = _operator_set(request, models)
-    recipes = {name: models.ask(name).backend.preprocess for name in task.models}
+    recipes = {name: models.model(name).backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings, room)
     if request.labels:
         prompts = [request.template.replace("{}", label) for label in request.labels]
-        request.tokens = models.ask("clip").backend.tokenize(prompts)
+        request.tokens = models.model("clip").backend.tokenize(prompts)
 
 
 def _operator_set(request: Request, models: Models) -> OperatorSet:

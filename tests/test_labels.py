@@ -168,7 +168,7 @@ def test_a_large_set_is_answered_as_by_brute_force_in_float32(
         cosines, probabilities = stored_tree.brute_force(part)
         for k, found, row, p in zip(
             (1, 5, 100) * 3,
-            known.answers(part, [species.Ask(k) for k in (1, 5, 100, 1, 5, 100, 1, 5)]),
+            known.answers(part, [species.SpeciesOptions(k) for k in (1, 5, 100, 1, 5, 100, 1, 5)]),
             cosines,
             probabilities,
             strict=False,
@@ -226,8 +226,8 @@ def test_ranks_are_summed_as_pybioclip_does(stored_tree: TreeOfLife) -> None:
     queries = stored_tree.queries(4)
     _, probabilities = stored_tree.brute_force(queries)
     for rank in species.RANKS[:-1]:
-        asks = [species.Ask(5, rank=rank)] * len(queries)
-        for found, p in zip(stored_tree.species.answers(queries, asks), probabilities, strict=True):
+        options = [species.SpeciesOptions(5, rank=rank)] * len(queries)
+        for found, p in zip(stored_tree.species.answers(queries, options), probabilities, strict=True):
             theirs = pybioclip.format_grouped_probs("picture", from_numpy(p), Rank[rank.upper()], k=5)
             assert [score for _, score in found.labels] == pytest.approx([row["score"] for row in theirs], abs=1e-3)
             known = {}
@@ -236,7 +236,9 @@ def test_ranks_are_summed_as_pybioclip_does(stored_tree: TreeOfLife) -> None:
                 known["/".join(slots + ["*"] * (8 - len(slots)))] = row["score"]
             for label, score in found.labels:  # the fifth and the sixth may be as likely as each other
                 assert score == pytest.approx(known.get(label, min(known.values())), abs=1e-3)
-    for found, p in zip(stored_tree.species.answers(queries, [species.Ask(3)] * 4), probabilities, strict=True):
+    for found, p in zip(
+        stored_tree.species.answers(queries, [species.SpeciesOptions(3)] * 4), probabilities, strict=True
+    ):
         theirs = pybioclip.format_species_probs("picture", from_numpy(p), k=3)
         assert found.labels[0][1] >= theirs[0]["score"] - 1e-3  # ours adds up rows of one species
 
@@ -244,15 +246,18 @@ def test_ranks_are_summed_as_pybioclip_does(stored_tree: TreeOfLife) -> None:
 def test_the_deepest_rank_that_is_certain_enough_is_answered(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: a wrong species where the right genus was known."""
     queries = stored_tree.queries(60)
-    certain = [species.Ask(3, rank="auto", min_score=0.35)] * len(queries)
+    certain = [species.SpeciesOptions(3, rank="auto", min_score=0.35)] * len(queries)
     found = stored_tree.species.answers(queries, certain)
     assert len({answer.rank for answer in found}) > 2
     for query, answer in zip(queries, found, strict=True):
         assert answer.labels[0][1] >= 0.35 and len(answer.labels) > 1  # with runners-up
         for deeper in species.RANKS[species.RANKS.index(answer.rank) + 1 :]:
-            [best] = stored_tree.species.answers(query[None], [species.Ask(1, rank=deeper)])
+            [best] = stored_tree.species.answers(query[None], [species.SpeciesOptions(1, rank=deeper)])
             assert best.labels[0][1] < 0.351 or best.labels[0][0].split("/")[species.RANKS.index(deeper)] == "*"
-    assert stored_tree.species.answers(queries[:1], [species.Ask(3, rank="auto", min_score=1.0)])[0].rank != "species"
+    assert (
+        stored_tree.species.answers(queries[:1], [species.SpeciesOptions(3, rank="auto", min_score=1.0)])[0].rank
+        != "species"
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,7 @@ def test_a_taxon_or_a_list_of_names_is_all_that_is_chosen_from(
     queries = stored_tree.queries(16)
     cosines, _ = stored_tree.brute_force(queries)
     for rank in ("species", "family", "auto"):
-        found = stored_tree.species.answers(queries, [species.Ask(3, rank=rank, within=inside)] * 16)
+        found = stored_tree.species.answers(queries, [species.SpeciesOptions(3, rank=rank, within=inside)] * 16)
         for answer, row in zip(found, cosines[:, inside], strict=True):
             assert all(rows(label.split("/")) or rank != "species" for label, _ in answer.labels)
             if rank == "species" and len(answer.labels) == 3:
