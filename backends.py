@@ -22,7 +22,8 @@ import numpy as np
 import torch_backend
 from errors import one_line, unreadable
 from machine import lower_thread_priority, replace_file, usable_cores
-from model_files import Backend, Say, quiet, split_model
+from model_files import Backend, Say, needs_modules, quiet, split_model
+from onnx_backend import MODULES as ONNX_MODULES
 from onnx_backend import open_onnx, source_of, tower_file
 from preprocess import decode_image
 from rknn_backend import open_rknn
@@ -69,6 +70,11 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         backend.self_test_cosine = cosine
         log.info("%s: self-test: worst cosine %.7f", backend.model_id, cosine)
     return backend
+
+
+def check_modules(options: ModelOptions) -> None:
+    """Raises SettingError if a package is missing that the backend needs."""
+    needs_modules(torch_backend.MODULES if options.backend == "torch" else ONNX_MODULES, options)
 
 
 def check_sources(options: ModelOptions) -> None:

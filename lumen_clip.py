@@ -45,6 +45,7 @@ import labels
 import logs
 import machine
 import metrics
+import tree_of_life
 from discovery import Advertiser
 from engine import Engine
 from errors import BackendError, LabelError, SettingError, unreadable
@@ -222,6 +223,21 @@ def run_doctor(options: argparse.Namespace) -> int:
         return 2
     settings, findings = doctor.read_settings(environment_of(options))
     return doctor.report(findings + doctor.examine(doctor.Setup(settings, options.host, options.port)))
+
+
+def check(settings: Settings) -> None:
+    """Looks for what the operator has to change, before anything is downloaded or announced. Raises SettingError."""
+    for options in settings.models().values():
+        backends.check_modules(options)
+        backends.check_sources(options)
+    try:
+        read_scenes(settings.lumen_scenes)
+        if "clip" in settings.models() and settings.clip.labels:
+            labels.class_names(settings.lumen_data_dir, settings.clip.labels, quiet)
+        if "bioclip" in settings.models():
+            tree_of_life.check_own(settings.bioclip.labels)
+    except PermissionError as error:
+        raise unreadable(error) from error
 
 
 # --- start ------------------------------------------------------------------------------------------------------
@@ -488,6 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handle_signals(events, journal, terminal)
     try:
         settings = Settings.from_environment(environment_of(options))
+        check(settings)
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
             serve_metrics(daemon, options.host)

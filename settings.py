@@ -12,6 +12,7 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ READ_ELSEWHERE = (
     *("LUMEN_SEED", "LUMEN_FUZZ", "LUMEN_MUTANTS", "LUMEN_SOAK_MINUTES", "LUMEN_PHOTOS"),
     *("LUMEN_ARM64_ROOT", "LUMEN_BOOT_ROOT", "LUMEN_DOCKER_ROOT", "LUMEN_RKNN_VENV"),
 )
+LIKENESS_MIN = 0.75  # of an unknown variable to a setting that is suggested instead
 # Variables that Kubernetes sets in every container for a service named `lumen`, `clip` or `lumen-clip`.
 SERVICE_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 # What `--demo` sets: an ordinary model in the ordinary layout, and the names of what it was shown.
@@ -335,7 +337,14 @@ def _unknown(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         if not text or not name.startswith(PREFIXES) or name in known or name in RETIRED or name in READ_ELSEWHERE:
             continue
         if "://" not in text and not SERVICE_LINK.fullmatch(name):
-            yield name, "".join(difflib.get_close_matches(name, known, 1, 0.75))
+            similar = max(known, key=partial(_likeness, name))
+            yield name, similar if _likeness(name, similar) >= LIKENESS_MIN else ""
+
+
+def _likeness(name: str, setting: str) -> float:
+    """How similar a variable is to a setting, or to the beginning of its name if the variable is shorter; 0 to 1."""
+    parts = (setting, setting[: len(name) + 1])
+    return max(difflib.SequenceMatcher(None, name, part).ratio() for part in parts)
 
 
 def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:

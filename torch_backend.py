@@ -28,6 +28,7 @@ from settings import ModelOptions
 from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
 
 log = logging.getLogger("lumen.torch_backend")
+MODULES = ("torch", "open_clip")  # that this backend needs
 
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -108,7 +109,7 @@ class TorchBackend:
 
     def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
         """Raises SettingError or BackendError."""
-        needs_modules(("torch", "open_clip"), options)
+        needs_modules(MODULES, options)
         # Threads that spin while they wait occupy the cores: a text among other work took up to ten times its core
         # time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -101,6 +101,12 @@ def is_folder(source: str) -> bool:
     return (Path(source) / label_cache.FILE).is_file()
 
 
+def check_own(source: str) -> None:
+    """Raises SettingError if the source is the operator's own file or folder and is missing, without reading it."""
+    if source and source not in SOURCES and not is_folder(source):
+        names_file(source, DATA_DIR)
+
+
 def count_own(source: str) -> int | None:
     """How many species the operator's own file or folder has, or None if the source is the hub's.
 

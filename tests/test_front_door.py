@@ -57,6 +57,7 @@ def test_a_former_setting_is_warned_of(caplog: pytest.LogCaptureFixture) -> None
         ("LUMEN_MAX_MPIXELS", "LUMEN_MAX_MEGAPIXELS"),
         ("LUMEN_CLIP_MODEL", "CLIP_MODEL"),
         ("LUMEN_TOKEN", "LUMEN_TOKEN_FILE"),
+        ("LUMEN_TOKN", "LUMEN_TOKEN_FILE"),
         ("LUMEN_PORT", ""),
         ("LUMEN_LOG_LEVEL", ""),
     ],

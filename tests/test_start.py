@@ -310,7 +310,10 @@ def test_a_name_is_not_taken_for_a_relative_path(variable: str, value: str) -> N
             "CUDAExecutionProvider is not available",
         ),
         ({"CLIP_BACKEND": "rknn"}, "CLIP_BACKEND=rknn: needs a Rockchip board"),
-        ({"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "@", "CLIP_LABELS": "x.json"}, "CLIP_LABELS=x.json: allowed: a JSON"),
+        (
+            {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "@", "BIOCLIP_BACKEND": ""},
+            "BIOCLIP_MODEL=hf-hub:imageomics/bioclip-2: it is not published for onnxrt; set BIOCLIP_BACKEND to torch",
+        ),
     ],
 )
 def test_what_the_operator_has_to_change_ends_the_start_with_one_line_and_status_2(
@@ -319,11 +322,33 @@ def test_what_the_operator_has_to_change_ends_the_start_with_one_line_and_status
     """Lost otherwise: a daemon that hangs, serves something else, or that systemd starts again and again in vain."""
     hub.repos["org/torch"] = {"open_clip_pytorch_model.bin": b""}
     settings = {k: tiny_onnx if v == "@" else v for k, v in settings.items()}
-    node = Node(tmp_path, BIOCLIP_BACKEND="none", HF_ENDPOINT=hub.url, **settings)
+    node = Node(tmp_path, **{"BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url, **settings})
     assert node.ended() == 2
     node.stop()
     [line] = [line for line in node.log.splitlines() if line.startswith("lumen-clip: ")]
     assert said in line and "Traceback" not in node.log
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"CLIP_LABELS": "x.json"}, "CLIP_LABELS=x.json: allowed: a JSON list of names"),
+        ({"BIOCLIP_BACKEND": "torch", "BIOCLIP_LABELS": "x.json"}, "BIOCLIP_LABELS=x.json: no such file; allowed: "),
+        ({"LUMEN_SCENES": "x.json", "BIOCLIP_BACKEND": "torch"}, "LUMEN_SCENES=x.json: No such file or directory"),
+        ({"WITHOUT": "onnxruntime"}, "CLIP_BACKEND=onnxrt: not installed: onnxruntime; install requirements-edge.txt"),
+        ({"WITHOUT": "torch", "CLIP_BACKEND": "torch"}, "CLIP_BACKEND=torch: not installed: torch; install "),
+    ],
+)
+def test_what_is_missing_here_is_said_before_anything_is_downloaded_or_announced(
+    tmp_path: Path, hub: FakeHub, settings: dict[str, str], said: str
+) -> None:
+    """Lost otherwise: half an hour of downloads before a line that could have come at once."""
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nsys.modules[os.environ.get('WITHOUT', '-')] = None\n")
+    options = {"CLIP_BACKEND": "onnxrt", "BIOCLIP_BACKEND": "none", "HF_ENDPOINT": hub.url, "PYTHONPATH": tmp_path}
+    node = Node(tmp_path, **{**options, **settings})
+    assert node.ended() == 2
+    node.stop()
+    assert node.log.startswith(f"lumen-clip: {said}") and node.log.count("\n") == 1, node.log
 
 
 @pytest.mark.parametrize(
