@@ -413,7 +413,8 @@ def test_while_loading_health_answers_and_the_rest_says_what_is_loaded(tmp_path:
     """Lost otherwise: clients that take a starting daemon for a dead one, or for a ready one."""
     with socket.create_server(("127.0.0.1", 0)) as silent_hub:
         endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
-        node = Node(tmp_path, CLIP_BACKEND="onnxrt", CLIP_MODEL="hf-hub:org/model", HF_ENDPOINT=endpoint).bound()
+        options = {"CLIP_BACKEND": "onnxrt", "CLIP_MODEL": "hf-hub:org/model", "BIOCLIP_BACKEND": "none"}
+        node = Node(tmp_path, **options, HF_ENDPOINT=endpoint).bound()
         node.wait_for("downloading org/model")
         node.stub.Health(Empty(), timeout=LIMIT_S)
         check = health_pb2_grpc.HealthStub(node.channel).Check
