@@ -38,7 +38,20 @@ from tests.families import (
     t5_files,
     train_siglip,
 )
-from tests.kit import RED, Node, encoded, export_immich_from, load, one_model, picture, shared, wait_until
+from tests.hub import IMMICH_REPO, FakeHub, folder_content
+from tests.kit import (
+    NOWHERE,
+    RED,
+    Node,
+    encoded,
+    export_immich_from,
+    load,
+    one_model,
+    picture,
+    shared,
+    wait_until,
+    write_labels,
+)
 from tests.test_inputs import HOSTILE
 from tests.test_tasks import TENSOR_META
 
@@ -426,3 +439,57 @@ def test_the_apps_tensors_are_taken_as_its_hub_takes_them(tmp_path: Path) -> Non
         assert "takes raw" in node.ask("clip_image_embed", tensor.tobytes(), "", **meta).error.message
     finally:
         assert node.stop() == 0, node.log
+
+
+# --- several models on one data folder ------------------------------------------------------------------------------
+
+
+def test_a_daemon_changes_its_model_and_back(
+    tmp_path: Path, hub: FakeHub, siglip: Path, siglip_onnx: Path, tiny_onnx: Path
+) -> None:
+    """Lost otherwise: labels and vectors of the model before, or hours of computing after each change."""
+    hub.repos["immich-app/ViT-B-32-SigLIP2-256__webli"] = folder_content(siglip_onnx)
+    hub.repos["timm/ViT-B-32-SigLIP2-256"] = folder_content(siglip)
+    hub.repos[IMMICH_REPO] = folder_content(tiny_onnx)
+    names = [row[0] for row in CONCEPTS.values()]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    (tmp_path / "scenes.json").write_text(json.dumps({"a clock": {"species": True}, "a heart": {}}))
+    clock, heart = (
+        next(drawing.file(96) for drawing, concept in known_drawings()[1] if names[concept] == name)
+        for name in ("a clock", "a heart")
+    )
+    laion, siglip2 = "ViT-B-32:laion2b_s34b_b79k", "ViT-B-32-SigLIP2-256:webli"
+    first: dict[str, list[Any]] = {}
+    for model, species_model, backend, endpoint in (
+        (siglip2, tiny_onnx, "onnxrt", hub.url),
+        (laion, siglip_onnx, "onnxrt", hub.url),
+        ("hf-hub:timm/ViT-B-32-SigLIP2-256", tiny_onnx, "torch", hub.url),
+        (siglip2, tiny_onnx, "onnxrt", NOWHERE),
+    ):
+        node = Node(
+            write_labels(tmp_path / "data"),
+            CLIP_BACKEND=backend,
+            CLIP_MODEL=model,
+            CLIP_LABELS=tmp_path / "names.json",
+            BIOCLIP_BACKEND="onnxrt",
+            BIOCLIP_MODEL=species_model,
+            LUMEN_SCENES=tmp_path / "scenes.json",
+            HF_ENDPOINT=endpoint,
+        ).ready()
+        answers = [node.ask("clip_classify", photo) for photo in (clock, heart)]
+        answers += [node.ask("smart_classify", photo) for photo in (clock, heart)]
+        answers += [node.ask("clip_image_embed", clock), node.ask("clip_embed", b"eine Uhr")]
+        assert node.stop() == 0
+        assert not any(answer.error.message for answer in answers), answers
+        if model != laion:
+            best = [json.loads(answer.result)["labels"][0]["label"] for answer in answers[:4]]
+            assert best[:2] == ["a clock", "a heart"] and best[3] == "a heart"
+            assert [answer.meta["source"] for answer in answers[2:4]] == [
+                "bioclip_classification",
+                "scene_classification",
+            ]
+        found = [(answer.result, answer.meta.get("space")) for answer in answers]
+        assert first.setdefault(model, found) == found
+    assert "computing the text vectors" not in node.log
+    spaces = {model: found[-1][1] for model, found in first.items()}
+    assert spaces[siglip2] == spaces["hf-hub:timm/ViT-B-32-SigLIP2-256"] != spaces[laion]
