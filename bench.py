@@ -5,6 +5,7 @@
     python bench.py --photos ~/Photos        # an import of one's own pictures
     python bench.py --against host:50051     # any server that speaks the protocol
     python bench.py --immich 3003            # previews and texts over HTTP, as immich sends them
+    python bench.py --simulate 64            # on up to 64 cores that this machine does not have
 
 The weights are random and have real size. They are built once and kept in `data/bench`. Nothing is downloaded. Each
 rate is compared with two limits: `model` is the raw model on prepared inputs, at its best batch size. `cores` is the
@@ -23,9 +24,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -36,13 +35,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 from google.protobuf import empty_pb2
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import backends
+import bench_simulation
 import export
 import machine
 import model_files
@@ -53,21 +52,24 @@ from bench_load import (
     IN_FLIGHT,
     Case,
     Clients,
+    Server,
+    Window,
     ask_http,
     ask_on_and_on_over_http,
-    core_s_of,
     immich_request,
+    load,
     make_cases,
     ping,
     text_of,
+    watch,
 )
 from gen import ml_service_pb2 as pb
-from gen import ml_service_pb2_grpc as pb_grpc
 from settings import ModelOptions
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 4.0  # seconds of one turn
 LIBRARY = 40_000  # photographs
+SIMULATED_CASE = "640 px JPEG"
 FEW_CASES = ("1440 px JPEG", "640 px JPEG")
 
 
@@ -218,79 +220,6 @@ def core_seconds(run: Callable[[], Any], items: int, seconds: float) -> float:
         run()
         runs += 1
     return (time.process_time() - cpu) / runs / items
-
-
-# --- the daemon -------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """The daemon in a process of its own, or one that runs already."""
-
-    def __init__(self, address: str, environment: dict[str, str] | None) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.output: list[str] = []
-        if environment is not None:
-            command = [sys.executable, str(HERE / "lumen_clip.py"), "--host", "127.0.0.1", "--port", "0"]
-            self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-            address = self._wait()
-        self.address = address
-        options = [("grpc.max_receive_message_length", -1)]
-        self.stub: Any = pb_grpc.InferenceStub(grpc.insecure_channel(address, options))
-
-    def _wait(self) -> str:
-        assert self.process and self.process.stderr
-        port = ""
-        for line in self.process.stderr:
-            self.output.append(line)
-            if found := re.search(r"listening on \S+ port (\d+)", line):
-                port = found[1]
-            if "ready: " in line:
-                threading.Thread(target=self.process.stderr.read, daemon=True).start()
-                return f"127.0.0.1:{port}"
-        raise SystemExit("bench: the daemon did not start:\n" + "".join(self.output))
-
-    def memory_mb(self) -> float:
-        if not self.process:
-            return 0.0
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024  # type: ignore[index]
-
-    def core_s(self) -> float:
-        return core_s_of(self.process.pid) if self.process else 0.0
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.terminate()
-            self.process.wait()
-
-
-@dataclass
-class Window:
-    """The figures of a load over some seconds."""
-
-    seconds: float
-    per_s: float
-    latencies: NDArray[np.float64]  # seconds, one for each answer
-    core_s: float  # the daemon's
-    client_s: float
-
-
-def load(server: Server, cases: Sequence[Case], count: int, seconds: float, each: int = 0) -> Window:
-    """Closed-loop load of `count` clients, measured once it is steady. `each`: see `Clients`."""
-    return watch(server, Clients(server.address, cases, count, each), seconds)
-
-
-def watch(server: Server, clients: Clients, seconds: float) -> Window:
-    """The figures of clients that have begun. They are ended."""
-    time.sleep(0.75 * seconds)
-    begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
-    time.sleep(seconds)
-    end, core, client = time.perf_counter(), server.core_s() - core, clients.core_s() - client
-    answers = np.array(sorted(answer for answer in clients.stop() if begin <= answer[0] < end))
-    if len(np.unique(answers)) < 8:
-        raise SystemExit(f"bench: fewer than 8 answers within {seconds:.1f} s; set a longer time with --seconds")
-    # Answers come in batches. The slope of their count does not depend on how many batches the window's edges cut off.
-    per_s = float(np.polyfit(answers[:, 0] - begin, np.arange(len(answers)), 1)[0])
-    return Window(end - begin, per_s, answers[:, 1], core, client)
 
 
 def row_of(case: str, clients: int, windows: Sequence[Window], limits: Sequence[tuple[float, float]]) -> Row:
@@ -521,16 +450,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", metavar="HOST:PORT", help="measure this server, without limits")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure an import of these only")
     parser.add_argument("--immich", type=int, metavar="PORT", help="measure immich's requests only, on a free port")
+    parser.add_argument("--simulate", type=int, metavar="CORES", help="only rates on up to so many simulated cores")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data" / "bench")
     parsed = parser.parse_args(arguments)
-    if parsed.immich and parsed.against:
-        parser.error("--immich starts a daemon; allowed without --against")
+    if parsed.against and (parsed.immich or parsed.simulate):
+        parser.error("--immich and --simulate start a daemon; allowed without --against")
+    if parsed.simulate is not None and not 1 <= parsed.simulate <= 256:
+        parser.error("--simulate: allowed: 1 to 256")
     return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     model = "" if options.against else build_model(options.data_dir, options)
+    if options.simulate:
+        [small] = (case for case in make_cases() if case.name == SIMULATED_CASE)
+        times = Limits(open_backend(options, model), min(options.seconds / 8, 1)).core_s(small)
+        seconds = times["decode"], times["image model"]
+        points = bench_simulation.measure(options.simulate, seconds, options.seconds, options.data_dir)
+        if options.json:
+            options.json.write_text(json.dumps(points, indent=1) + "\n")
+        if options.plot:
+            bench_simulation.plot(points, options.plot)
+        return 0
     server = Server(
         options.against or "", None if options.against else environment_of(options.data_dir, options, model)
     )

@@ -1,4 +1,4 @@
-"""The load of `bench.py`: what is asked, and the processes that ask it."""
+"""The load of `bench.py`: what is asked, the processes that ask it, and the daemon that answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import grpc
 import grpc.aio
 import numpy as np
 from google.protobuf import empty_pb2
+from numpy.typing import NDArray
 from PIL import Image
 
 from gen import ml_service_pb2 as pb
@@ -27,6 +31,7 @@ from gen import ml_service_pb2_grpc as pb_grpc
 
 IN_FLIGHT = {1: 32, 8: 4, 64: 1}  # clients -> requests that each has in progress
 FEW = (1, 2, 4, 8)  # clients with one request each, as photo apps have
+HERE = Path(__file__).resolve().parent
 INFER = "/home_native.v1.Inference/Infer"
 TEXTS = 10_000  # different texts, more than a daemon remembers, of equal length: each digit is one token
 
@@ -230,3 +235,78 @@ def ping(address: str, over: Any, found: Any) -> None:
         times.append(time.perf_counter() - started)
         time.sleep(0.1)
     found.put(times)
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """The daemon in a process of its own, or one that runs already."""
+
+    def __init__(
+        self, address: str, environment: dict[str, str] | None, program: Sequence[str] = (str(HERE / "lumen_clip.py"),)
+    ) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.output: list[str] = []
+        if environment is not None:
+            command = [sys.executable, *program, "--host", "127.0.0.1", "--port", "0"]
+            self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            address = self._wait()
+        self.address = address
+        options = [("grpc.max_receive_message_length", -1)]
+        self.stub: Any = pb_grpc.InferenceStub(grpc.insecure_channel(address, options))
+
+    def _wait(self) -> str:
+        assert self.process and self.process.stderr
+        port = ""
+        for line in self.process.stderr:
+            self.output.append(line)
+            if found := re.search(r"listening on \S+ port (\d+)", line):
+                port = found[1]
+            if "ready: " in line:
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return f"127.0.0.1:{port}"
+        raise SystemExit("bench: the daemon did not start:\n" + "".join(self.output))
+
+    def memory_mb(self) -> float:
+        if not self.process:
+            return 0.0
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) / 1024  # type: ignore[index]
+
+    def core_s(self) -> float:
+        return core_s_of(self.process.pid) if self.process else 0.0
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+
+@dataclass
+class Window:
+    """The figures of a load over some seconds."""
+
+    seconds: float
+    per_s: float
+    latencies: NDArray[np.float64]  # seconds, one for each answer
+    core_s: float  # the daemon's
+    client_s: float
+
+
+def load(server: Server, cases: Sequence[Case], count: int, seconds: float, each: int = 0) -> Window:
+    """Closed-loop load of `count` clients, measured once it is steady. `each`: see `Clients`."""
+    return watch(server, Clients(server.address, cases, count, each), seconds)
+
+
+def watch(server: Server, clients: Clients, seconds: float) -> Window:
+    """The figures of clients that have begun. They are ended."""
+    time.sleep(0.75 * seconds)
+    begin, core, client = time.perf_counter(), server.core_s(), clients.core_s()
+    time.sleep(seconds)
+    end, core, client = time.perf_counter(), server.core_s() - core, clients.core_s() - client
+    answers = np.array(sorted(answer for answer in clients.stop() if begin <= answer[0] < end))
+    if len(np.unique(answers)) < 8:
+        raise SystemExit(f"bench: fewer than 8 answers within {seconds:.1f} s; set a longer time with --seconds")
+    # Answers come in batches. The slope of their count does not depend on how many batches the window's edges cut off.
+    per_s = float(np.polyfit(answers[:, 0] - begin, np.arange(len(answers)), 1)[0])
+    return Window(end - begin, per_s, answers[:, 1], core, client)

@@ -22,6 +22,7 @@ from PIL import Image
 
 import backends
 import bench_load
+import bench_simulation
 import engine
 import machine
 import onnx_backend
@@ -426,7 +427,7 @@ def test_bench_measures_the_daemon_and_its_limits(tiny_onnx: Path, tmp_path: Pat
         for seconds in ("0.4", "4", "40"):  # a busy machine may answer nothing in less
             command = [sys.executable, str(ROOT / "bench.py"), *common, "--seconds", seconds, *options]
             run = subprocess.run(command, capture_output=True, text=True)
-            if "--seconds gives it longer" not in run.stderr:
+            if "set a longer time with --seconds" not in run.stderr:
                 break
         assert run.returncode == 0, run.stderr
         return run.stdout
@@ -460,6 +461,16 @@ class _HoldsPictures(pb_grpc.InferenceServicer):  # type: ignore[misc]
                 self.held.append(request.payload)
                 assert self.release.wait(LIMIT_S)
             yield pb.InferResponse(is_final=True)
+
+
+def test_the_bench_simulates_cores_that_the_machine_does_not_have(tmp_path: Path) -> None:
+    """Lost otherwise: what a large machine could do, for somebody who is about to buy one."""
+    points = bench_simulation.measure(3, (0.02, 0.2), 4, tmp_path)
+    assert [point["cores"] for point in points] == [1, 2, 3]
+    for point in points:  # the cores sleep as long as they would work, so the rate cannot be higher
+        assert 0 < point["per_s"] < 1.3 * point["ideal_per_s"] and point["core_ms"] > 0
+    bench_simulation.plot(points, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size == (1000, 130)
 
 
 def test_many_clients_of_the_bench_ask_for_the_mix_that_one_does() -> None:
