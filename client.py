@@ -150,7 +150,7 @@ def run_task(clients: Sequence[LumenClient], options: argparse.Namespace) -> int
     if options.task in files.TEXT_TASKS:
         files.warn_of_pictures(options.task, inputs)
     else:
-        inputs, skipped = files.image_paths(inputs, lambda: take_heic(clients, options.task))
+        inputs, skipped = files.image_paths(inputs, lambda: take_heic(clients[:: options.streams], options.task))
     meta, failed = files.request_meta(options), 0
     if options.task.endswith("_embed"):
         meta |= AS_TENSOR
@@ -218,8 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         addresses = find_daemons(options)
         credentials = read_credentials(options, addresses)
         with ExitStack() as stack:
-            clients = [stack.enter_context(LumenClient(address, options.timeout, credentials)) for address in addresses]
-            return (show if options.task in ("capabilities", "health") else run_task)(clients, options)
+            clients = [
+                stack.enter_context(LumenClient(address, options.timeout, credentials, options.streams > 1))
+                for address in addresses
+                for _ in range(options.streams)
+            ]
+            if options.task in ("capabilities", "health"):
+                return show(clients[:: options.streams], options)
+            return run_task(clients, options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit, which must not fail
         return 1

@@ -6,15 +6,17 @@ import argparse
 import ipaddress
 import json
 import logging
+import math
 import re
 import sys
 import threading
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
@@ -36,6 +38,12 @@ IN_FLIGHT_EACH = 8  # unanswered requests of each of several daemons. A single o
 AHEAD = 1024  # requests that `infer_many` reads ahead of the answer that the caller gets next
 HELD_BYTES_MAX = 256 << 20  # of unanswered payloads, which may have to be sent again
 RETURN_SECONDS = 5.0  # after which a daemon that failed is tried again
+# Seconds for which a stream to a balancer takes requests. The next stream may go to a daemon that has come back, or was
+# added. Shorter times cost more, because a stream that ends has fewer requests in flight.
+STREAM_SECONDS = 20.0
+# Seconds without an answer after which a run gives up if all streams to a balancer fail. A reload of the balancer and a
+# restart of the daemons, with models that are at hand, take less.
+PATIENCE_SECONDS = 60.0
 GRPC_TARGET = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):(?!\d+$)")  # such as unix:/run/lumen.sock
 
 log = logging.getLogger("lumen.client")
@@ -153,9 +161,11 @@ def explain(code: str, details: str, address: str, given: Credentials) -> str:
         return f"the daemon {asked} --token-file FILE"
     if code == "unavailable" and details.startswith("not ready: "):
         return f"the daemon is still loading ({details.removeprefix('not ready: ')}); try again in a minute"
+    if re.search("http2 header with status: 50[234]", details):  # from a balancer
+        return f"no daemon behind {address} is ready; try again in a minute"
     if re.match("errors resolving|DNS resolution failed", details):
         return f"the host name in {address} cannot be resolved; check the name"
-    if not details.startswith("failed to connect to all addresses"):
+    if not details.startswith(("failed to connect to all addresses", "connections to all backends failing")):
         lost = re.search("Stream removed|Socket closed|Connection reset|GOAWAY", details)
         return f"the daemon closed the connection during the call ({details}); try again" if lost else details
     name = given.name or address.rpartition(":")[0].strip("[]")
@@ -183,14 +193,19 @@ def explain(code: str, details: str, address: str, given: Credentials) -> str:
 
 
 class LumenClient:
-    """A connection to one daemon. It can be used from several threads. The default port is 50051.
+    """A connection to one daemon, or to a balancer. It can be used from several threads. The default port is 50051.
 
-    `timeout`: seconds for each call except `infer_many`, which has no limit. Raises UsageError, a ValueError, for an
-    invalid address, and for a token that would be sent unencrypted.
+    `timeout`: seconds for each call except `infer_many`, which has no limit. `spread`: if the address is a name with
+    several IP addresses, connect to all of them, and let each call use the next. Raises UsageError, a ValueError, for
+    an invalid address, and for a token that would be sent unencrypted.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, timeout: float = 60.0, credentials: Credentials | None = None
+        self,
+        address: str = DEFAULT_ADDRESS,
+        timeout: float = 60.0,
+        credentials: Credentials | None = None,
+        spread: bool = False,
     ) -> None:
         self._credentials = given = credentials or Credentials()
         options: list[tuple[str, Any]] = [
@@ -198,6 +213,9 @@ class LumenClient:
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.keepalive_time_ms", KEEPALIVE_MS[0]),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS[1]),
+            ("grpc.max_reconnect_backoff_ms", int(1000 * RETURN_SECONDS)),  # gRPC's own limit is two minutes
+            ("grpc.use_local_subchannel_pool", 1),  # otherwise clients with equal options would share a connection
+            ("grpc.lb_policy_name", "round_robin" if spread else "pick_first"),
         ]
         if given.name:
             options.append(("grpc.ssl_target_name_override", given.name))
@@ -337,6 +355,10 @@ def infer_many(clients: Sequence[LumenClient], requests: Iterable[Request]) -> I
     A daemon whose model differs from the first daemon's is left out. When a daemon fails, the others get its unanswered
     requests, and it is used again once it is back. Each of these events is logged as a warning. Raises LumenError when
     no daemon is left, and whatever `requests` raises.
+
+    Several clients of one address are connections to a balancer. Then models are not compared, since each call may go
+    to another daemon: compare `meta["space"]` of the results. If all connections fail after the first answer, they are
+    tried again for PATIENCE_SECONDS.
     """
     return _PullQueue(clients, requests).answers()
 
@@ -359,12 +381,14 @@ class _PullQueue:
     def __init__(self, clients: Sequence[LumenClient], requests: Iterable[Request]) -> None:
         self._requests, self._daemons = requests, [_Daemon(client) for client in clients]
         self._window = AHEAD if len(clients) == 1 else IN_FLIGHT_EACH
+        self._balanced = len(clients) > 1 and len({client.address for client in clients}) == 1
         self._changed = threading.Condition()  # guards the daemons and everything below
         self._waiting: deque[tuple[int, Request]] = deque()
         self._answers: dict[int, Result | LumenError | None] = {}  # None marks the end
         self._drawn = self._yielded = self._held = 0  # requests; answers; bytes of unanswered payloads
         self._models: dict[str, str] = {}  # task -> the model that every daemon must have
         self._closed = False  # the caller wants no more answers
+        self._answered_at = -math.inf  # when the last answer arrived, by time.monotonic()
         self._failure: Exception | None = None  # raised by `requests`
         self._last_error = LumenError("invalid_argument", "no daemon is given")
 
@@ -383,8 +407,12 @@ class _PullQueue:
             raise self._failure
 
     def _next(self) -> Result | LumenError | None:
+        def lost() -> bool:  # looked at whenever a daemon has failed again
+            waited = time.monotonic() - self._answered_at > PATIENCE_SECONDS
+            return all(daemon.error for daemon in self._daemons) and (waited or not self._balanced)
+
         with self._changed:
-            self._changed.wait_for(lambda: self._yielded in self._answers or all(d.error for d in self._daemons))
+            self._changed.wait_for(lambda: self._yielded in self._answers or lost())
             if self._yielded not in self._answers:
                 raise self._last_error
             self._yielded += 1
@@ -417,6 +445,7 @@ class _PullQueue:
         while not (self._closed or daemon.refusal):
             try:
                 self._use(daemon)
+                continue
             except Exception as raised:  # the requests must be returned, whatever happened
                 failed = raised if isinstance(raised, LumenError) else LumenError("internal", repr(raised))
                 error = daemon.refusal or failed
@@ -429,26 +458,29 @@ class _PullQueue:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed, RETURN_SECONDS)
 
-    def _use(self, daemon: _Daemon) -> NoReturn:
-        """Sends requests over one stream until it ends, and raises the reason."""
+    def _use(self, daemon: _Daemon) -> None:
+        """Sends requests over one stream until it ends. Returns if another is due, otherwise raises the reason."""
         models = daemon.client.models() if len(self._daemons) > 1 else {}
         taken: deque[tuple[int, Request]] = deque()
+        until = time.monotonic() + STREAM_SECONDS if self._balanced else math.inf
         with self._changed:
-            daemon.models, daemon.taken, daemon.error = models, taken, None
+            daemon.models, daemon.taken, daemon.error = {} if self._balanced else models, taken, None
             self._changed.notify_all()
-        for answer in daemon.client._stream(iter(lambda: self._take(daemon, taken), None)):
+        for answer in daemon.client._stream(iter(lambda: self._take(daemon, taken, until), None)):
             with self._changed:
                 number, request = taken.popleft()
                 self._answers[number] = answer
+                self._answered_at = time.monotonic()
                 self._held -= len(request.payload)
                 self._changed.notify_all()
-        raise LumenError("internal", "the daemon ended the stream")
+        if taken or time.monotonic() < until:
+            raise LumenError("internal", "the daemon ended the stream")
 
-    def _take(self, daemon: _Daemon, taken: deque[tuple[int, Request]]) -> Request | None:
-        """The next request of the daemon's stream; None to end the stream."""
+    def _take(self, daemon: _Daemon, taken: deque[tuple[int, Request]], until: float) -> Request | None:
+        """The next request of the daemon's stream; None to end the stream, as after `until` by time.monotonic()."""
 
-        def ended() -> bool:
-            return self._closed or daemon.taken is not taken  # the stream has failed
+        def ended() -> bool:  # the stream has failed if its requests are not the daemon's any more
+            return self._closed or daemon.taken is not taken or time.monotonic() > until
 
         def ready() -> bool:  # the first daemon sets the model, even if it is slow to answer
             known = all(other.error or other.models is not None for other in self._daemons)

@@ -38,6 +38,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif")
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species", "auto")
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")  # of pictures that only some daemons read
 HEIC_MIMES = {"image/heic", "image/heif"}
+STREAMS_MAX = 64  # a daemon's own limit on streams, unless LUMEN_MAX_STREAMS changes it
 NO_PICTURES = f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
 NOT_A_FILE = "not a regular file"
 
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
     parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
     parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
+    parser.add_argument("--streams", type=int, default=1, metavar="N", help="connections to the address of a balancer")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
     parser.add_argument("--topk", metavar="K")
@@ -93,6 +95,8 @@ def check_options(options: argparse.Namespace) -> None:
         if getattr(options, option) is not None and task not in tasks:
             allowed = "all tasks with inputs" if option == "out" else ", ".join(tasks)
             raise UsageError(f"--{option.replace('_', '-')}: {task} does not take it; allowed: {allowed}")
+    if not 1 <= options.streams <= STREAMS_MAX:
+        raise UsageError(f"--streams {options.streams}: allowed: 1 to {STREAMS_MAX}")
     if options.labels is not None and options.label_set is not None:
         raise UsageError("--labels and --label-set: allowed: one of the two")
     if options.prompt_template is not None and task == "clip_classify" and options.labels is None:

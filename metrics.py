@@ -20,6 +20,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     MetricsHandler,
+    ProcessCollector,
     disable_created_metrics,
 )
 
@@ -51,6 +52,7 @@ class Metrics:
         )
         self.queue_depth = Gauge("lumen_queue_depth", "Requests that wait for their response", registry=registry)
         self.open_streams = Gauge("lumen_open_streams", "Open Infer streams", registry=registry)
+        ProcessCollector(registry=registry)  # start time, memory, core seconds and open files; nothing on macOS
 
 
 class MetricsServer(ThreadingHTTPServer):

@@ -27,6 +27,7 @@ log = logging.getLogger("lumen.security")
 
 SHORT_CALLS_MAX = 16  # health checks and reflection calls at the same time
 SHORT_CALL_TIMEOUT_S = 20  # for the whole call, its request message included
+LIVENESS = "liveness"  # the name under which the standard health service says whether the process should be ended
 HEALTH_WATCHES_MAX = 64  # open Watch calls of the standard health service; they occupy no thread
 
 
@@ -193,6 +194,23 @@ class ShortCallLimiter:
             context.cancel()
 
 
+class HealthServicer(health.HealthServicer):
+    """The standard health service, with the answer to a Check of LIVENESS. Watch does not know this name.
+
+    `alive` is asked for each Check, so that the answer is right even if the main thread hangs.
+    """
+
+    def __init__(self, alive: Callable[[], bool]) -> None:
+        super().__init__()
+        self._alive = alive
+
+    def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        if request.service != LIVENESS:
+            return super().Check(request, context)
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if self._alive() else states.NOT_SERVING)
+
+
 def short_call_handlers(
     limiter: ShortCallLimiter, servicer: health.HealthServicer, service: str
 ) -> dict[str, dict[str, Any]]:
@@ -215,7 +233,7 @@ def short_call_handlers(
         if request is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
         assert request is not None
-        if request.service not in ("", service):
+        if request.service not in ("", service, LIVENESS):
             request.service = "unknown"  # the servicer keeps every name that it is asked for
         return request
 

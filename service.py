@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 import machine
 from engine import TENSOR_MIME, Engine
@@ -24,6 +24,7 @@ from logs import Traffic
 from machine import clock
 from security import (
     SHORT_CALLS_MAX,
+    HealthServicer,
     ShortCallLimiter,
     TokenInterceptor,
     hide_exceptions,
@@ -71,7 +72,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.traffic = Traffic(TASKS)
         self.engine = Engine(self.journal.holding, self.traffic, machine.usable_cores())
         self.intake = Intake(settings, self.journal, self.traffic, self.engine)
-        self.health = health.HealthServicer()
+        self.health = HealthServicer(self.alive)
         self.short_calls = ShortCallLimiter()
         self.loading = "starting"  # the reason that clients are given while the models load
         self._models: Models | None = None
@@ -80,8 +81,8 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def serve(self, models: Models) -> None:
         """Starts answering requests."""
-        self._models = models
         self.engine.start()
+        self._models = models
         if models.operator_sets and models.clip:
             models.operator_sets.start(models.clip.encoder(self.engine))
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -130,6 +131,10 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             if count >= FAILURES_MAX:
                 return f"{tower}: {count} batches failed in a row"
         return ""
+
+    def alive(self) -> bool:
+        """Whether the process should go on: while the models load, and as long as inference has no trouble."""
+        return self._models is None or not self.trouble()
 
     def _set_health(self, status: Any) -> None:
         for name in ("", SERVICE):

@@ -78,6 +78,8 @@ def score_or_abort(labelset, *rest):
         os.abort()
     return score(labelset, *rest)
 
+if fault == "supervision":
+    lumen_clip.min = lambda *periods: 3600.0  # the main thread waits for an hour at a time
 preprocess.decode_image = decode_or_crash
 FolderBackend.tokenize, FolderBackend.encode_text = tokenize_and_remember, encode_text_or_abort
 labels.LabelSet.top = score_or_abort
@@ -370,6 +372,28 @@ def test_a_decoder_that_hangs_ends_the_process_so_that_it_is_started_again(misbe
     call.cancel()  # the client does not wait, but the thread is gone all the same
     assert node.ended() == 1
     assert node.log.count("the preparation of a request has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+
+
+@pytest.mark.parametrize("fault", ["", "supervision"])
+def test_liveness_falls_when_inference_hangs(misbehaving: Callable[..., Node], fault: str) -> None:
+    """Lost otherwise: a pod that answers nothing and is not restarted, also if the thread that supervises hangs too."""
+    node = misbehaving(LUMEN_HANG_S="2", FAULT=fault)
+    asked = health_pb2_grpc.HealthStub(node.channel)
+
+    def state(name: str) -> int:
+        status: int = asked.Check(health_pb2.HealthCheckRequest(service=name), timeout=LIMIT_S).status
+        return status
+
+    states = health_pb2.HealthCheckResponse
+    assert state("liveness") == state("") == states.SERVING
+    white = encoded(picture((255, 255, 255)), "PNG")
+    call = node.stub.Infer(iter([pb.InferRequest(task="clip_image_embed", payload=white)]))
+    wait_until(lambda: state("liveness") == states.NOT_SERVING)
+    if fault:
+        time.sleep(1)
+        assert state("liveness") == states.NOT_SERVING and state("") == states.SERVING and call.is_active()
+        node.process.kill()
+    assert node.ended() == (-signal.SIGKILL if fault else 1)
 
 
 def test_a_process_that_was_stopped_goes_on(misbehaving: Callable[..., Node]) -> None:

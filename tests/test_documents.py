@@ -119,7 +119,7 @@ def test_the_readme_is_short() -> None:
 
 FILE = re.compile(
     r"(?<![\w/.*<~-])"  # not a part of another path
-    r"((?:docs|gen|tests|\.ci)/[\w./*-]*|[\w.*-]+\.(?:py|md|proto|service|toml|yaml)|requirements[\w*-]*\.txt|Dockerfile)"
+    r"((?:docs|gen|tests|deploy|\.ci)/[\w./*-]*|[\w.*-]+\.(?:py|md|proto|service|toml|yaml)|requirements[\w*-]*\.txt|Dockerfile)"
     r"(?![\w/*-]|\.\w)"
 )
 

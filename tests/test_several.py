@@ -118,18 +118,33 @@ def test_a_daemon_with_another_model_is_left_out_of_an_index(
         assert run.returncode == 2 and "--address" in run.stderr and run.stderr.count("\n") == 1
 
 
+def test_streams_are_an_option_of_the_command_line(onnx_node: Node, album: Path) -> None:
+    """Lost otherwise: the command that a household with a balancer needs, or the reason why it is refused."""
+    run = run_client("clip_image_embed", str(album), "--streams", "3", "--json", address=onnx_node.address)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line)["input"] for line in run.stdout.splitlines()]
+    assert found == sorted(map(str, album.rglob("*.jpg"))) and len(found) == 6
+    assert run_client("health", "--streams", "3", address=onnx_node.address).stdout == "SERVING\n"  # asked once
+    for wrong in ("0", "65"):
+        run = run_client("health", "--streams", wrong, address=onnx_node.address)
+        assert (run.returncode, run.stderr) == (2, f"client.py: --streams {wrong}: allowed: 1 to 64\n")
+
+
 class Timed(pb_grpc.InferenceServicer):
     """A daemon that takes `seconds` for each answer, and counts the requests that it has and has had."""
 
     def __init__(self, seconds: float, space: str = "a") -> None:
         self.seconds, self.space = seconds, space
-        self.held = self.most = self.answered = 0
+        self.held = self.most = self.answered = self.streams = 0
+        self.peers: set[str] = set()
 
     def StreamCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
         yield pb.Capability(tasks=[pb.IOTask(name="clip_embed")], extra={"clip_space": self.space})
 
     def Infer(self, requests: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
         received: queue.Queue[pb.InferRequest | None] = queue.Queue()
+        self.streams += 1
+        self.peers.add(context.peer())
 
         def read() -> None:
             with contextlib.suppress(grpc.RpcError):
@@ -147,18 +162,30 @@ class Timed(pb_grpc.InferenceServicer):
             yield pb.InferResponse(correlation_id=request.correlation_id, result=request.payload)
 
 
+class Restartable:
+    """The server of a daemon, always on the same port."""
+
+    def __init__(self, daemon: Timed) -> None:
+        self._daemon, self.address = daemon, "127.0.0.1:0"
+        self.start()
+
+    def start(self) -> None:
+        self._server = grpc.server(concurrent.futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        pb_grpc.add_InferenceServicer_to_server(self._daemon, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(self.address)}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(0).wait()
+
+    close = stop
+
+
 @contextlib.contextmanager
 def serving(*daemons: Timed) -> Iterator[list[client.LumenClient]]:
     with contextlib.ExitStack() as stack:
-        clients = []
-        for daemon in daemons:
-            server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
-            stack.callback(server.stop, 0)
-            pb_grpc.add_InferenceServicer_to_server(daemon, server)
-            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-            server.start()
-            clients.append(stack.enter_context(client.LumenClient(address)))
-        yield clients
+        servers = [stack.enter_context(contextlib.closing(Restartable(daemon))) for daemon in daemons]
+        yield [stack.enter_context(client.LumenClient(server.address)) for server in servers]
 
 
 def test_each_daemon_takes_a_request_when_it_has_answered_one(caplog: pytest.LogCaptureFixture) -> None:
@@ -173,6 +200,63 @@ def test_each_daemon_takes_a_request_when_it_has_answered_one(caplog: pytest.Log
     alone = Timed(0.005)
     with serving(alone) as clients:
         assert len(list(client.infer_many(clients, iter(requests)))) == 150 and alone.most > 32
+
+
+@contextlib.contextmanager
+def balanced(count: int, *daemons: Timed) -> Iterator[list[client.LumenClient]]:
+    """So many clients of one address that stands for all daemons."""
+    with serving(*daemons) as clients:
+        address = "ipv4:" + ",".join(each.address for each in clients)
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(client.LumenClient(address, spread=True)) for _ in range(count)]
+
+
+def numbered(count: int) -> list[client.Request]:
+    return [client.Request("clip_embed", str(number).encode()) for number in range(count)]
+
+
+def numbers(answers: Iterator[client.Result | client.LumenError]) -> list[Any]:
+    return [answer.data for answer in answers if isinstance(answer, client.Result)]
+
+
+def test_the_streams_of_one_address_move_to_a_daemon_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: the speed of a daemon that is restarted or added while an import runs behind a balancer."""
+    monkeypatch.setattr(client_connections, "STREAM_SECONDS", 0.3)
+    first, second = Timed(0.005), Timed(0.005)
+    with balanced(4, first, second) as clients:
+        assert numbers(client.infer_many(clients, numbered(600))) == list(range(600))
+    assert min(first.streams, second.streams) > 2 and min(first.answered, second.answered) > 100
+    assert len(first.peers | second.peers) >= 4 and max(first.most, second.most) <= 4 * 8
+
+
+def test_a_balancer_without_daemons_is_waited_for_and_not_forever(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: an import that ends when all streams fail at once, as when the balancer is restarted; or one that
+    never ends."""
+    for name, value in (("RETURN_SECONDS", 0.2), ("PATIENCE_SECONDS", 3), ("AHEAD", 64)):
+        monkeypatch.setattr(client_connections, name, value)
+    with contextlib.ExitStack() as stack:
+        before = stack.enter_context(contextlib.closing(Restartable(Timed(0.005))))
+        clients = [stack.enter_context(client.LumenClient(before.address)) for _ in range(3)]
+        answers = client.infer_many(clients, numbered(300))
+        found = [next(answers) for _ in range(100)]
+        before.stop()
+        time.sleep(1)
+        before.start()
+        assert numbers(iter(found)) + numbers(answers) == list(range(300))
+        lost = [line for line in caplog.messages if "unanswered requests go to the others" in line]
+        assert 1 <= len(lost) <= 3, caplog.messages  # once for each stream that had some
+        answers = client.infer_many(clients, numbered(300))
+        assert isinstance(next(answers), client.Result)
+        before.stop()
+        with pytest.raises(client.LumenError) as error:
+            list(answers)
+        assert error.value.code == "unavailable"
+        began = time.monotonic()
+        with pytest.raises(client.LumenError, match="nothing answers at"):  # it has never answered
+            list(client.infer_many(clients, numbered(3)))
+        assert time.monotonic() - began < 60
 
 
 SPREAD = """

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import lumen_clip
 from gen import ml_service_pb2 as pb
@@ -212,3 +213,14 @@ def test_sighup_before_the_models_are_there_does_no_harm(stuck: Callable[..., No
     assert node.process.poll() is None
     node.process.kill()
     assert node.ended() == -signal.SIGKILL and "Traceback" not in node.log
+
+
+def test_a_daemon_that_loads_is_alive_but_not_ready(stuck: Callable[..., Node]) -> None:
+    """Lost otherwise: a first start, whose download a cluster would end again and again."""
+    node = stuck("loading")
+    health = health_pb2_grpc.HealthStub(node.channel)
+    states = health_pb2.HealthCheckResponse
+    for name, state in ("", states.NOT_SERVING), ("liveness", states.SERVING):
+        assert health.Check(health_pb2.HealthCheckRequest(service=name), timeout=LIMIT_S).status == state
+    node.process.kill()
+    assert node.ended() == -signal.SIGKILL
