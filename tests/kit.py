@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TOOLS = {  # what a device does not need
     *("bench.py", "bench_load.py", "bench_simulation.py", "export.py", "export_rknn.py", "test_lumen.py"),
-    *("contact_sheet.py", "photo_index.py", "search.py"),
+    *("contact_sheet.py", "photo_index.py", "ray_embed.py", "search.py"),
 }
 RUNTIME = sorted({path.name for path in ROOT.glob("*.py")} - TOOLS)  # what a device copies, besides gen/
 

@@ -37,7 +37,7 @@ OTHER_VARIABLES = {
     "LUMEN_SEED": "tests of damaged pictures",
     "LUMEN_PHOTOS": "the comparison of JPEG decoding in the group measure",
 }
-PROGRAMS = ("client", "search", "lumen_clip", "bench", "export", "tree_of_life")
+PROGRAMS = ("client", "search", "lumen_clip", "bench", "export", "tree_of_life", "ray_embed")
 SUBCOMMANDS = {"tree_of_life": ("build", "info", "verify")}
 
 
