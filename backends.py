@@ -153,9 +153,11 @@ def _tuning_key(backend: Backend, most: int) -> str:
 def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
     """The fastest batch size within the time limit; of nearly equal ones the smallest.
 
-    Sizes take turns, because the speed of a machine changes from second to second.
+    Sizes take turns, because the speed of a machine changes from second to second. A size for which the memory does not
+    suffice, and all above it, are left out.
     """
-    sizes = sorted({size for size in (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32) if size < most} | {most})
+    usual = (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32, 64, 128, 256)
+    sizes = sorted({size for size in usual if size < most} | {most})
     longest = LONGEST_BATCH_S if backend.workers == 1 else LONGEST_SPLIT_S
 
     def measured(size: int) -> float:
@@ -164,7 +166,13 @@ def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
 
     taken: dict[int, list[float]] = {}
     for size in sizes:
-        seconds = min(measured(size) for _ in range(2))  # the first run allocates memory
+        try:
+            seconds = min(measured(size) for _ in range(2))  # the first run allocates memory
+        except Exception as error:  # each runtime has its own for a lack of memory
+            if not taken:
+                raise
+            log.warning("%s: batches of %d images fail (%s)", backend.model_id, size, one_line(error))
+            break
         if seconds <= longest or size == 1:
             taken[size] = [seconds]
         if seconds > longest:

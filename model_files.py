@@ -68,6 +68,7 @@ class Backend(Protocol):
     self_test_cosine: float | None  # the result of `self_test`, or None without golden inputs
     npu: str  # a description of the NPU in use, or ""
     accelerator: str  # the name of the GPU that runs the images, or "" if there is none or it is unknown
+    on_gpu: bool  # images run on a GPU, whose best batches are larger than those of a core
     refusal: str  # the reason why a requested NPU is not used, or ""
     open_length: bool  # texts run at their true length, so short texts take less time
     # How many `encode_images` may run at once, each on one core; 1: a single one on all cores. Threads of one batch

@@ -315,6 +315,7 @@ class FolderBackend:
         self.image, self.text = image, OnnxTextTower(folder)
         self.model_id, self.refusal = folder.model_id, refusal
         self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
+        self.on_gpu = bool(image.accelerator)
         self.preprocess, self.workers, self.open_length = image.preprocess, image.workers, self.text.open_length
         self.single_image_cores = image.single_image_cores
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))

@@ -26,10 +26,12 @@ from model_files import (
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
+from torch_device import Device
 
 log = logging.getLogger("lumen.torch_backend")
 MODULES = ("torch", "open_clip")  # that this backend needs
 
+DTYPES = {"fp32": "float32", "fp16": "float16"}  # of torch, by `ModelOptions.precision`
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -116,33 +118,40 @@ class TorchBackend:
         import open_clip
         import torch
 
-        device = chosen_device(options)
+        self._options, self._torch, self._cores = options, torch, usable_cores()
+        self.device = Device(chosen_device(options))
+        self.on_gpu, device = self.device.is_gpu, self.device.torch_device
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
         self.tokenizer = _tokenizer_of(name, self.weights)
         # OpenCLIP's model as it was trained
-        self.build = partial(
-            open_clip.create_model,
-            name,
-            device=device,
-            precision=options.precision,
-            require_pretrained=True,
-            **arguments,
-        )
-        try:
-            model: Any = self.build()
-            self.was_reparameterized = _reparameterize(model.visual)
-        except Exception as error:
-            log.debug("OpenCLIP could not build %s", name, exc_info=True)
-            text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
-            raise options.failure("MODEL", options.model, text) from error
-        self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
-        self._cores = usable_cores()
-        self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
-        self.precision, self.notice = options.precision, ""
+        self.build = partial(open_clip.create_model, name, device=device, require_pretrained=True, **arguments)
+        self.notice = ""
         self.golden: Mapping[str, Any] = {}
         self.self_test_cosine: float | None = None
-        self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
-        self.accelerator = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        self.runtime = "torch" if device.type == "cpu" else f"torch-{device.type}"
+        self.accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
+        self.workers = 1 if self.on_gpu else self._cores
+        self.single_image_cores = self._cores
+        self._load(options.precision)
+        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
+        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    def _load(self, precision: str) -> None:
+        """Loads the model in a precision, in place of the one before. Raises SettingError or BackendError."""
+        import open_clip
+
+        torch, options, device = self._torch, self._options, self.device.torch_device
+        self.model: Any = None
+        self._text: Any = None  # so that two models are never in memory
+        try:
+            model: Any = self.build(precision=precision)
+            self.was_reparameterized = _reparameterize(model.visual)
+        except Exception as error:
+            log.debug("OpenCLIP could not build %s", self.model_id, exc_info=True)
+            text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
+            raise options.failure("MODEL", options.model, text) from error
+        self.model, self.precision, self._dtype = model.eval(), precision, getattr(torch, DTYPES[precision])
         self.logit_scale = float(model.logit_scale.detach().exp())
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
@@ -150,10 +159,6 @@ class TorchBackend:
         self._mean, self._std = (
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
         )
-        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
-        # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
-        self.workers = self._cores if self._device.type == "cpu" else 1
-        self.single_image_cores = self._cores
         self._text = text = getattr(model, "text", model)  # OpenCLIP's CLIP has the parts of the text tower itself
         self._check_table(options)
         # Cutting at the end token is exact only for a causal tower that is pooled at that token.
@@ -166,7 +171,6 @@ class TorchBackend:
             and (visual.pool_type, visual.attn_pool, visual.transformer.batch_first) == ("tok", None, True)
             and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
         )
-        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
     def _check_table(self, options: ModelOptions) -> None:
         """Raises SettingError if the vocabulary is larger than the table of token embeddings."""
@@ -222,17 +226,13 @@ class TorchBackend:
 
     def _encode_images(self, pixels: Pixels, cores: int) -> Vectors:
         self._use_cores(cores)
-        with self._torch.inference_mode():
-            x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
-            return unit_rows(x.float().cpu().numpy())
+        return unit_rows(self.device.run(pixels, self.image_tower))
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         self._use_cores(self._cores)
-        with self._torch.inference_mode():
-            if self.open_length:
-                tokens = tokens[:, : true_length(tokens)]
-            x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
-            return unit_rows(x.float().cpu().numpy())
+        if self.open_length:
+            tokens = tokens[:, : true_length(tokens)]
+        return unit_rows(self.device.run(tokens, self.text_tower))
 
     def unload_text(self) -> None:
         """Does nothing: both towers are one model here, and building it again would take long."""
