@@ -58,14 +58,14 @@ class Backend(Protocol):
 
     model_id: str  # the same for images and texts
     runtime: str  # "torch", "torch-cuda", "onnxrt", "rknn"
-    precision: str  # "fp32", "fp16" or "int8"; what really runs
+    precision: str  # "fp32", "fp16", "bf16" or "int8"; what really runs
     dim: int
     logit_scale: float  # the model's own, after exp()
     logit_bias: float | None  # of models that were trained with a sigmoid, such as SigLIP
     preprocess: Preprocess
     notice: str  # a notice from the maker of the model to its users, or ""
     golden: Mapping[str, Any]  # inputs and expected vectors from the export, or {}; see `self_test`
-    self_test_cosine: float | None  # the result of `self_test`, or None without golden inputs
+    self_test_cosine: float | None  # the worst cosine of `self_test`, or of half precision to fp32; None: not tested
     npu: str  # a description of the NPU in use, or ""
     accelerator: str  # the name of the GPU that runs the images, or "" if there is none or it is unknown
     on_gpu: bool  # images run on a GPU, whose best batches are larger than those of a core
@@ -105,9 +105,9 @@ def encoder_of(backend: Backend) -> Encode:
 def space_of(weights: str, recipe: Preprocess, precision: str) -> str:
     """The name of a vector space, 12 hex digits. Vectors may be compared if their spaces are equal.
 
-    It depends on the weights, the preprocessing and the class of precision. float32 and float16 are one class, because
-    their vectors agree to a cosine of 0.9999; int8 is another. `weights`: the sha-256 of the original weights file,
-    from which exports were made.
+    It depends on the weights, the preprocessing and the class of precision. fp32, fp16 and bf16 are one class, because
+    their vectors agree to a cosine of 0.999 at least; int8 is another. `weights`: the sha-256 of the original weights
+    file, from which exports were made.
     """
     kind = "int8" if precision == "int8" else "float"
     return hashlib.sha256(json.dumps([weights, asdict(recipe), kind]).encode()).hexdigest()[:12]

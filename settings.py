@@ -171,7 +171,7 @@ def _setting(
     return field(default=default, metadata={"parse": parse, "path": path, "idle": idle})
 
 
-_PRECISION = _choice("fp32", "fp16")
+_PRECISION = _choice("auto", "fp32", "fp16")
 _SERVED = _with_backend("torch", "onnxrt", "rknn")
 _ONNX = _with_backend("onnxrt", "rknn")  # with rknn for texts, and for images where the NPU is refused
 _RKNN = _with_backend("rknn")
@@ -194,8 +194,9 @@ class ModelOptions:
     # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU. The container images for
     # GPUs set it for both models, so it is not reported for a model that is left out.
     device: str = _setting("", idle=_with_backend("torch", "none"))
-    # torch: fp16 halves the memory of a GPU and is faster there. A CPU has fp32 only.
-    precision: str = _setting("fp32", _PRECISION, idle=_with_backend("torch"))
+    # torch: half precision takes half of the memory of a GPU. auto: half precision on a GPU, if its vectors agree with
+    # those of fp32. A CPU has fp32 only.
+    precision: str = _setting("auto", _PRECISION, idle=_with_backend("torch"))
     # Images or texts that share one batch at most; 0: BATCH_SIZE, or on a GPU what the tuning finds, up to 256. More
     # need more memory, and others wait longer.
     max_batch_size: int = _setting(0, _number(1, 1024), idle=_SERVED)

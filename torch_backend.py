@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from errors import SettingError, one_line
 from machine import sha256_of, usable_cores
 from model_files import (
@@ -31,23 +33,27 @@ from torch_device import Device
 log = logging.getLogger("lumen.torch_backend")
 MODULES = ("torch", "open_clip")  # that this backend needs
 
-DTYPES = {"fp32": "float32", "fp16": "float16"}  # of torch, by `ModelOptions.precision`
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of torch, by `Backend.precision`
+# What `auto` tries on a GPU, in this order: float16 is more exact, but numbers above 65,504 do not exist in it.
+HALF_PRECISIONS = ("fp16", "bf16")
+HALF_FLOOR = 0.999  # the least cosine to the vectors of fp32, as of the vectors that an export carries
+SAMPLE_TEXTS = ("a", "a photo of a red bicycle.", "“curly” &amp; café, 山, 🦊", "a photo of many things " * 20)
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-def chosen_device(options: ModelOptions) -> str:
+def chosen_device(options: ModelOptions) -> Device:
     """CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given. Raises SettingError."""
     import torch
 
-    device = options.device
-    if not device:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = options.device
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        device = Device(name)
     except RuntimeError as error:
-        raise options.error("DEVICE", device, f"not a device of torch ({one_line(error)})") from error
-    if options.precision != "fp32" and kind == "cpu":
-        raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
+        raise options.error("DEVICE", name, f"not a device of torch ({one_line(error)})") from error
+    if options.precision == "fp16" and not device.is_gpu:
+        raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32 or auto")
     return device
 
 
@@ -92,7 +98,7 @@ def describe(models: str) -> None:
     for options in (ModelOptions(**values) for values in json.loads(models)):
         device, refusals = "", []
         try:
-            device = chosen_device(options)
+            device = str(chosen_device(options).torch_device)
         except SettingError as error:
             refusals.append(str(error))
         try:
@@ -119,7 +125,7 @@ class TorchBackend:
         import torch
 
         self._options, self._torch, self._cores = options, torch, usable_cores()
-        self.device = Device(chosen_device(options))
+        self.device = chosen_device(options)
         self.on_gpu, device = self.device.is_gpu, self.device.torch_device
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
         self.tokenizer = _tokenizer_of(name, self.weights)
@@ -133,7 +139,10 @@ class TorchBackend:
         # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
         self.workers = 1 if self.on_gpu else self._cores
         self.single_image_cores = self._cores
-        self._load(options.precision)
+        if options.precision == "auto":
+            self._choose_precision()
+        else:
+            self._load(options.precision)
         self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
@@ -151,7 +160,7 @@ class TorchBackend:
             log.debug("OpenCLIP could not build %s", self.model_id, exc_info=True)
             text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
             raise options.failure("MODEL", options.model, text) from error
-        self.model, self.precision, self._dtype = model.eval(), precision, getattr(torch, DTYPES[precision])
+        self.model, self.precision, self.dtype = model.eval(), precision, getattr(torch, DTYPES[precision])
         self.logit_scale = float(model.logit_scale.detach().exp())
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
@@ -170,6 +179,35 @@ class TorchBackend:
             type(visual) is open_clip.transformer.VisionTransformer
             and (visual.pool_type, visual.attn_pool, visual.transformer.batch_first) == ("tok", None, True)
             and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
+        )
+
+    def _choose_precision(self) -> None:
+        """Loads the model in half precision, if this is a GPU and the vectors of samples agree with those of fp32."""
+        self._load("fp32")
+        if not self.on_gpu:
+            return
+        expected = self._sample_vectors()
+        for precision in HALF_PRECISIONS:
+            try:
+                self._load(precision)
+                cosine = float((expected * self._sample_vectors()).sum(axis=1).min())
+                difference = f"cosine {cosine:.6f} to fp32; allowed: {HALF_FLOOR} and more"
+            except Exception as error:  # a vector that is not finite, or an operator that the device does not have
+                cosine, difference = 0.0, one_line(error)
+            if cosine >= HALF_FLOOR:
+                self.self_test_cosine = cosine
+                log.info("%s: %s, worst cosine to fp32 %.7f", self.model_id, precision, cosine)
+                return
+            log.warning("%s: %s is not used: self-test: %s", self.model_id, precision, difference)
+        self._load("fp32")
+
+    def _sample_vectors(self) -> Vectors:
+        """float32 `[n, dim]`, unit rows: of a picture of noise, a smooth one, and SAMPLE_TEXTS. Raises ValueError."""
+        side = self.preprocess.size
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        smooth = np.linspace(0, 255, side * side * 3).reshape(side, side, 3).astype(np.uint8)
+        return np.concatenate(
+            [self.encode_images(np.stack([noise, smooth])), self.encode_text(self.tokenize(SAMPLE_TEXTS))]
         )
 
     def _check_table(self, options: ModelOptions) -> None:
@@ -245,7 +283,7 @@ class TorchBackend:
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
         x = pixels.permute(0, 3, 1, 2).contiguous().float()
-        x = ((x / 255 - self._mean) / self._std).to(self._dtype)
+        x = ((x / 255 - self._mean) / self._std).to(self.dtype)
         if not self._pools_one_token:
             return self.model.encode_image(x)
         # Only one token of the last block is used. Computing only that one saves most of the block.
@@ -268,7 +306,7 @@ class TorchBackend:
         text, length = self._text, tokens.shape[1]
         if not self.open_length:
             return self.model.encode_text(tokens)
-        x = text.token_embedding(tokens).to(self._dtype) + text.positional_embedding[:length].to(self._dtype)
+        x = text.token_embedding(tokens).to(self.dtype) + text.positional_embedding[:length].to(self.dtype)
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
         x = x[self._torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
         projection = text.text_projection

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import re
+import shutil
 import threading
 import weakref
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.protobuf.empty_pb2 import Empty
 
 import backends
 import lumen_clip
 import model
 import service
+import torch_backend
 import torch_device
 from engine import Engine
 from gen import ml_service_pb2 as pb
@@ -33,13 +37,17 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def served(card: None, tiny: Path, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
-    """(daemon, CLIP's `Model`, stub) of a daemon in this process, on a real socket, with batches of up to 256."""
+def served(request: pytest.FixtureRequest, card: None, tiny: Path, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """(daemon, CLIP's `Model`, stub) of a daemon in this process, on a real socket, with batches of up to 256.
+
+    The parameter is CLIP_PRECISION.
+    """
     settings = settings_of(
         lumen_data_dir=write_labels(tmp_path),
         bioclip_backend="none",
         clip_model=tiny,
         clip_templates=1,
+        clip_precision=getattr(request, "param", "fp32"),
         clip_max_batch_size=256,
         lumen_tune=0,
         lumen_jpeg_draft=0,
@@ -72,6 +80,65 @@ def embedded(stub: Any, files: list[bytes]) -> Any:
 def expected_of(loaded: Any, files: list[bytes]) -> Any:
     """The same, each picture alone."""
     return np.concatenate([loaded.backend.encode_images(pixels_of(file)[None]) for file in files])
+
+
+def agreement(backend: Any, exact: Any) -> float:
+    """The worst cosine of two backends for pictures and texts that are none of the self-test's."""
+    pixels = np.stack([pixels_of(file) for file in photos(6)])
+    tokens = exact.tokenize(["a dog", "a landscape with two red houses and a river", "Vulpes vulpes"])
+    images = backend.encode_images(pixels) * exact.encode_images(pixels)
+    return float(np.concatenate([images, backend.encode_text(tokens) * exact.encode_text(tokens)]).sum(axis=1).min())
+
+
+def with_large_activations(tiny: Path, folder: Path) -> Path:
+    """The same model, but numbers in the image tower exceed the largest of float16."""
+    shutil.copytree(tiny, folder)
+    weights = torch.load(folder / "open_clip_pytorch_model.bin")
+    for name in weights:
+        if name.startswith("visual.") and "mlp.c_fc" in name:
+            weights[name] *= 1e6  # GELU of it is nearly ReLU, which is linear in a factor
+        elif name.startswith("visual.") and "mlp.c_proj.weight" in name:
+            weights[name] /= 1e6
+    torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("served", ["auto"], indirect=True)
+def test_a_gpu_runs_in_half_precision_and_says_so(served: Any, tiny: Path) -> None:
+    """Lost otherwise: half of the speed and of the memory of a card that nobody set anything for, or an operator who
+    does not know what runs; and an index, if vectors of both precisions did not belong together."""
+    _, loaded, stub = served
+    exact = load(tiny, "torch", precision="fp32")
+    capability = stub.GetCapabilities(Empty())
+    assert list(capability.precisions) == ["fp16"] and 0.999 < float(capability.extra["clip_self_test"]) < 1
+    assert loaded.backend.model.visual.conv1.weight.dtype == torch.float16
+    assert capability.extra["clip_space"] == exact.space
+    assert 0.9999 < agreement(loaded.backend, exact) < 1
+    files = photos(20)
+    assert (embedded(stub, files) * expected_of(loaded, files)).sum(axis=1).min() > 0.9999
+
+
+def test_auto_is_fp32_on_a_cpu(tiny: Path) -> None:
+    """Lost otherwise: the speed of a CPU, which converts half precision back and forth."""
+    backend = load(tiny, "torch")
+    assert (backend.precision, backend.self_test_cosine) == ("fp32", None)
+
+
+def test_a_model_that_float16_is_too_small_for_runs_in_bfloat16_or_fp32(
+    card: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost otherwise: right answers, or the start, with a model whose numbers are larger than those of float16."""
+    folder = with_large_activations(tiny, tmp_path / "large")
+    exact = load(folder, "torch", precision="fp32")
+    backend = load(folder, "torch")
+    assert backend.precision == "bf16" and backend.self_test_cosine > 0.999
+    assert "fp16 is not used: self-test: ValueError: the model returned a vector that is not finite" in caplog.text
+    assert 0.999 < agreement(backend, exact) < 1 and backend.space == exact.space
+    monkeypatch.setattr(torch_backend, "HALF_FLOOR", 0.9999999)
+    backend = load(folder, "torch")
+    assert (backend.precision, backend.self_test_cosine) == ("fp32", None)
+    assert re.search(r"bf16 is not used: self-test: cosine 0\.99\d+ to fp32; allowed: 0\.9999999 and more", caplog.text)
+    assert agreement(backend, exact) > 0.999999
 
 
 def test_a_gpu_is_tuned_up_to_256_images_and_a_cpu_is_not(
