@@ -368,7 +368,7 @@ def _classes(
             say(f"computing text vectors for {backend.model_id}: {done} of {total} labels")
 
         found = label_cache.cached_vectors(folder, names, recipe, encode, key, older, progress)
-        return LabelSet(names, found.vecs, backend.logit_scale)
+        return LabelSet(names, found.vecs, backend.logit_scale, backend.hold_rows(found.vecs))
 
     def complete() -> LabelSet:
         found = computed(recipe, model.encoder(engine), folder, quiet)

@@ -27,6 +27,7 @@ from machine import replace_file, sha256_of
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import Tokens
+from torch_device import DeviceRows
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
@@ -92,6 +93,9 @@ class Backend(Protocol):
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
+
+    def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
+        """The rows of a label set on the device of the model, if that should compute its scores; else None."""
 
     def unload_text(self) -> None:
         """Frees the memory of the text tower until the next text, if loading it again takes only a second or two."""

@@ -345,6 +345,9 @@ class FolderBackend:
         self.image.prepare_single()
         self.single_image_cores = self.image.single_image_cores
 
+    def hold_rows(self, rows: NDArray[Any]) -> None:
+        """None: the CPU computes the scores."""
+
     def unload_text(self) -> None:
         self.text.unload()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from errors import SettingError, one_line
 from machine import sha256_of, usable_cores
@@ -28,7 +29,7 @@ from model_files import (
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
-from torch_device import Device
+from torch_device import Device, DeviceRows
 
 log = logging.getLogger("lumen.torch_backend")
 MODULES = ("torch", "open_clip")  # that this backend needs
@@ -271,6 +272,9 @@ class TorchBackend:
         if self.open_length:
             tokens = tokens[:, : true_length(tokens)]
         return unit_rows(self.device.run(tokens, self.text_tower))
+
+    def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
+        return self.device.hold(rows)
 
     def unload_text(self) -> None:
         """Does nothing: both towers are one model here, and building it again would take long."""

@@ -1,4 +1,4 @@
-"""A device of torch: copies batches to it, runs a model there, and copies the vectors back.
+"""A device of torch: copies batches to it, runs a model there, copies the vectors back, and scores label sets there.
 
 Everything that depends on the kind of a device is in this file. `torch_backend.py` knows models, and no device.
 """
@@ -6,16 +6,21 @@ Everything that depends on the kind of a device is in this file. `torch_backend.
 from __future__ import annotations
 
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from errors import one_line
+from machine import memory
 
 GPUS = ("cuda", "mps")  # the kinds of devices that have cores and memory of their own; ROCm shows as "cuda"
+ROWS_SHARE = 10  # the rows of a label set may take a tenth of the free memory of a GPU; batches need the rest
+BLOCK_ROWS = 32_768  # float16 rows that are converted to float32 at a time: 100 MB at 768 dimensions
+POSITIONS_KEPT = 16  # lists of positions that are kept on the device; see `DeviceRows.positions`
 
 
 class Device:
@@ -34,14 +39,29 @@ class Device:
 
         Raises MemoryError if the memory of a GPU does not suffice.
         """
-        with self._computing():
+        with self.computing():
             found = tower(self._torch.from_numpy(batch).to(self.torch_device))
             vectors: NDArray[np.float32] = found.float().cpu().numpy()
             return vectors
 
+    def hold(self, rows: NDArray[Any]) -> DeviceRows | None:
+        """The rows of a label set in the memory of a GPU. None if they take too much of it, or if this is no GPU.
+
+        None for MPS as well, which has no float64. `rows`: float32 or float16 `[n, dim]`.
+        """
+        if not self.is_gpu or self.kind == "mps" or rows.nbytes > self.free_memory() // ROWS_SHARE:
+            return None
+        return DeviceRows(self, rows)
+
+    def free_memory(self) -> int:
+        """Bytes."""
+        if self.kind == "cuda":
+            return int(self._torch.cuda.mem_get_info(self.torch_device)[0])
+        return memory()[0]
+
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """A context for the work on a batch. A GPU without memory for it keeps nothing of it."""
+    def computing(self) -> Iterator[None]:
+        """A context for the work on a batch. Raises MemoryError on a GPU without memory for it, which keeps nothing."""
         try:
             with self._torch.inference_mode():
                 yield
@@ -55,3 +75,96 @@ class Device:
         """Gives back the memory that torch keeps for later batches, so that a smaller one finds it in one piece."""
         if self.kind == "cuda":
             self._torch.cuda.empty_cache()
+
+
+class DeviceRows:
+    """The rows of a label set on a GPU, in the precision in which they are stored; see `labels.Cosines`.
+
+    Products and sums are in float32, as on the CPU: float16 products would change a score by 1.2 %
+    (docs/internals.md, "On a GPU"). One thread at a time may use it.
+    """
+
+    threads = None
+
+    def __init__(self, device: Device, rows: NDArray[Any]) -> None:
+        """`rows`: float32 or float16 `[n, dim]`."""
+        import torch
+
+        self.torch, self._device = torch, device
+        self._positions: OrderedDict[int, tuple[NDArray[Any], Any]] = OrderedDict()
+        with self.scoring():
+            kind = torch.float16 if rows.dtype == np.float16 else torch.float32
+            self._rows = torch.empty(rows.shape, dtype=kind, device=device.torch_device)
+            for at in range(0, len(rows), BLOCK_ROWS):
+                self._rows[at : at + BLOCK_ROWS] = torch.from_numpy(np.array(rows[at : at + BLOCK_ROWS]))
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """A context for `rows` and for the use of what it returns."""
+        return self._device.computing()
+
+    def __call__(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 `[b, dim]` unit rows -> their cosines, float32 `[b, n]`."""
+        with self.scoring():
+            cosines: NDArray[np.float32] = self._cosines(queries).cpu().numpy()
+            return cosines
+
+    def rows(self, queries: NDArray[np.float32]) -> list[DeviceRow]:
+        """The same, which stays on the device: one row for each query."""
+        return [DeviceRow(self, row) for row in self._cosines(queries)]
+
+    def _cosines(self, queries: NDArray[np.float32]) -> Any:
+        columns = self.torch.from_numpy(queries).to(self._rows.device).T
+        found = self.torch.empty((len(queries), len(self._rows)), device=self._rows.device)
+        for at in range(0, len(self._rows), BLOCK_ROWS):
+            found[:, at : at + BLOCK_ROWS] = (self._rows[at : at + BLOCK_ROWS].float() @ columns).T
+        return found
+
+    def positions(self, positions: NDArray[Any]) -> Any:
+        """The same positions on the device, int64. The latest ones are kept: `species.Tree` returns the same arrays,
+        of up to 7 MB, again and again. They must not be changed."""
+        key = id(positions)
+        if key not in self._positions:
+            self._positions[key] = positions, self.copied(positions)  # with the array, so that no other has its id
+        self._positions.move_to_end(key)
+        while len(self._positions) > POSITIONS_KEPT:
+            self._positions.popitem(last=False)
+        return self._positions[key][1]
+
+    def copied(self, positions: NDArray[Any]) -> Any:
+        return self.torch.from_numpy(np.array(positions, np.int64)).to(self._rows.device)
+
+
+class DeviceRow:
+    """The float32 values of one query on a GPU: cosines, probabilities, or sums of them; see `labels.HostRow`."""
+
+    def __init__(self, owner: DeviceRows, values: Any) -> None:
+        """`values`: float32 tensor `[n]`."""
+        self._owner, self._values = owner, values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def probabilities(
+        self, logit_scale: np.float32, inside: NDArray[Any] | None = None, bias: float | None = None
+    ) -> DeviceRow:
+        values = self._values if inside is None else self._values[self._owner.positions(inside)]
+        logits = values * float(logit_scale)
+        return DeviceRow(self._owner, logits.softmax(0) if bias is None else (logits + bias).sigmoid())
+
+    def sums(self, starts: NDArray[Any]) -> DeviceRow:
+        # float64, because the sum of a few rows is the difference of two sums of many. The first row starts a taxon.
+        totals = self._values.double().cumsum(0)
+        before = totals[self._owner.positions(starts)[1:] - 1]
+        upto = self._owner.torch.cat([before, totals[-1:]])
+        upto[1:] -= before
+        return DeviceRow(self._owner, upto.float())
+
+    def best(self, count: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        found = self._values.topk(min(count, len(self._values)))
+        positions, values = found.indices.cpu().numpy(), found.values.cpu().numpy()
+        order = np.lexsort((positions, -values))
+        return positions[order], values[order]
+
+    def at(self, positions: NDArray[Any]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self._values[self._owner.copied(positions)].cpu().numpy()
+        return found
