@@ -44,7 +44,7 @@ class Model:
         self.tuning: backends.Tuning | None = None  # see `adapt`
 
         def images(items: list[Any]) -> Sequence[Any]:
-            return rows_of(backend.encode_images(np.stack(items)), len(items))
+            return rows_of(backend.encode_images(backend.stack(items)), len(items))
 
         def single_image(items: list[Any]) -> Sequence[Any]:
             return rows_of(backend.encode_single(np.stack(items)), len(items))
@@ -67,7 +67,8 @@ class Model:
                 images,
                 batch_size,
                 Stage.BULK,
-                backend.workers > 1,
+                spread=backend.workers > 1 and not backend.on_gpu,
+                threads=backend.workers if backend.workers > 1 and backend.on_gpu else 0,
                 tower=f"{name} image",
                 journaled=True,
                 run_single=single_image,

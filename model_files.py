@@ -72,15 +72,18 @@ class Backend(Protocol):
     on_gpu: bool  # images run on a GPU, whose best batches are larger than those of a core
     refusal: str  # the reason why a requested NPU is not used, or ""
     open_length: bool  # texts run at their true length, so short texts take less time
-    # How many `encode_images` may run at once, each on one core; 1: a single one on all cores. Threads of one batch
-    # wait for each other at every operator, and for a core that decodes: a batch on each core is a tenth faster at
-    # ViT-B-32 size, and a third if the batch size is fixed at one.
+    # How many `encode_images` may run at once: on a GPU, or each on one core; 1: a single one on all cores. Threads of
+    # one batch wait for each other at every operator, and for a core that decodes: a batch on each core is a tenth
+    # faster at ViT-B-32 size, and a third if the batch size is fixed at one.
     workers: int
     single_image_cores: int  # on how many cores `encode_single` runs
     space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """int64 `[n, context_length]`."""
+
+    def stack(self, pictures: Sequence[Pixels]) -> Pixels:
+        """uint8 `[size, size, 3]` each -> a batch for `encode_images`, in memory that suits the device."""
 
     def encode_images(self, pixels: Pixels) -> Vectors:
         """uint8 `[n, size, size, 3]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""

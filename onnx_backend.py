@@ -309,6 +309,8 @@ class OnnxTextTower:
 class FolderBackend:
     """An image tower and an ONNX text tower of one folder, as a `Backend`."""
 
+    stack = staticmethod(np.stack)
+
     def __init__(self, folder: ModelFolder, image: ImageTower, precision: str = "", refusal: str = "") -> None:
         """`precision`: that of the image tower; by default the manifest's."""
         manifest, config = folder.manifest, folder.config

@@ -138,7 +138,8 @@ class TorchBackend:
         self.runtime = "torch" if device.type == "cpu" else f"torch-{device.type}"
         self.accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
-        self.workers = 1 if self.on_gpu else self._cores
+        self.workers = self.device.batches if self.on_gpu else self._cores
+        self.stack = self.device.stack
         self.single_image_cores = self._cores
         if options.precision == "auto":
             self._choose_precision()
@@ -181,6 +182,7 @@ class TorchBackend:
             and (visual.pool_type, visual.attn_pool, visual.transformer.batch_first) == ("tok", None, True)
             and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
         )
+        self.device.synchronize()
 
     def _choose_precision(self) -> None:
         """Loads the model in half precision, if this is a GPU and the vectors of samples agree with those of fp32."""
@@ -271,7 +273,7 @@ class TorchBackend:
         self._use_cores(self._cores)
         if self.open_length:
             tokens = tokens[:, : true_length(tokens)]
-        return unit_rows(self.device.run(tokens, self.text_tower))
+        return unit_rows(self.device.run(tokens, self.text_tower, urgent=True))
 
     def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
         return self.device.hold(rows)

@@ -5,10 +5,11 @@ Everything that depends on the kind of a device is in this file. `torch_backend.
 
 from __future__ import annotations
 
+import queue
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,53 @@ from errors import one_line
 from machine import memory
 
 GPUS = ("cuda", "mps")  # the kinds of devices that have cores and memory of their own; ROCm shows as "cuda"
+# Batches of images that a GPU has at a time: while one is computed, the next is copied and its work is handed over.
+BATCHES_IN_FLIGHT = 2
 ROWS_SHARE = 10  # the rows of a label set may take a tenth of the free memory of a GPU; batches need the rest
 BLOCK_ROWS = 32_768  # float16 rows that are converted to float32 at a time: 100 MB at 768 dimensions
 POSITIONS_KEPT = 16  # lists of positions that are kept on the device; see `DeviceRows.positions`
 
 
+class Stream:
+    """A sequence of work on a device: of a CPU or of MPS here, where copies wait for the work before them."""
+
+    def entered(self) -> AbstractContextManager[Any]:
+        """A context for work that belongs to the stream."""
+        return nullcontext()
+
+    def record(self) -> None:
+        """Marks the end of the work of a batch."""
+
+    def wait(self) -> None:
+        """Blocks until the device has reached the mark."""
+
+
+class CudaStream(Stream):
+    """A stream of a CUDA device. Work on several of them overlaps, and the host goes on meanwhile."""
+
+    def __init__(self, device: Any, urgent: bool) -> None:
+        """`urgent`: its work goes before that of the others."""
+        from torch import cuda
+
+        self._cuda, self._stream = cuda, cuda.Stream(device, priority=-1 if urgent else 0)
+        self._mark = cuda.Event(blocking=True)  # a thread that waits sleeps; the cores are needed for decoding
+
+    def entered(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._cuda.stream(self._stream)
+        return context
+
+    def record(self) -> None:
+        self._mark.record(self._stream)
+
+    def wait(self) -> None:
+        self._mark.synchronize()
+
+
 class Device:
-    """A CPU or a GPU. Thread-safe."""
+    """A CPU or a GPU. Thread-safe.
+
+    A GPU has streams for its batches of images, one for texts, and one for scoring.
+    """
 
     def __init__(self, name: str) -> None:
         """`name`: "cpu", "cuda:1" and so on; see `torch_backend.chosen_device`."""
@@ -33,16 +74,51 @@ class Device:
         self._torch, self.torch_device = torch, torch.device(name)
         self.kind: str = self.torch_device.type
         self.is_gpu = self.kind in GPUS
+        self.batches = BATCHES_IN_FLIGHT if self.is_gpu and self.kind != "mps" else 1  # of images, on a GPU
+        self._images, self._texts = queue.SimpleQueue[Stream](), queue.SimpleQueue[Stream]()
+        for _ in range(self.batches):
+            self._images.put(self._new_stream())
+        self._texts.put(self._new_stream(urgent=True))
+        self.scoring = self._new_stream()
 
-    def run(self, batch: NDArray[Any], tower: Callable[[Any], Any]) -> NDArray[np.float32]:
+    def _new_stream(self, urgent: bool = False) -> Stream:
+        return CudaStream(self.torch_device, urgent) if self.kind == "cuda" else Stream()
+
+    def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """A batch of uint8 arrays, in memory from which a GPU copies by itself. torch keeps it for later ones."""
+        if not self.is_gpu:
+            return np.stack(pictures)
+        shape, pinned = (len(pictures), *pictures[0].shape), self.kind == "cuda"
+        batch: NDArray[np.uint8] = self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=pinned).numpy()
+        return np.stack(pictures, out=batch)
+
+    def run(self, batch: NDArray[Any], tower: Callable[[Any], Any], urgent: bool = False) -> NDArray[np.float32]:
         """Runs a tower on a batch of this process's memory; -> float32 `[n, dim]`, as the tower returns it.
 
-        Raises MemoryError if the memory of a GPU does not suffice.
+        On a GPU it waits for one of the streams for images, or for that for texts (`urgent`), and then once for its
+        result. Raises MemoryError if the memory of a GPU does not suffice.
         """
-        with self.computing():
-            found = tower(self._torch.from_numpy(batch).to(self.torch_device))
-            vectors: NDArray[np.float32] = found.float().cpu().numpy()
+        if not self.is_gpu:
+            with self.computing():
+                vectors: NDArray[np.float32] = tower(self._torch.from_numpy(batch)).float().numpy()
+                return vectors
+        streams, by_itself = self._texts if urgent else self._images, self.kind == "cuda"
+        stream = streams.get()
+        try:
+            with self.computing(), stream.entered():
+                found = tower(self._torch.from_numpy(batch).to(self.torch_device, non_blocking=by_itself)).float()
+                result = self._torch.empty(found.shape, pin_memory=by_itself).copy_(found, non_blocking=by_itself)
+                stream.record()
+            stream.wait()
+            vectors = result.numpy()
             return vectors
+        finally:
+            streams.put(stream)
+
+    def synchronize(self) -> None:
+        """Waits for what was copied to a GPU outside of its streams, such as the weights of a model."""
+        if self.kind == "cuda":
+            self._torch.cuda.synchronize(self.torch_device)
 
     def hold(self, rows: NDArray[Any]) -> DeviceRows | None:
         """The rows of a label set in the memory of a GPU. None if they take too much of it, or if this is no GPU.
@@ -98,9 +174,11 @@ class DeviceRows:
             for at in range(0, len(rows), BLOCK_ROWS):
                 self._rows[at : at + BLOCK_ROWS] = torch.from_numpy(np.array(rows[at : at + BLOCK_ROWS]))
 
-    def scoring(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
         """A context for `rows` and for the use of what it returns."""
-        return self._device.computing()
+        with self._device.computing(), self._device.scoring.entered():
+            yield
 
     def __call__(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 `[b, dim]` unit rows -> their cosines, float32 `[b, n]`."""

@@ -6,10 +6,12 @@ import concurrent.futures
 import re
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
@@ -23,11 +25,25 @@ import model
 import service
 import torch_backend
 import torch_device
-from engine import Engine
+from engine import Engine, Stage
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
 from model_files import quiet
-from tests.kit import COLOURS, LIMIT_S, encoded, load, picture, pixels_of, queued, settings_of, wait_until, write_labels
+from tests.hostile import impatient
+from tests.kit import (
+    COLOURS,
+    LIMIT_S,
+    Node,
+    encoded,
+    load,
+    picture,
+    pixels_of,
+    queued,
+    settings_of,
+    submitted,
+    wait_until,
+    write_labels,
+)
 
 
 @pytest.fixture
@@ -79,7 +95,7 @@ def embedded(stub: Any, files: list[bytes]) -> Any:
 
 def expected_of(loaded: Any, files: list[bytes]) -> Any:
     """The same, each picture alone."""
-    return np.concatenate([loaded.backend.encode_images(pixels_of(file)[None]) for file in files])
+    return np.concatenate([loaded.backend.encode_images(np.array(pixels_of(file))[None]) for file in files])
 
 
 def agreement(backend: Any, exact: Any) -> float:
@@ -199,29 +215,36 @@ def test_a_batch_that_a_card_has_no_memory_for_is_halved_and_no_request_is_lost(
     """Lost otherwise: the photographs of an import on a card that another program shares, or its memory for good."""
     daemon, loaded, stub = served
     backend, sizes, alive_at_cleaning = loaded.backend, list[int](), list[int]()
-    activations: list[weakref.ref[Any]] = []
+    dropped: list[weakref.ref[Any]] = []  # activations of batches that failed
+    gathered = threading.Event()
     files = photos(96)
     expected = expected_of(loaded, files)
     tower = backend.image_tower
 
     def with_little_memory(pixels: Any) -> Any:
+        assert gathered.wait(LIMIT_S)
         sizes.append(len(pixels))
         layer = torch.zeros(len(pixels), 1000)
-        activations.append(weakref.ref(layer))
         if len(pixels) > 8:
+            dropped.append(weakref.ref(layer))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return tower(pixels)
 
     def cleaned(_: Any) -> None:
-        alive_at_cleaning.append(sum(layer() is not None for layer in activations))
+        alive_at_cleaning.append(sum(layer() is not None for layer in dropped[-1:]))
 
     monkeypatch.setattr(backend, "image_tower", with_little_memory)
     monkeypatch.setattr(torch_device.Device, "empty_cache", cleaned)
     with concurrent.futures.ThreadPoolExecutor(4) as clients:
-        found = np.concatenate(list(clients.map(lambda part: embedded(stub, part), [files[i::4] for i in range(4)])))
+        answers = clients.map(lambda part: embedded(stub, part), [files[i::4] for i in range(4)])
+        wait_until(lambda: queued(daemon, " image") > 64)
+        gathered.set()
+        found = np.concatenate(list(answers))
     assert np.allclose(found, np.concatenate([expected[i::4] for i in range(4)]), atol=1e-5)
     failed = [size for size in sizes if size > 8]
-    assert failed and alive_at_cleaning == [0] * len(failed)  # the cache is emptied when nothing is held any more
+    assert max(failed) > 32 and alive_at_cleaning == [0] * len(
+        failed
+    )  # the cache is emptied when nothing is held any more
     assert loaded.image.size_limit() <= 8 and loaded.image.batch_size == 256  # remembered, for a while
     sizes.clear()
     assert np.allclose(embedded(stub, files), expected, atol=1e-5)
@@ -251,3 +274,173 @@ def test_a_stream_has_two_batches_of_a_gpu_in_progress(served: Any) -> None:
         assert queued(daemon, " image") <= at_once
         gate.set()
         assert len(answers.result()) == at_once + 100
+
+
+class Slow(torch_device.Stream):
+    """A stream whose device takes its time, so that batches end in another order than they began in."""
+
+    random = np.random.default_rng(3)
+    marks = waits = 0
+
+    def record(self) -> None:
+        Slow.marks += 1
+
+    def wait(self) -> None:
+        Slow.waits += 1
+        time.sleep(self.random.uniform(0, 0.02))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
+    monkeypatch.setattr(torch_device, "Stream", Slow)
+    monkeypatch.setattr(Slow, "marks", 0)
+    monkeypatch.setattr(Slow, "waits", 0)
+    return Slow
+
+
+def test_answers_are_right_and_in_order_with_two_batches_in_flight(slow: type[Slow], served: Any) -> None:
+    """Lost otherwise: every answer that a client gets is that of another picture, as soon as two batches overlap."""
+    _, loaded, stub = served
+    backend, files, most = loaded.backend, photos(160), 0
+    words = [f"a text about {i} things" for i in range(80)]
+    expected = expected_of(loaded, files)
+    expected_words = np.concatenate([backend.encode_text(backend.tokenize([word])) for word in words])
+    slow.marks = slow.waits = 0
+    encode_images, encode_text, batches = backend.encode_images, backend.encode_text, list[int]()
+
+    def counted(encode: Any) -> Any:
+        def run(batch: Any) -> Any:
+            nonlocal most
+            batches.append(len(batch))
+            most = max(most, loaded.image.running)
+            return encode(batch)
+
+        return run
+
+    backend.encode_images = backend.encode_single = counted(encode_images)
+    backend.encode_text = counted(encode_text)
+
+    def words_of(part: slice) -> Any:
+        meta = {"lumen.output.kind": "tensor"}
+        requests = [pb.InferRequest(task="clip_embed", payload=word.encode(), meta=meta) for word in words[part]]
+        answers = list(stub.Infer(iter(requests), timeout=LIMIT_S))
+        return np.stack([np.frombuffer(answer.result, "<f4") for answer in answers])
+
+    parts = [slice(at, at + 20) for at in range(0, 160, 20)]
+    with concurrent.futures.ThreadPoolExecutor(12) as clients:
+        pictures = [clients.submit(embedded, stub, files[part]) for part in parts]
+        texts = [clients.submit(words_of, part) for part in parts[:4]]
+        found = np.concatenate([answer.result() for answer in pictures])
+        found_words = np.concatenate([answer.result() for answer in texts])
+    assert np.allclose(found, expected, atol=1e-5) and np.allclose(found_words, expected_words, atol=1e-5)
+    assert most == 2 and len(batches) == slow.marks == slow.waits  # one wait for each batch
+    assert {thread.name for thread in threading.enumerate()} >= {"clip image-0", "clip image-1"}
+
+
+def test_neither_texts_nor_scores_wait_for_the_images_of_a_gpu(served: Any) -> None:
+    """Lost otherwise: searches during an import, and the card, which would wait for the scores of the last batch."""
+    daemon, loaded, stub = served
+    tower, gate, inside = loaded.backend.image_tower, threading.Event(), threading.Semaphore(0)
+    stage = daemon._models._stages["classes"]
+    score, scoring, scored = stage.run, threading.Event(), threading.Event()
+
+    def held(pixels: Any) -> Any:
+        inside.release()
+        assert gate.wait(LIMIT_S)
+        return tower(pixels)
+
+    def held_scores(items: Any) -> Any:
+        scoring.set()
+        assert scored.wait(LIMIT_S)
+        return score(items)
+
+    stage.run = held_scores
+    first, second, third, fourth = photos(4)
+    with concurrent.futures.ThreadPoolExecutor(4) as clients:
+        classified = clients.submit(stub.Infer, iter([pb.InferRequest(task="clip_classify", payload=first)]))
+        assert scoring.wait(LIMIT_S)
+        assert embedded(stub, [second]).shape == (1, 64)  # while the thread for scores is busy
+        scored.set()
+        [answer] = classified.result()
+        assert answer.result
+        loaded.backend.image_tower = held
+        images = []
+        for number, file in enumerate((third, fourth)):
+            images.append(clients.submit(embedded, stub, [file]))
+            assert inside.acquire(timeout=LIMIT_S) and loaded.image.running == number + 1
+        response = next(stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")]), timeout=LIMIT_S))
+        assert response.result and not any(image.done() for image in images)
+        gate.set()
+        assert all(image.result().shape == (1, 64) for image in images)
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_a_cuda_stream_uses_torch_as_it_is_declared(urgent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: every start on a card, by a misspelt argument that no CPU ever sees."""
+    calls, names = mock.Mock(), ("Stream", "Event", "stream")
+    for name in names:  # they refuse arguments that the real ones do not take
+        made = mock.create_autospec(getattr(torch.cuda, name))
+        calls.attach_mock(made, name)
+        monkeypatch.setattr(torch.cuda, name, made)
+    stream = torch_device.CudaStream(torch.device("cuda:1"), urgent)
+    assert stream.entered() is calls.stream.return_value
+    stream.record()
+    stream.wait()
+    own = calls.Stream.return_value
+    assert calls.mock_calls == [
+        mock.call.Stream(torch.device("cuda:1"), priority=-1 if urgent else 0),
+        mock.call.Event(blocking=True),
+        mock.call.stream(own),
+        mock.call.Event().record(own),
+        mock.call.Event().synchronize(),
+    ]
+
+
+def test_an_engine_ends_the_threads_of_a_gpu() -> None:
+    """Lost otherwise: a daemon that does not stop, or a hang of a card that nobody notices."""
+    made, release, began = Engine(workers=1), threading.Event(), threading.Event()
+
+    def hang(items: list[Any]) -> list[Any]:
+        began.set()
+        assert release.wait(LIMIT_S)
+        return items
+
+    stage = made.add(Stage("image", hang, 4, Stage.BULK, threads=2))
+    made.start()
+    assert made.is_alive() and made.busy_since is None
+    job = submitted(made, stage)
+    assert began.wait(LIMIT_S) and made.busy_since is not None
+    release.set()
+    assert job.answer.result(LIMIT_S)
+    made.stop()
+    assert not any(thread.is_alive() for thread in made._threads) and not made.is_alive()
+
+
+@pytest.mark.parametrize("rows", ["on the card", "on the CPU"])
+def test_a_gpu_gives_the_answers_of_a_cpu(rows: str, tiny: Path, torch_node: Node, tmp_path: Path) -> None:
+    """Lost otherwise: the right answers of the tasks, which nobody compares on a card."""
+    constants = {"torch_device.GPUS": ["cpu"], "torch_device.ROWS_SHARE": 10 if rows == "on the card" else 1 << 60}
+    settings = {"CLIP_MODEL": tiny, "BIOCLIP_MODEL": tiny, "CLIP_PRECISION": "fp32", "BIOCLIP_PRECISION": "fp32"}
+    card = Node(
+        write_labels(tmp_path / "data"), **settings, LUMEN_JPEG_DRAFT=0, **impatient(tmp_path, constants)
+    ).ready()
+    try:
+        extra = card.stub.GetCapabilities(Empty()).extra
+        assert extra["clip_lanes"] == extra["bioclip_lanes"] == "2"
+        for file in photos(4):
+            for task, meta in (
+                ("clip_classify", {"topk": "20"}),
+                ("smart_classify", {}),
+                ("bioclip_classify", {"topk": "50"}),
+                ("bioclip_classify", {"topk": "3", "rank": "family"}),
+                ("bioclip_classify", {"topk": "9", "rank": "auto", "within": '["Animalia"]'}),
+                ("bioclip_image_embed", {}),
+            ):
+                here, there = (node.result(task, file, **meta) for node in (card, torch_node))
+                if "vector" in here:
+                    assert np.allclose(here["vector"], there["vector"], atol=1e-5)
+                    continue
+                scores = [{row["label"]: row["score"] for row in answer["labels"]} for answer in (here, there)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-4) and scores[0], task
+    finally:
+        assert card.stop() == 0, card.log
