@@ -34,7 +34,7 @@ log = logging.getLogger("lumen.backends")
 TUNING = 6  # version of the method; a new one makes every machine tune again
 TUNING_FILE = "tuning.json"
 TURNS = 3  # measurements of each batch size
-LONGEST_BATCH_S = 0.35  # the longest batch on all cores, because a text has to wait for it
+LONGEST_BATCH_S = 0.35  # the longest batch on all cores or on a GPU, because a text has to wait for it
 TUNING_PRIORITY = 10  # steps of `nice` below the rest of the daemon, for requests that arrive meanwhile
 LONGEST_SPLIT_S = 1.0  # the longest batch on one core, for which only other pictures have to wait
 
@@ -153,10 +153,12 @@ def _tuning_key(backend: Backend, most: int) -> str:
 def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
     """The fastest batch size within the time limit; of nearly equal ones the smallest.
 
-    Sizes take turns, because the speed of a machine changes from second to second.
+    Sizes take turns, because the speed of a machine changes from second to second. A size for which the memory does not
+    suffice, and all above it, are left out.
     """
-    sizes = sorted({size for size in (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32) if size < most} | {most})
-    longest = LONGEST_BATCH_S if backend.workers == 1 else LONGEST_SPLIT_S
+    usual = (1, 2, 4, usable_cores(), 8, 2 * usable_cores(), 16, 32, 64, 128, 256)
+    sizes = sorted({size for size in usual if size < most} | {most})
+    longest = LONGEST_BATCH_S if backend.workers == 1 or backend.on_gpu else LONGEST_SPLIT_S
 
     def measured(size: int) -> float:
         pause()
@@ -164,7 +166,13 @@ def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
 
     taken: dict[int, list[float]] = {}
     for size in sizes:
-        seconds = min(measured(size) for _ in range(2))  # the first run allocates memory
+        try:
+            seconds = min(measured(size) for _ in range(2))  # the first run allocates memory
+        except Exception as error:  # each runtime has its own for a lack of memory
+            if not taken:
+                raise
+            log.warning("%s: batches of %d images fail (%s)", backend.model_id, size, one_line(error))
+            break
         if seconds <= longest or size == 1:
             taken[size] = [seconds]
         if seconds > longest:
@@ -189,7 +197,7 @@ def seconds_of_a_batch(backend: Backend, size: int) -> float:
     """
     side = backend.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-    clock = time.perf_counter if backend.workers == 1 else time.thread_time
+    clock = time.perf_counter if backend.workers == 1 or backend.on_gpu else time.thread_time
 
     def run(_: int) -> float:
         started = clock()

@@ -61,12 +61,16 @@ class Stage:
         tower: str = "",
         journaled: bool = False,
         run_single: Callable[[list[Any]], Sequence[Any]] | None = None,
+        threads: int = 0,
     ) -> None:
         """`spread`: a batch occupies one core, so each worker may run one. `share`: the part of a place in a batch that
         an item takes. All items of a batch count as its largest, because they are padded to that. `tower`: the part of
         a model that runs the items; see `Engine.failures`. `journaled`: if a batch crashes the process, its payloads
-        are suspected; see `Journal`. `run_single`: for the only item of the only request in progress, on all cores."""
-        self.run_single = run_single
+        are suspected; see `Journal`. `run_single`: for the only item of the only request in progress, on all cores.
+        `threads`: threads of its own, each of which may run a batch, for a GPU; 0: it uses those of the engine."""
+        self.run_single, self.threads = run_single, threads
+        self.running = 0  # batches
+        self.handed: Handed = queue.SimpleQueue()  # for threads of its own
         self.name, self.run, self.batch_size = name, run, batch_size
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives stages of one kind the same shares
@@ -192,8 +196,9 @@ class Engine:
     """One inference thread, and a worker for each core. There is no timer: a batch is what arrived while the last ran.
 
     Batches of a stage that is spread run on the workers, so that no core waits for another one. Workers have a lower
-    priority, so a text does not wait for pictures. All other batches run one at a time: background batches on a thread
-    with the priority of a worker, the rest on the inference thread. Meanwhile the engine's own thread advances the
+    priority, so a text does not wait for pictures. A stage for a GPU has threads of its own, which feed it. All other
+    batches run one at a time: background batches on a thread with the priority of a worker, the rest on the inference
+    thread. Meanwhile the engine's own thread advances the
     tasks and forms the next batches.
     """
 
@@ -232,8 +237,12 @@ class Engine:
         ]
 
     def add(self, stage: Stage) -> Stage:
+        """Call it before `start` for a stage with threads of its own."""
         stage.queue = FairQueue(self._shares[stage.kind])
         self._stages.append(stage)
+        for i in range(stage.threads):
+            arguments, name = (stage.handed, 0), f"{stage.name}-{i}"
+            self._threads.append(threading.Thread(target=self._work, args=arguments, name=name, daemon=True))
         return stage
 
     def start(self) -> None:
@@ -278,7 +287,8 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        for handed in (self._for_inference, self._for_background, *[self._for_workers] * self._workers):
+        own = [stage.handed for stage in self._stages for _ in range(stage.threads)]
+        for handed in (self._for_inference, self._for_background, *[self._for_workers] * self._workers, *own):
             handed.put(None)
         until = time.monotonic() + 5
         for thread in (self.thread, *self._threads):
@@ -334,11 +344,7 @@ class Engine:
         Scoring comes first, because it completes requests. Text comes next, but never twice in a row while pictures
         wait. Within a kind, the fair order decides. Background work comes last; see BACKGROUND_SHARE.
         """
-        ready = [
-            stage
-            for stage in self._stages
-            if stage.queue and (self._free_workers if stage.spread else not self._inferring)
-        ]
+        ready = [stage for stage in self._stages if stage.queue and self._has_thread(stage)]
         background = [stage for stage in ready if stage.kind == Stage.BACKGROUND]
         if background and (time.monotonic() >= self._background_from or self._is_idle()):
             return background[0]
@@ -353,9 +359,15 @@ class Engine:
         else:
             kind = min(kinds)
         chosen = min((stage for stage in ready if stage.kind == kind), key=lambda stage: stage.queue.priority())
-        if kind != Stage.SCORING and not chosen.spread:  # batches of workers do not use the inference thread
+        if kind != Stage.SCORING and not (chosen.spread or chosen.threads):  # those do not use the inference thread
             self._text_ran_last = kind == Stage.TEXT
         return chosen
+
+    def _has_thread(self, stage: Stage) -> bool:
+        """Whether the thread that a stage needs is free."""
+        if stage.threads:
+            return stage.running < stage.threads
+        return self._free_workers > 0 if stage.spread else not self._inferring
 
     def _is_idle(self) -> bool:
         """Whether no request is in progress, and none has been for IDLE_S."""
@@ -363,7 +375,11 @@ class Engine:
 
     def _is_busy(self) -> bool:
         waiting = any(stage.queue for stage in self._stages if stage.kind != Stage.BACKGROUND)
-        return bool(self._expected or waiting or self._inferring or self._free_workers < self._workers)
+        return bool(self._expected or waiting or self._is_running())
+
+    def _is_running(self) -> bool:
+        """Whether a batch runs."""
+        return any(stage.running for stage in self._stages)
 
     def _until_background(self) -> float | None:
         """Seconds until background work may run; None if there is none, or if a batch must end first."""
@@ -391,8 +407,8 @@ class Engine:
 
     def _is_single(self, stage: Stage) -> bool:
         """Whether the next batch of a stage is the item of the only request in progress, decoding included."""
-        free = not self._inferring and self._free_workers == self._workers
-        return bool(stage.run_single and free and self._expected == 1 and len(stage.queue) == 1)
+        alone = self._expected == 1 and len(stage.queue) == 1 and not self._is_running()
+        return alone and stage.run_single is not None
 
     def _begin(self, stage: Stage) -> None:
         """Forms a stage's next batch and gives it to the inference thread, a worker or the background thread."""
@@ -410,7 +426,10 @@ class Engine:
                 break
             batch.expected.append(stage.cost + step.job.prepared_s)
             batch.entries.append(stage.queue.pop(flow, batch.expected[-1]))
-        if stage.spread:
+        stage.running += 1
+        if stage.threads:
+            stage.handed.put(batch)
+        elif stage.spread:
             self._free_workers -= 1
             self._for_workers.put(batch)
         else:
@@ -442,11 +461,13 @@ class Engine:
     def _account_for(self, batch: Batch) -> None:
         """Marks the batch's thread as free, and charges the flows for the time that the batch took."""
         stage, count = batch.stage, len(batch.entries)
+        stage.running -= 1
         if stage.spread:
             self._free_workers += 1
-        else:
+        elif not stage.threads:
             self._inferring = False
-        cores = 1 if stage.spread and not batch.single else self._workers
+        # Batches of a GPU that run at the same time share it.
+        cores = 1 if stage.spread and not batch.single else self._workers / max(1, stage.threads)
         # If a batch took much longer than others, the cause is outside: a stopped process, a model that was loaded
         # again. Its flows are not charged for that.
         cost = min(batch.seconds * cores / count, max(COST_RISE * stage.cost, COST_FLOOR))

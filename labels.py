@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from errors import LabelError, SettingError
 from machine import cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
+from torch_device import DeviceRow, DeviceRows
 
 log = logging.getLogger("lumen.labels")
 
@@ -152,6 +154,41 @@ def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vect
 # --- scoring ----------------------------------------------------------------------------------------------------
 
 
+class HostRow:
+    """The float32 values of one query, `[n]`: cosines, probabilities, or sums of them."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def probabilities(
+        self, logit_scale: np.float32, inside: NDArray[Any] | None = None, bias: float | None = None
+    ) -> HostRow:
+        """Of cosines, which it may overwrite. `inside`: the only rows that count. `bias`: see `LabelSet`."""
+        values = self._values if inside is None else self._values[inside]
+        return HostRow(softmax(values, logit_scale) if bias is None else sigmoid(values, logit_scale, bias))
+
+    def sums(self, starts: NDArray[Any]) -> HostRow:
+        """The sums of spans, each from one of `starts` to the next. The first of them is 0."""
+        return HostRow(np.add.reduceat(self._values, starts))
+
+    def best(self, count: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """Positions and values of the `count` largest and possibly some more, best first, of equal ones the first."""
+        found = largest(self._values, count)
+        found = found[np.lexsort((found, -self._values[found]))]
+        return found, self._values[found]
+
+    def at(self, positions: NDArray[Any]) -> NDArray[np.float32]:
+        """The values at these positions."""
+        found: NDArray[np.float32] = self._values[positions]
+        return found
+
+
+Row = HostRow | DeviceRow
+
+
 class Cosines:
     """Cosines of a label set's rows with queries, in float32. All cores read the float16 rows of a large set."""
 
@@ -168,6 +205,14 @@ class Cosines:
             self._scan = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
             self.threads = ThreadPoolExecutor(usable_cores(), "scan", lambda: lower_thread_priority(5))
             self._rows = rows_of_a_block(vectors.shape[1], cache_of_a_core())
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """A context for `rows` and for the use of what it returns."""
+        return nullcontext()
+
+    def rows(self, queries: Vectors) -> list[HostRow]:
+        """float32 `[b, dim]` unit rows -> a row of cosines for each."""
+        return [HostRow(row) for row in self(queries)]
 
     def __call__(self, queries: Vectors) -> NDArray[np.float32]:
         """float32 `[b, dim]` unit rows -> float32 `[b, n]`."""
@@ -203,9 +248,13 @@ def rows_of_a_block(dim: int, cache: int) -> int:
 class LabelSet:
     """Labels with their text vectors. Scores are the softmax of logit scale x cosine over the whole set."""
 
-    def __init__(self, names: Sequence[str], vectors: NDArray[Any], logit_scale: float) -> None:
+    def __init__(
+        self, names: Sequence[str], vectors: NDArray[Any], logit_scale: float, held: DeviceRows | None = None
+    ) -> None:
+        """`held`: the vectors on a GPU, which then computes the scores."""
         self.names = names
-        self._cosines = Cosines(vectors)
+        self._held = held
+        self._cosines = held or Cosines(vectors)
         self._logit_scale = np.float32(logit_scale)
 
     def __len__(self) -> int:
@@ -224,11 +273,20 @@ class LabelSet:
                 sigmoid(row, self._logit_scale, bias)
         return scores
 
-    def top(
-        self, probabilities: NDArray[np.float32], k: int, render: Callable[[str], str] = str
-    ) -> list[tuple[str, float]]:
+    def answers(self, queries: Vectors, options: Sequence[tuple[int, float | None]]) -> list[list[tuple[str, float]]]:
+        """float32 `[b, dim]` unit rows and a (k, bias) for each -> its k best labels; see `probabilities` and `top`."""
+        if not self._held:
+            rows = self.probabilities(queries, [bias for _, bias in options])
+            return [self.top(row, min(k, len(self))) for row, (k, _) in zip(rows, options, strict=True)]
+        with self._held.scoring():
+            return [
+                top(row.probabilities(self._logit_scale, bias=bias), min(k, len(self)), self.names.__getitem__)
+                for row, (k, bias) in zip(self._held.rows(queries), options, strict=True)
+            ]
+
+    def top(self, probabilities: NDArray[np.float32], k: int) -> list[tuple[str, float]]:
         """The k best of one row as (label, probability), best first; see `top`."""
-        return top(probabilities, k, lambda at: render(self.names[at]))
+        return top(HostRow(probabilities), k, self.names.__getitem__)
 
 
 def softmax(cosines: NDArray[np.float32], logit_scale: np.float32) -> NDArray[np.float32]:
@@ -251,8 +309,8 @@ def sigmoid(cosines: NDArray[np.float32], logit_scale: np.float32, bias: float) 
     return cosines
 
 
-def top(probabilities: NDArray[np.float32], k: int, label_of: Callable[[int], str]) -> list[tuple[str, float]]:
-    """The k best of float32 `[n]` as (label, probability), best first. Each text appears once, with its best score.
+def top(probabilities: Row, k: int, label_of: Callable[[int], str]) -> list[tuple[str, float]]:
+    """The k best of a row as (label, probability), best first. Each text appears once, with its best score.
 
     Different rows can have the same text ("crane" is two ImageNet classes), and clients use the text as a key.
     """
@@ -260,9 +318,8 @@ def top(probabilities: NDArray[np.float32], k: int, label_of: Callable[[int], st
     candidates = k
     while True:
         candidates = min(2 * candidates + 8, len(probabilities))
-        best = largest(probabilities, candidates)
-        for i in best[np.lexsort((best, -probabilities[best]))]:
-            found.setdefault(label_of(int(i)), score(probabilities[i]))
+        for i, probability in zip(*probabilities.best(candidates), strict=True):
+            found.setdefault(label_of(int(i)), score(probability))
         if len(found) >= k or candidates == len(probabilities):
             return list(found.items())[:k]
 

@@ -310,8 +310,8 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
         say(f"loading {re.sub(where, '', options.model)} ({options.backend})")
         backend = backends.create_backend(options, say)
         folder = settings.lumen_data_dir / name / backend.runtime / backend.model_id.replace("/", "--")
-        model = loaded[name] = Model(backend, name, engine, options.max_batch_size)
-        model.adapt(folder if settings.lumen_tune else None, engine)
+        model = loaded[name] = Model(backend, name, engine, options.max_batch_size or settings.batch_size)
+        model.adapt(folder if settings.lumen_tune else None, engine, options.max_batch_size)
         log.info(
             "%s: %s on %s, %d dimensions, %s", name, backend.model_id, backend.runtime, backend.dim, backend.precision
         )
@@ -368,7 +368,7 @@ def _classes(
             say(f"computing text vectors for {backend.model_id}: {done} of {total} labels")
 
         found = label_cache.cached_vectors(folder, names, recipe, encode, key, older, progress)
-        return LabelSet(names, found.vecs, backend.logit_scale)
+        return LabelSet(names, found.vecs, backend.logit_scale, backend.hold_rows(found.vecs))
 
     def complete() -> LabelSet:
         found = computed(recipe, model.encoder(engine), folder, quiet)

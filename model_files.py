@@ -27,6 +27,7 @@ from machine import replace_file, sha256_of
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import Tokens
+from torch_device import DeviceRows
 
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
@@ -58,27 +59,31 @@ class Backend(Protocol):
 
     model_id: str  # the same for images and texts
     runtime: str  # "torch", "torch-cuda", "onnxrt", "rknn"
-    precision: str  # "fp32", "fp16" or "int8"; what really runs
+    precision: str  # "fp32", "fp16", "bf16" or "int8"; what really runs
     dim: int
     logit_scale: float  # the model's own, after exp()
     logit_bias: float | None  # of models that were trained with a sigmoid, such as SigLIP
     preprocess: Preprocess
     notice: str  # a notice from the maker of the model to its users, or ""
     golden: Mapping[str, Any]  # inputs and expected vectors from the export, or {}; see `self_test`
-    self_test_cosine: float | None  # the result of `self_test`, or None without golden inputs
+    self_test_cosine: float | None  # the worst cosine of `self_test`, or of half precision to fp32; None: not tested
     npu: str  # a description of the NPU in use, or ""
     accelerator: str  # the name of the GPU that runs the images, or "" if there is none or it is unknown
+    on_gpu: bool  # images run on a GPU, whose best batches are larger than those of a core
     refusal: str  # the reason why a requested NPU is not used, or ""
     open_length: bool  # texts run at their true length, so short texts take less time
-    # How many `encode_images` may run at once, each on one core; 1: a single one on all cores. Threads of one batch
-    # wait for each other at every operator, and for a core that decodes: a batch on each core is a tenth faster at
-    # ViT-B-32 size, and a third if the batch size is fixed at one.
+    # How many `encode_images` may run at once: on a GPU, or each on one core; 1: a single one on all cores. Threads of
+    # one batch wait for each other at every operator, and for a core that decodes: a batch on each core is a tenth
+    # faster at ViT-B-32 size, and a third if the batch size is fixed at one.
     workers: int
     single_image_cores: int  # on how many cores `encode_single` runs
     space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """int64 `[n, context_length]`."""
+
+    def stack(self, pictures: Sequence[Pixels]) -> Pixels:
+        """uint8 `[size, size, 3]` each -> a batch for `encode_images`, in memory that suits the device."""
 
     def encode_images(self, pixels: Pixels) -> Vectors:
         """uint8 `[n, size, size, 3]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
@@ -92,6 +97,9 @@ class Backend(Protocol):
     def encode_text(self, tokens: Tokens) -> Vectors:
         """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
 
+    def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
+        """The rows of a label set on the device of the model, if that should compute its scores; else None."""
+
     def unload_text(self) -> None:
         """Frees the memory of the text tower until the next text, if loading it again takes only a second or two."""
 
@@ -104,9 +112,9 @@ def encoder_of(backend: Backend) -> Encode:
 def space_of(weights: str, recipe: Preprocess, precision: str) -> str:
     """The name of a vector space, 12 hex digits. Vectors may be compared if their spaces are equal.
 
-    It depends on the weights, the preprocessing and the class of precision. float32 and float16 are one class, because
-    their vectors agree to a cosine of 0.9999; int8 is another. `weights`: the sha-256 of the original weights file,
-    from which exports were made.
+    It depends on the weights, the preprocessing and the class of precision. fp32, fp16 and bf16 are one class, because
+    their vectors agree to a cosine of 0.999 at least; int8 is another. `weights`: the sha-256 of the original weights
+    file, from which exports were made.
     """
     kind = "int8" if precision == "int8" else "float"
     return hashlib.sha256(json.dumps([weights, asdict(recipe), kind]).encode()).hexdigest()[:12]

@@ -309,12 +309,15 @@ class OnnxTextTower:
 class FolderBackend:
     """An image tower and an ONNX text tower of one folder, as a `Backend`."""
 
+    stack = staticmethod(np.stack)
+
     def __init__(self, folder: ModelFolder, image: ImageTower, precision: str = "", refusal: str = "") -> None:
         """`precision`: that of the image tower; by default the manifest's."""
         manifest, config = folder.manifest, folder.config
         self.image, self.text = image, OnnxTextTower(folder)
         self.model_id, self.refusal = folder.model_id, refusal
         self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
+        self.on_gpu = bool(image.accelerator)
         self.preprocess, self.workers, self.open_length = image.preprocess, image.workers, self.text.open_length
         self.single_image_cores = image.single_image_cores
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
@@ -343,6 +346,9 @@ class FolderBackend:
     def prepare_single(self) -> None:
         self.image.prepare_single()
         self.single_image_cores = self.image.single_image_cores
+
+    def hold_rows(self, rows: NDArray[Any]) -> None:
+        """None: the CPU computes the scores."""
 
     def unload_text(self) -> None:
         self.text.unload()

@@ -171,7 +171,7 @@ def _setting(
     return field(default=default, metadata={"parse": parse, "path": path, "idle": idle})
 
 
-_PRECISION = _choice("fp32", "fp16")
+_PRECISION = _choice("auto", "fp32", "fp16")
 _SERVED = _with_backend("torch", "onnxrt", "rknn")
 _ONNX = _with_backend("onnxrt", "rknn")  # with rknn for texts, and for images where the NPU is refused
 _RKNN = _with_backend("rknn")
@@ -194,9 +194,11 @@ class ModelOptions:
     # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU. The container images for
     # GPUs set it for both models, so it is not reported for a model that is left out.
     device: str = _setting("", idle=_with_backend("torch", "none"))
-    # torch: fp16 halves the memory of a GPU and is faster there. A CPU has fp32 only.
-    precision: str = _setting("fp32", _PRECISION, idle=_with_backend("torch"))
-    # Images or texts that share one batch at most; 0: BATCH_SIZE. More need more memory, and others wait longer.
+    # torch: half precision takes half of the memory of a GPU. auto: half precision on a GPU, if its vectors agree with
+    # those of fp32. A CPU has fp32 only.
+    precision: str = _setting("auto", _PRECISION, idle=_with_backend("torch"))
+    # Images or texts that share one batch at most; 0: BATCH_SIZE, or on a GPU what the tuning finds, up to 256. More
+    # need more memory, and others wait longer.
     max_batch_size: int = _setting(0, _number(1, 1024), idle=_SERVED)
     # onnxrt: files in place of the folder's visual/model.onnx and textual/model.onnx.
     onnx_image: str = _setting("", path=_file, idle=_ONNX)
@@ -237,7 +239,7 @@ class Settings:
 
     clip: ModelOptions
     bioclip: ModelOptions
-    # Images or texts that share one batch at most; see `ModelOptions.max_batch_size`.
+    # Images or texts that share one batch at most; see `ModelOptions.max_batch_size`. Set, it limits a GPU too.
     batch_size: int = _setting(8, _number(1, 1024))
     # Prompts that are averaged for each class of `clip_classify`. More are a little more accurate, and the first start
     # takes so many times as long.
@@ -297,8 +299,7 @@ class Settings:
         for name, similar in _unknown(environment):
             log.warning("%s is not a setting%s", name, f"; did you mean {similar}?" if similar else "")
         shared = _read(cls, "", environment)
-        batch_size = shared.get("batch_size", cls.batch_size)
-        common = {"max_batch_size": batch_size, "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
+        common = {"max_batch_size": shared.get("batch_size", 0), "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
         clip = ModelOptions("CLIP", **common | _read(ModelOptions, "CLIP_", environment))
         common["backend"] = clip.backend
         bioclip = ModelOptions("BIOCLIP", **common | _read(ModelOptions, "BIOCLIP_", environment))

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from label_cache import TextVectors
-from labels import Cosines, Recipe, largest, score, softmax, top
+from labels import Cosines, Recipe, Row, score, top
 from model_files import Vectors
+from torch_device import DeviceRows
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
 LABEL_FORMATS = ("lineage", "scientific", "common")
@@ -239,11 +240,13 @@ class Found:
 class Species:
     """Species with their text vectors. Scores are the softmax of logit scale x cosine over all rows that count."""
 
-    def __init__(self, names: Sequence[str], vectors: TextVectors, logit_scale: float) -> None:
-        """`names`: sorted lineages."""
+    def __init__(
+        self, names: Sequence[str], vectors: TextVectors, logit_scale: float, held: DeviceRows | None = None
+    ) -> None:
+        """`names`: sorted lineages. `held`: the vectors on a GPU, which then computes the scores."""
         depth = vectors.depth if vectors.depth is not None else depths(names)
         self.names, self.tree = names, Tree(names, depth)
-        self._cosines, self._logit_scale = Cosines(vectors.vecs), np.float32(logit_scale)
+        self._cosines, self._logit_scale = held or Cosines(vectors.vecs), np.float32(logit_scale)
         self._twins = int((depth > SPECIES).sum())  # rows of species that have another row
 
     def __len__(self) -> int:
@@ -252,11 +255,12 @@ class Species:
     def answers(self, queries: Vectors, options: Sequence[SpeciesOptions]) -> list[Found]:
         """float32 `[b, dim]` unit rows and their options -> one result each."""
         threads = self._cosines.threads
-        return list((threads.map if threads else map)(self._answer, self._cosines(queries), options))
+        with self._cosines.scoring():
+            return list((threads.map if threads else map)(self._answer, self._cosines.rows(queries), options))
 
-    def _answer(self, row: NDArray[np.float32], options: SpeciesOptions) -> Found:
+    def _answer(self, row: Row, options: SpeciesOptions) -> Found:
         inside = options.within
-        probabilities = softmax(row if inside is None else row[inside], self._logit_scale)
+        probabilities = row.probabilities(self._logit_scale, inside)
         if options.rank == "species" and not self._twins:
             found = top(probabilities, options.k, lambda at: render(self._name(at, inside), options.label_format))
             return Found([(label, p) for label, p in found if p >= options.min_score], "species")
@@ -272,23 +276,31 @@ class Species:
         return self.names[at if inside is None else int(inside[at])]
 
     def _taxa(
-        self, probabilities: NDArray[np.float32], inside: NDArray[np.int64] | None, rank: int, options: SpeciesOptions
+        self, probabilities: Row, inside: NDArray[np.int64] | None, rank: int, options: SpeciesOptions
     ) -> list[tuple[str, float]]:
         """The k best taxa of a rank: sums over the rows that share the path down to this rank, as in pybioclip."""
         starts = self.tree.starts(rank)
         if inside is not None:
             taxon = np.searchsorted(starts, inside, "right")
             starts = np.flatnonzero(np.diff(taxon, prepend=0))
-        sums = np.add.reduceat(probabilities, starts)
+        sums = probabilities.sums(starts)
         found: dict[str, float] = {}
         count = 0
         while len(found) < options.k and count < len(sums):
             count = min(2 * count + options.k + 8, len(sums))
-            best = largest(sums, count)
-            for i in best[np.lexsort((best, -sums[best]))]:
-                members = slice(int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else len(probabilities))
-                at = int(members.start + probabilities[members].argmax())
-                name = self._name(at, inside)
+            best, totals = sums.best(count)
+            rows = starts[best]
+            if rank == SPECIES:  # rows of one species differ in their common names
+                rows = self._best_rows(probabilities, rows, np.append(starts, len(probabilities))[best + 1])
+            for at, total in zip(rows, totals, strict=True):
+                name = self._name(int(at), inside)
                 if options.rank != "auto" or name.split("/")[rank] != "*":  # a blank has no name
-                    found.setdefault(render(name, options.label_format, rank), score(sums[i]))
+                    found.setdefault(render(name, options.label_format, rank), score(total))
         return list(found.items())[: options.k]
+
+    @staticmethod
+    def _best_rows(probabilities: Row, starts: NDArray[Any], ends: NDArray[Any]) -> NDArray[np.intp]:
+        """The row with the largest probability of each of several spans."""
+        values = probabilities.at(np.concatenate([np.arange(*span) for span in zip(starts, ends, strict=True)]))
+        parts = np.split(values, np.cumsum(ends - starts)[:-1])
+        return np.array([start + part.argmax() for start, part in zip(starts, parts, strict=True)], np.intp)

@@ -185,7 +185,7 @@ class SpeciesLoader:
     def _computed(self, encode: Callable[[list[str]], Vectors], tell: label_cache.Progress) -> Species:
         path, backend = tree_of_life.names_file(self._source, self._data_dir), self._model.backend
         names, found = tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell)
-        return Species(names, found, backend.logit_scale)
+        return Species(names, found, backend.logit_scale, backend.hold_rows(found.vecs))
 
     def _published(self, tell: label_cache.Progress) -> Species:
         backend = self._model.backend
@@ -196,7 +196,8 @@ class SpeciesLoader:
 
     def _species(self, found: TextVectors) -> Species:
         assert found.names is not None
-        return Species(found.names, found, self._model.backend.logit_scale)
+        backend = self._model.backend
+        return Species(found.names, found, backend.logit_scale, backend.hold_rows(found.vecs))
 
     def _encode(self, texts: list[str]) -> Vectors:
         """On this thread, before the inference thread runs."""

@@ -87,8 +87,7 @@ class Models:
             queries, options = np.stack([vector for vector, _ in items]), [item_options for _, item_options in items]
             if isinstance(labelset, Species):
                 return labelset.answers(queries, options)
-            rows = labelset.probabilities(queries, [bias for _, bias in options])
-            return [labelset.top(row, min(k, len(labelset))) for row, (k, _) in zip(rows, options, strict=True)]
+            return labelset.answers(queries, options)
 
         return run
 

@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from errors import SettingError, one_line
 from machine import sha256_of, usable_cores
 from model_files import (
@@ -26,26 +29,32 @@ from model_files import (
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
+from torch_device import Device, DeviceRows
 
 log = logging.getLogger("lumen.torch_backend")
 MODULES = ("torch", "open_clip")  # that this backend needs
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of torch, by `Backend.precision`
+# What `auto` tries on a GPU, in this order: float16 is more exact, but numbers above 65,504 do not exist in it.
+HALF_PRECISIONS = ("fp16", "bf16")
+HALF_FLOOR = 0.999  # the least cosine to the vectors of fp32, as of the vectors that an export carries
+SAMPLE_TEXTS = ("a", "a photo of a red bicycle.", "“curly” &amp; café, 山, 🦊", "a photo of many things " * 20)
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-def chosen_device(options: ModelOptions) -> str:
+def chosen_device(options: ModelOptions) -> Device:
     """CUDA (ROCm shows as CUDA), then MPS, then CPU, unless the device is given. Raises SettingError."""
     import torch
 
-    device = options.device
-    if not device:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = options.device
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        device = Device(name)
     except RuntimeError as error:
-        raise options.error("DEVICE", device, f"not a device of torch ({one_line(error)})") from error
-    if options.precision != "fp32" and kind == "cpu":
-        raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32")
+        raise options.error("DEVICE", name, f"not a device of torch ({one_line(error)})") from error
+    if options.precision == "fp16" and not device.is_gpu:
+        raise options.error("PRECISION", options.precision, "half precision runs on a GPU only; here: fp32 or auto")
     return device
 
 
@@ -90,7 +99,7 @@ def describe(models: str) -> None:
     for options in (ModelOptions(**values) for values in json.loads(models)):
         device, refusals = "", []
         try:
-            device = chosen_device(options)
+            device = str(chosen_device(options).torch_device)
         except SettingError as error:
             refusals.append(str(error))
         try:
@@ -116,33 +125,44 @@ class TorchBackend:
         import open_clip
         import torch
 
-        device = chosen_device(options)
+        self._options, self._torch, self._cores = options, torch, usable_cores()
+        self.device = chosen_device(options)
+        self.on_gpu, device = self.device.is_gpu, self.device.torch_device
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
         self.tokenizer = _tokenizer_of(name, self.weights)
         # OpenCLIP's model as it was trained
-        self.build = partial(
-            open_clip.create_model,
-            name,
-            device=device,
-            precision=options.precision,
-            require_pretrained=True,
-            **arguments,
-        )
-        try:
-            model: Any = self.build()
-            self.was_reparameterized = _reparameterize(model.visual)
-        except Exception as error:
-            log.debug("OpenCLIP could not build %s", name, exc_info=True)
-            text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
-            raise options.failure("MODEL", options.model, text) from error
-        self._torch, self.model, self._device = torch, model.eval(), torch.device(device)
-        self._cores = usable_cores()
-        self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
-        self.precision, self.notice = options.precision, ""
+        self.build = partial(open_clip.create_model, name, device=device, require_pretrained=True, **arguments)
+        self.notice = ""
         self.golden: Mapping[str, Any] = {}
         self.self_test_cosine: float | None = None
-        self.runtime = "torch" if self._device.type == "cpu" else f"torch-{self._device.type}"
-        self.accelerator = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        self.runtime = "torch" if device.type == "cpu" else f"torch-{device.type}"
+        self.accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
+        self.workers = self.device.batches if self.on_gpu else self._cores
+        self.stack = self.device.stack
+        self.single_image_cores = self._cores
+        if options.precision == "auto":
+            self._choose_precision()
+        else:
+            self._load(options.precision)
+        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
+        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+
+    def _load(self, precision: str) -> None:
+        """Loads the model in a precision, in place of the one before. Raises SettingError or BackendError."""
+        import open_clip
+
+        torch, options, device = self._torch, self._options, self.device.torch_device
+        self.model: Any = None
+        self._text: Any = None  # so that two models are never in memory
+        try:
+            model: Any = self.build(precision=precision)
+            self.was_reparameterized = _reparameterize(model.visual)
+        except Exception as error:
+            log.debug("OpenCLIP could not build %s", self.model_id, exc_info=True)
+            text = f"OpenCLIP cannot load it on {device} ({one_line(error)})"
+            raise options.failure("MODEL", options.model, text) from error
+        self.model, self.precision, self.dtype = model.eval(), precision, getattr(torch, DTYPES[precision])
         self.logit_scale = float(model.logit_scale.detach().exp())
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
@@ -150,10 +170,6 @@ class TorchBackend:
         self._mean, self._std = (
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
         )
-        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
-        # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
-        self.workers = self._cores if self._device.type == "cpu" else 1
-        self.single_image_cores = self._cores
         self._text = text = getattr(model, "text", model)  # OpenCLIP's CLIP has the parts of the text tower itself
         self._check_table(options)
         # Cutting at the end token is exact only for a causal tower that is pooled at that token.
@@ -166,7 +182,36 @@ class TorchBackend:
             and (visual.pool_type, visual.attn_pool, visual.transformer.batch_first) == ("tok", None, True)
             and type(visual.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock
         )
-        self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
+        self.device.synchronize()
+
+    def _choose_precision(self) -> None:
+        """Loads the model in half precision, if this is a GPU and the vectors of samples agree with those of fp32."""
+        self._load("fp32")
+        if not self.on_gpu:
+            return
+        expected = self._sample_vectors()
+        for precision in HALF_PRECISIONS:
+            try:
+                self._load(precision)
+                cosine = float((expected * self._sample_vectors()).sum(axis=1).min())
+                difference = f"cosine {cosine:.6f} to fp32; allowed: {HALF_FLOOR} and more"
+            except Exception as error:  # a vector that is not finite, or an operator that the device does not have
+                cosine, difference = 0.0, one_line(error)
+            if cosine >= HALF_FLOOR:
+                self.self_test_cosine = cosine
+                log.info("%s: %s, worst cosine to fp32 %.7f", self.model_id, precision, cosine)
+                return
+            log.warning("%s: %s is not used: self-test: %s", self.model_id, precision, difference)
+        self._load("fp32")
+
+    def _sample_vectors(self) -> Vectors:
+        """float32 `[n, dim]`, unit rows: of a picture of noise, a smooth one, and SAMPLE_TEXTS. Raises ValueError."""
+        side = self.preprocess.size
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        smooth = np.linspace(0, 255, side * side * 3).reshape(side, side, 3).astype(np.uint8)
+        return np.concatenate(
+            [self.encode_images(np.stack([noise, smooth])), self.encode_text(self.tokenize(SAMPLE_TEXTS))]
+        )
 
     def _check_table(self, options: ModelOptions) -> None:
         """Raises SettingError if the vocabulary is larger than the table of token embeddings."""
@@ -222,17 +267,16 @@ class TorchBackend:
 
     def _encode_images(self, pixels: Pixels, cores: int) -> Vectors:
         self._use_cores(cores)
-        with self._torch.inference_mode():
-            x = self.image_tower(self._torch.from_numpy(pixels).to(self._device))
-            return unit_rows(x.float().cpu().numpy())
+        return unit_rows(self.device.run(pixels, self.image_tower))
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         self._use_cores(self._cores)
-        with self._torch.inference_mode():
-            if self.open_length:
-                tokens = tokens[:, : true_length(tokens)]
-            x = self.text_tower(self._torch.from_numpy(tokens).to(self._device))
-            return unit_rows(x.float().cpu().numpy())
+        if self.open_length:
+            tokens = tokens[:, : true_length(tokens)]
+        return unit_rows(self.device.run(tokens, self.text_tower, urgent=True))
+
+    def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
+        return self.device.hold(rows)
 
     def unload_text(self) -> None:
         """Does nothing: both towers are one model here, and building it again would take long."""
@@ -245,7 +289,7 @@ class TorchBackend:
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
         x = pixels.permute(0, 3, 1, 2).contiguous().float()
-        x = ((x / 255 - self._mean) / self._std).to(self._dtype)
+        x = ((x / 255 - self._mean) / self._std).to(self.dtype)
         if not self._pools_one_token:
             return self.model.encode_image(x)
         # Only one token of the last block is used. Computing only that one saves most of the block.
@@ -268,7 +312,7 @@ class TorchBackend:
         text, length = self._text, tokens.shape[1]
         if not self.open_length:
             return self.model.encode_text(tokens)
-        x = text.token_embedding(tokens).to(self._dtype) + text.positional_embedding[:length].to(self._dtype)
+        x = text.token_embedding(tokens).to(self.dtype) + text.positional_embedding[:length].to(self.dtype)
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
         x = x[self._torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
         projection = text.text_projection

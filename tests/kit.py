@@ -511,8 +511,8 @@ def run_client(
 # --- exports -------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, runtime: str = "onnxrt") -> model_files.Backend:
-    return backends.create_backend(ModelOptions("CLIP", runtime, str(folder), folder))
+def load(folder: Path, runtime: str = "onnxrt", **options: Any) -> model_files.Backend:
+    return backends.create_backend(ModelOptions("CLIP", runtime, str(folder), folder, **options))
 
 
 # --- the demo, whose answers mean something ------------------------------------------------------------------------

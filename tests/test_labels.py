@@ -27,6 +27,7 @@ import labels
 import machine
 import model_files
 import species
+import torch_device
 import tree_of_life
 from gen import ml_service_pb2 as pb
 from settings import ModelOptions
@@ -80,13 +81,17 @@ def test_species_prompts_are_bioclips_captions() -> None:
     assert rose == ["a photo of Plantae Tracheo-phyta Magnoliopsida Rosales Rosaceae Rosa canina."]
 
 
-def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("held", [False, True], ids=["CPU", "device"])
+def test_top_k_equals_a_full_sort_and_names_no_text_twice(
+    device: torch_device.Device, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lost otherwise: the right answer, or the app's insert, which wants each label once."""
     rng = np.random.default_rng(0)
     vectors = model_files.unit_rows(rng.normal(size=(5000, 16)))
     names = [f"label {i // 2}" for i in range(5000)]
-    labelset = labels.LabelSet(names, vectors.astype(np.float16), 20.0)
-    for row in labelset.probabilities(vectors[:20]):
+    rows = vectors.astype(np.float16)
+    labelset = labels.LabelSet(names, rows, 20.0, device.hold(rows) if held else None)
+    for query, row in zip(vectors[:20], labelset.probabilities(vectors[:20]), strict=True):
         assert row.sum() == pytest.approx(1, abs=1e-4)
         expected: dict[str, float] = {}
         for i in np.argsort(-row, kind="stable"):
@@ -94,8 +99,63 @@ def test_top_k_equals_a_full_sort_and_names_no_text_twice(monkeypatch: pytest.Mo
         for k, block in itertools.product((1, 7, 100, 2500), (16, 256)):
             monkeypatch.setattr(labels, "TOP_BLOCK", block)
             assert labelset.top(row, k) == list(expected.items())[:k]
-    same = labels.LabelSet(["same"] * 100, vectors[:100], 1.0)
-    assert len(same.top(same.probabilities(vectors[:1])[0], 5)) == 1
+            [found] = labelset.answers(query[None], [(k, None)])
+            # Alone, a query is multiplied in another order, so that nearly equal scores may change places.
+            assert len(dict(found)) == k and [p for _, p in found] == sorted((p for _, p in found), reverse=True)
+            assert [p for _, p in found] == pytest.approx(list(expected.values())[:k], abs=1e-5)
+            assert [p for _, p in found] == pytest.approx([expected[name] for name, _ in found], abs=1e-5)
+    same = labels.LabelSet(["same"] * 100, vectors[:100], 1.0, device.hold(vectors[:100]) if held else None)
+    assert len(same.answers(vectors[:1], [(5, None)])[0]) == 1
+
+
+def test_a_device_scores_with_a_bias_as_the_cpu_does(device: torch_device.Device) -> None:
+    """Lost otherwise: the probabilities of SigLIP, which do not depend on each other."""
+    rng = np.random.default_rng(1)
+    vectors, names = model_files.unit_rows(rng.normal(size=(3000, 16))), [f"label {i}" for i in range(3000)]
+    options: list[tuple[int, float | None]] = [(5, -20.0), (3, None), (5000, -22.5)]
+    expected = labels.LabelSet(names, vectors, 20.0).answers(vectors[:3], options)
+    found = labels.LabelSet(names, vectors, 20.0, device.hold(vectors)).answers(vectors[:3], options)
+    for here, there in zip(expected, found, strict=True):
+        assert dict(there) == pytest.approx(dict(here), abs=1e-6) and there[0][0] == here[0][0]
+
+
+def test_what_float16_changes(device: torch_device.Device) -> None:
+    """Lost otherwise: the scores, if a device rounded its products as it stores its rows."""
+    rng, scale = np.random.default_rng(0), 100
+    rows = model_files.unit_rows(rng.normal(size=(20_000, 768)))
+    queries = model_files.unit_rows(0.35 * rows[:200] + 0.9 * model_files.unit_rows(rng.normal(size=(200, 768))))
+    stored = rows.astype(np.float16)
+    exact, expected = queries @ rows.T, queries @ stored.astype(np.float32).T
+    held = device.hold(stored)
+    assert held is not None
+    found = held(queries)
+    of_rows, of_products = np.abs(exact - found).max(), np.abs(found - found.astype(np.float16)).max()
+    print(f"\nlogits change: {scale * of_rows:.4f} with float16 rows, {scale * of_products:.4f} with float16 products")
+    assert np.abs(found - expected).max() < 1e-6 and scale * of_rows < 0.01 and of_products > 2 * of_rows
+
+
+def test_rows_that_take_more_than_a_tenth_of_a_cards_memory_stay_on_the_cpu(
+    device: torch_device.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the memory of the batches, for which the card is there."""
+    rows = np.ones((100, 16), np.float16)
+    for free, held in ((10 * rows.nbytes, True), (10 * rows.nbytes - 1, False)):
+        monkeypatch.setattr(torch_device.Device, "free_memory", lambda _, free=free: free)
+        assert (device.hold(rows) is not None) == held
+    monkeypatch.undo()
+    assert torch_device.Device("cpu").hold(rows) is None  # no GPU
+
+
+def test_lists_of_positions_on_a_device_are_kept_but_do_not_pile_up(device: torch_device.Device) -> None:
+    """Lost otherwise: 7 MB that are sent to the card with each picture, or its memory, list by list."""
+    held = device.hold(np.ones((100, 16), np.float32))
+    assert held is not None
+    lists = [np.arange(i, 50) for i in range(40)]
+    first = held.positions(lists[0])
+    for positions in lists:
+        assert held.positions(positions).tolist() == positions.tolist()
+        assert held.positions(lists[0]) is first
+    assert len(held._positions) <= torch_device.POSITIONS_KEPT
 
 
 class TreeOfLife:
@@ -103,7 +163,8 @@ class TreeOfLife:
 
     SCALE = 100.0
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch_device.Device | None = None) -> None:
+        """`device`: holds the vectors and computes the scores."""
         rng = np.random.default_rng(4)
         count, dim = 12_000, 96
         rows = []
@@ -131,7 +192,9 @@ class TreeOfLife:
         self.path = folder / label_cache.FILE
         self.stored = label_cache.load(self.path, key.meta())
         assert self.stored and self.stored.names
-        self.species = species.Species(self.stored.names, self.stored, self.SCALE)
+        held = device.hold(self.stored.vecs) if device else None
+        assert (held is None) == (device is None)
+        self.species = species.Species(self.stored.names, self.stored, self.SCALE, held)
 
     def queries(self, count: int) -> Any:
         rng = np.random.default_rng(5)
@@ -146,14 +209,23 @@ class TreeOfLife:
         return cosines, weights / weights.sum(axis=1, keepdims=True)
 
 
-@pytest.fixture(params=["scanned", "small"])
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch_device.Device:
+    """torch's CPU in the place of a GPU, which takes the rows in several blocks."""
+    monkeypatch.setattr(torch_device, "GPUS", ("cpu",))
+    monkeypatch.setattr(torch_device, "BLOCK_ROWS", 1000)
+    return torch_device.Device("cpu")
+
+
+@pytest.fixture(params=["scanned", "small", "scanned on a device", "small on a device"])
 def stored_tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TreeOfLife:
-    if request.param == "scanned":  # as of 100,000 species on
+    scanned = request.param.startswith("scanned")
+    if scanned:  # as of 100,000 species on
         monkeypatch.setattr(label_cache, "HALF_PRECISION_BYTES", 1 << 20)
         monkeypatch.setattr(labels, "SPAN_ROWS", 1024)
         monkeypatch.setattr(labels, "cache_of_a_core", lambda: 0)
-    tree = TreeOfLife(tmp_path)
-    assert tree.stored and tree.stored.vecs.dtype == (np.float16 if request.param == "scanned" else np.float32)
+    tree = TreeOfLife(tmp_path, request.getfixturevalue("device") if "device" in request.param else None)
+    assert tree.stored and tree.stored.vecs.dtype == (np.float16 if scanned else np.float32)
     return tree
 
 

@@ -178,6 +178,7 @@ def test_published_vectors_that_are_kept_are_used_without_a_network(
 
     def at_once(source: str) -> species.Species | None:
         backend = SimpleNamespace(model_id="tiny", dim=16, logit_scale=1.0, tokenize=list, encode_text=Texts())
+        backend.hold_rows = lambda rows: None
         model: Any = SimpleNamespace(backend=backend, encoder=lambda engine: None)
         engine: Any = SimpleNamespace(add=lambda line: line)
         loader = species_loader.SpeciesLoader(source, model, tmp_path / "model", tmp_path / "data", engine)

@@ -210,7 +210,7 @@ def test_a_first_start_serves_before_all_prompts_of_many_labels_are_computed(tin
         ("CLIP_MAX_BATCH_SIZE", "-4", "allowed: a whole number from 1 to 1024"),
         ("CLIP_TEMPLATES", "3", "allowed: 1, 7, 80"),
         ("CLIP_RKNN_TARGET", "rk3399", "allowed: rk3562, rk3566, rk3568, rk3576, rk3588"),
-        ("CLIP_PRECISION", "int4", "allowed: fp32, fp16"),
+        ("CLIP_PRECISION", "int4", "allowed: auto, fp32, fp16"),
         ("ADVERTISE_IP", "300.1.1.1", "allowed: an IPv4 address"),
         ("CLIP_MDNS_TYPE", "lumen", "allowed: service types"),
         ("CLIP_MDNS_NAME", "a.b", "allowed: one DNS label"),
