@@ -5,7 +5,7 @@
     python bench.py --photos ~/Photos        # an import of one's own pictures
     python bench.py --against host:50051     # any server that speaks the protocol
     python bench.py --immich 3003            # previews and texts over HTTP, as immich sends them
-    python bench.py --simulate 64            # on up to 64 cores that this machine does not have
+    python bench.py --simulate 64            # rates with up to 64 simulated cores
 
 The weights are random and have real size. They are built once and kept in `data/bench`. Nothing is downloaded. Each
 rate is compared with two limits: `model` is the raw model on prepared inputs, at its best batch size. `cores` is the
@@ -55,11 +55,11 @@ from bench_load import (
     Server,
     Window,
     ask_http,
-    ask_on_and_on_over_http,
     immich_request,
     load,
     make_cases,
     ping,
+    send_http_until_stopped,
     text_of,
     watch,
 )
@@ -337,8 +337,8 @@ def measure_immich(server: Server, http: str, seconds: float) -> list[dict[str, 
         over_grpc, over_http, waits = list[Window](), list[Window](), list[float]()
         for _ in range(turns):
             over_grpc.append(load(server, [case], count, seconds / turns, 1))
-            over_http.append(watch(server, Clients(http, preview, count, 1, ask_on_and_on_over_http), seconds / turns))
-            importing = Clients(http, preview, count, 1, ask_on_and_on_over_http)
+            over_http.append(watch(server, Clients(http, preview, count, 1, send_http_until_stopped), seconds / turns))
+            importing = Clients(http, preview, count, 1, send_http_until_stopped)
             asking = ask_http(http, texts, partial(_is_past, time.perf_counter() + seconds / turns), 0.05)
             waits += [1000 * took for _, took in asyncio.run(asking)]
             importing.stop()
@@ -450,7 +450,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", metavar="HOST:PORT", help="measure this server, without limits")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="measure an import of these only")
     parser.add_argument("--immich", type=int, metavar="PORT", help="measure immich's requests only, on a free port")
-    parser.add_argument("--simulate", type=int, metavar="CORES", help="only rates on up to so many simulated cores")
+    parser.add_argument(
+        "--simulate",
+        type=int,
+        metavar="CORES",
+        help="measure only the rates with 1, 2, 4 and so on up to CORES simulated cores",
+    )
     parser.add_argument("--data-dir", type=Path, default=HERE / "data" / "bench")
     parsed = parser.parse_args(arguments)
     if parsed.against and (parsed.immich or parsed.simulate):

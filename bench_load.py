@@ -122,7 +122,7 @@ class Clients:
         self._over = spawn.Event()
         self._found, theirs = spawn.Pipe(duplex=False)
         arguments = (address, cases, (count, each or IN_FLIGHT[count]), Clients.numbers, self._over, theirs)
-        self._process = spawn.Process(target=ask or ask_on_and_on, args=arguments, daemon=True)
+        self._process = spawn.Process(target=ask or send_until_stopped, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         if not self._found.recv():  # True with the first answer
@@ -140,7 +140,7 @@ class Clients:
         return list(answers)
 
 
-def ask_on_and_on(
+def send_until_stopped(
     address: str, cases: Sequence[Case], clients: tuple[int, int], number: int, over: Any, found: Any
 ) -> None:
     """The process of `Clients`. `clients`: how many, and the requests of each in progress.
@@ -212,10 +212,10 @@ async def ask_http(
     return answers
 
 
-def ask_on_and_on_over_http(
+def send_http_until_stopped(
     address: str, requests: Sequence[bytes], clients: tuple[int, int], number: int, over: Any, found: Any
 ) -> None:
-    """Like `ask_on_and_on`, for whole HTTP requests."""
+    """Like `send_until_stopped`, for whole HTTP requests."""
 
     async def ask_all() -> list[tuple[float, float]]:
         await ask_http(address, iter(requests[:1]), iter([False, True]).__next__)

@@ -1,4 +1,4 @@
-"""Options, addresses, inputs and outputs of the command line of `client.py`, and what its error messages say.
+"""Options, inputs and outputs of the command line of `client.py`.
 
 Reads pictures and texts; writes results as text, JSON lines or .npz. numpy (for .npz) and tqdm (for the progress bar)
 are imported where they are used, and everything else is in the standard library. Nothing here uses gRPC.
@@ -59,10 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("task", choices=(*IMAGE_TASKS, *TEXT_TASKS, "capabilities", "health"))
     parser.add_argument("inputs", nargs="*", help='files, folders or "-" (image tasks); texts (text tasks)')
     parser.add_argument("--discover", action="store_true", help="find the daemons by mDNS")
-    parser.add_argument("--streams", type=int, default=1, metavar="N", help="connections to the address of a balancer")
+    parser.add_argument(
+        "--streams", type=int, default=1, metavar="N", help="connections to an address with several daemons behind it"
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to .jsonl, or embeddings to .npz")
-    parser.add_argument("--topk", metavar="K")
+    parser.add_argument("--topk", metavar="K", help="number of labels")
     parser.add_argument("--labels", metavar="A,B,...", help="your own labels for clip_classify; @FILE: one a line")
     parser.add_argument("--label-set", metavar="NAME", help="a label set of the daemon, for clip_classify")
     parser.add_argument("--score", help="softmax, or sigmoid for models such as SigLIP, for clip_classify")
@@ -79,13 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
 def add_connection_options(parser: argparse.ArgumentParser) -> None:
     """Which daemons are asked, and how. `read_credentials` reads the files that these options name."""
     parser.add_argument("--address", action="append", metavar="HOST:PORT,...", help="several share the work")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="for what is no input (default: 60)"
+    )
     parser.add_argument("--tls", action="store_true", help="use TLS; implied by --ca, --cert and --server-name")
     parser.add_argument("--ca", type=Path, metavar="PEM", help="the CA of the daemon's certificate, or the certificate")
     parser.add_argument("--cert", type=Path, metavar="PEM", help="certificate of the client, with --key")
-    parser.add_argument("--key", type=Path, metavar="PEM")
+    parser.add_argument("--key", type=Path, metavar="PEM", help="private key of --cert")
     parser.add_argument("--server-name", default="", metavar="NAME", help="name in the certificate, if not the address")
-    parser.add_argument("--token-file", type=Path, default=os.environ.get("LUMEN_TOKEN_FILE") or None, metavar="FILE")
+    token_file = os.environ.get("LUMEN_TOKEN_FILE") or None
+    parser.add_argument("--token-file", type=Path, default=token_file, metavar="FILE", help="a file with the token")
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ COST_WEIGHT = 0.2  # of the last batch in the moving average of an item's cost
 SMALLER_S = 300.0  # after a batch failed: seconds for which batches keep the smaller size that worked
 # The most that one batch may cost an item: so many times the average, or so many core seconds, whichever is more.
 COST_RISE, COST_FLOOR = 10, 0.5
-BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it ends some day
+BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it completes eventually
 # Seconds after the last answer until background work may use the whole machine. Many clients send one request after
 # another, with short pauses.
 IDLE_S = 1.0
@@ -572,9 +572,8 @@ class DecodePool:
                 self._queue.remove(flow, lambda entry: entry[0].answer.cancelled())
 
     def _loop(self) -> None:
-        machine.lower_thread_priority(
-            4
-        )  # less than the workers': decoding runs ahead of inference, so that full batches form
+        # The priority stays above that of the workers: decoding runs ahead of inference, so that full batches form.
+        machine.lower_thread_priority(4)
         while self._run_next():
             pass
 

@@ -1,7 +1,8 @@
 """The port for immich: smart search over HTTP, with the requests of immich's own machine-learning service.
 
 One thread runs an event loop, in which nothing blocks. It reads forms, submits jobs to the intake, which gRPC requests
-use as well, and waits for their answers. What the daemon does not do is forwarded to LUMEN_IMMICH_FALLBACK.
+use as well, and waits for their answers. Requests that the daemon does not support are
+forwarded to LUMEN_IMMICH_FALLBACK.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ class ImmichServer:
             app,
             access_log=None,
             logger=quiet,
-            handler_cancellation=True,  # a client that leaves takes its job with it
+            handler_cancellation=True,  # if a client disconnects, its job is cancelled
             auto_decompress=False,
             keepalive_timeout=IDLE_S,
             read_bufsize=1 << 16,

@@ -8,7 +8,8 @@ The way of one request:
     inference thread, workers  a batch through a model             (engine: Engine; a backend)
     stream's own thread        responses, in the requests' order   (streams: Stream)
 
-This file starts, serves and stops. `main()` binds the port first, then loads the models, then tells mDNS and systemd.
+This file starts, serves and stops. `main()` reads and checks the settings, opens the ports, advertises the daemon as
+loading, loads the models, and then reports to mDNS and systemd that it is ready.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ MEMORY_LOOK_S = 0.25  # seconds; a network of 1 Gbit/s brings 30 MB in this time
 MEMORY_FLOOR = 64 << 20  # bytes that must stay available, or a twenty-fifth of all memory if that is more
 
 
-Loaded = tuple[Models, SpeciesLoader | None]  # the loader has species to bring when the daemon serves
+Loaded = tuple[Models, SpeciesLoader | None]  # the loader is None if the species are loaded already
 
 
 class Signal(Enum):
@@ -104,9 +105,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="CLIP and BioCLIP-2 over gRPC. Settings come from the environment; see docs/settings.md.",
     )
     parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4)")
-    parser.add_argument("--demo", action="store_true", help="serve the small emoji model in gen/demo; not announced")
-    parser.add_argument("--doctor", action="store_true", help="say what keeps the daemon from running here, and leave")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all, IPv4 and IPv6)")
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="serve the small demo model in gen/demo; mDNS is off unless CLIP_MDNS_TYPE is set",
+    )
+    parser.add_argument("--doctor", action="store_true", help="check this machine and the settings, and exit")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-format", default="text", choices=("text", "json"))
     parser.add_argument("--version", action="version", version=f"lumen-clip {VERSION}")
@@ -119,20 +124,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare_process(options: argparse.Namespace) -> None:
     """Log, memory and what libraries may print; before any of them begins."""
-    # The level is ours; libraries speak when something is wrong.
+    # The level of --log-level is for the daemon. Libraries log warnings and errors only.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.root.handlers[0].addFilter(logs.RepeatLimiter())
     # Pillow warns of each broken EXIF entry. "always" because the other actions keep every text in memory.
     warnings.filterwarnings("always", module=r"PIL\.")
     logging.captureWarnings(True)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes past the log, a line for each odd client
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # its core writes to standard error, a line for each abnormal client
     machine.use_one_heap()
     if options.log_format == "json":
         logging.root.handlers[0].setFormatter(logs.JSONFormatter())
     elif logs.stderr_is_journal():
         logging.root.handlers[0].setFormatter(logs.JournalFormatter())
     if options.log_format == "json" or not sys.stderr.isatty():
-        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are for people who look on
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # progress bars are for terminals
     log.setLevel(options.log_level.upper())
 
 
@@ -226,7 +233,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def check(settings: Settings) -> None:
-    """Looks for what the operator has to change, before anything is downloaded or announced. Raises SettingError."""
+    """Checks that the packages and files that the settings name are there. Downloads nothing. Raises SettingError."""
     for options in settings.models().values():
         backends.check_modules(options)
         backends.check_sources(options)
@@ -445,7 +452,7 @@ def look_after_memory(daemon: Daemon) -> None:
 def supervise(daemon: Daemon, events: Events, terminal: Terminal) -> str:
     """Waits for the signal to stop and looks after the streams meanwhile; -> "" or what is wrong with inference.
 
-    systemd is told that all is well only while the inference thread gets on: nothing else cures a driver that hangs.
+    The watchdog of systemd is reset only while inference makes progress: if a driver hangs, only a restart helps.
     """
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
     beat = min(5.0, watchdog or 5.0, daemon.settings.lumen_hang_s / 2)
@@ -470,13 +477,13 @@ def supervise(daemon: Daemon, events: Events, terminal: Terminal) -> str:
 
 
 def stop(daemon: Daemon, advertiser: Advertiser, drain_immich: Callable[[float], None]) -> None:
-    """Answers what is in work first. The caller then leaves the process, which closes the port and all connections.
+    """Answers the requests in progress first. The caller then ends the process, which closes all connections.
 
     `grpc.Server.stop` would end calls that arrive at that moment with CANCELLED. A connection that closes is
     UNAVAILABLE, which tells clients to try again.
     """
     notify("STOPPING=1")
-    log.info("stopping: answering what is in work")
+    log.info("stopping: answering the requests in progress")
     advertiser.close()
     until = time.monotonic() + DRAIN_S
     daemon.drain(DRAIN_S)
@@ -530,11 +537,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave(exit_status(event))
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events, terminal):
-        log.critical("%s; leaving, so that a supervisor starts the daemon again", trouble)
+        log.critical("%s; the process ends, so that a supervisor can start it again", trouble)
         daemon.stop_serving()
         advertiser.close()
         time.sleep(LINGER_S)
-        _leave(1)  # what is in work has no one who could answer it
+        _leave(1)  # the requests in progress can no longer be answered
     stop(daemon, advertiser, drain_immich)
     _leave(0)
 

@@ -36,7 +36,7 @@ class Model:
     """A backend with its queues.
 
     Prompts are texts that are less urgent than a search. Prompts of a request wait among the images. Prompts of a label
-    set that is built in the background run after all requests.
+    set that is built in the background run while no request is in progress, and otherwise for a twentieth of the time.
     """
 
     def __init__(self, backend: Backend, name: str, engine: Engine, batch_size: int) -> None:

@@ -55,12 +55,16 @@ def source_of(options: ModelOptions, image_file: str) -> tuple[Path | None, str,
     if value.startswith("hf-hub:"):
         repo = value.removeprefix("hf-hub:")
         if value == DEFAULT_MODELS["BIOCLIP"]:
-            remedy = f"set {options.name}_BACKEND to torch or none, or name a folder that export.py wrote"
+            remedy = (
+                f"set {options.name}_BACKEND to torch or none, or {options.name}_MODEL to a folder made by export.py"
+            )
             raise options.error("MODEL", value, f"it is not published for {options.backend}; {remedy}")
         return None, repo, repo
     arch, tag = split_model(options)
     if Path(tag).exists():
-        raise options.error("MODEL", value, "these are torch weights; onnxrt takes a visual/ + textual/ folder")
+        raise options.error(
+            "MODEL", value, f"these are torch weights; {options.backend} needs a folder with visual/ and textual/"
+        )
     # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
     return None, f"immich-app/{arch}__{tag.replace('_', '-')}", value
 

@@ -38,7 +38,7 @@ from photo_index import Index, Photo, Vector, index_path, scan
 
 BATCH_SECONDS = 1.0  # of work in one transaction, which is lost if the process is killed
 PROBE_SECONDS = 0.5  # for a connection to the daemon of the last search
-NOT_WEIGHT = 0.5  # of --not: with 1, a photograph of neither thing would often be above one of both
+NOT_WEIGHT = 0.5  # of --not: with 1, a photograph that shows neither would often have a higher score than one of both
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters in a name that a terminal would obey
 
 
@@ -182,7 +182,7 @@ def search(options: argparse.Namespace, index: Index, stack: ExitStack) -> list[
     text_task, photo_task = tasks_of(models)
     space = models[photo_task]
     if index.fact("space") not in ("", space):
-        say(f"the model of the daemon has changed: its vectors are of the space {space}, before {index.fact('space')}")
+        say(f"the daemon has another model (space {space}, before: {index.fact('space')}); all are embedded again")
     index.remember("space", space)
     query = query_vector(clients[0], text_task, photo_task, options)
     new = index.new_photos(folder, photos, list(unreadable), space)
@@ -204,8 +204,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("search.py", description="Search a folder of photographs by text or photograph.")
     parser.add_argument("folder")
     parser.add_argument("text", nargs="?", default="", help='what to search for, such as "a red bicycle"')
-    parser.add_argument("--like", action="append", default=[], metavar="PHOTO", help="search for what looks like it")
-    parser.add_argument("--not", dest="without", action="append", default=[], metavar="TEXT", help="search for less of")
+    parser.add_argument(
+        "--like", action="append", default=[], metavar="PHOTO", help="search for photographs that look like this one"
+    )
+    parser.add_argument(
+        "--not",
+        dest="without",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="lower the scores of photographs that show this",
+    )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many photographs (default: 10)")
     parser.add_argument("--min-score", type=float, default=-np.inf, metavar="S", help="leave out scores below this one")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")

@@ -1,8 +1,9 @@
 """Loads species in the background, while the daemon already serves everything else.
 
-Computing the vectors of a tree of life can take days on a board. The engine computes them in small batches, after all
-requests. `Models` receives them when they are complete. If the operator chose no source, the first minute of computing
-decides whether to compute TreeOfLife-10M or to download TreeOfLife-200M.
+Computing the vectors of a tree of life can take days on a board. The engine computes them in small batches, while
+no request is in progress, and otherwise for a twentieth of the time. `Models` receives them when they are complete. If
+the operator chose no source, the first minute of computing decides whether to compute TreeOfLife-10M or to download
+TreeOfLife-200M.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class SpeciesLoader:
                     time.sleep(RETRY_S)
                     report.progress.failure = ""
             models.add_species(species)
-            self._unload_text()
+            if models.semantic != "bioclip":
+                self._unload_text()
             say("serving")
             log.info("%s: ready", report.progress.name)
 
@@ -204,7 +206,7 @@ class SpeciesLoader:
         return encoder_of(self._model.backend)(texts)
 
     def _unload_text(self) -> None:
-        """Unloads the text tower on the inference thread, the only one that may use it."""
+        """Unloads the text tower on the background thread, while the inference thread runs no batch."""
 
         def steps() -> Steps:
             yield self._unload, [None]

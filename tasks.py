@@ -32,7 +32,7 @@ CALLER_LABELS_MAX = 256  # labels in the meta `labels` of a request
 MIN_SCORE = 0.35  # the default `min_score` of `rank=auto`; the Lightroom plug-in LrGeniusAI uses the same
 TAXA_MAX = 10_000  # names in `within`
 LABEL_COST = 4096  # bytes of a caller's label, in addition to its text: token ids and a vector
-TEXT_BYTES_MAX = 65_536  # bytes of a text. A tower reads only 77 tokens; this limits the time for cleaning.
+TEXT_BYTES_MAX = 65_536  # bytes of a text. A tower reads at most 77 tokens; this limits the time for cleaning.
 
 
 class Models:

@@ -204,7 +204,7 @@ def test_a_daemon_that_loads_or_stops_gets_no_new_streams(
             assert lumen.health() == "SERVING" and len(lumen.capabilities()) == 1  # `new` would say UNAVAILABLE
         assert "ready: " not in new.log and new.process.poll() is None
         answers = lumen.infer_many(pictures(10))
-        found = [next(answers)]  # the others are in work for 13 seconds
+        found = [next(answers)]  # the others are in progress for 13 seconds
         (tmp_path / "go").touch()
         wait_until(lambda: "Server daemons/b is UP" in said(tmp_path))
         old.process.terminate()

@@ -76,7 +76,7 @@ def test_exceptions_that_cross_a_file_are_in_one_place() -> None:
 
 
 def test_what_makes_jobs_of_requests_knows_no_grpc() -> None:
-    """Lost otherwise: a second front door, such as an HTTP one, that has to bring gRPC along."""
+    """Lost otherwise: a second server, such as an HTTP one, that has to bring gRPC along."""
     script = "import intake, sys; print(*{name.partition('.')[0] for name in sys.modules} & {'grpc', 'google', 'gen'})"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")
