@@ -196,7 +196,7 @@ def test_a_disk_that_is_not_there_for_a_while_costs_nothing(
     shutil.rmtree(photos / "2026")
     find(demo, str(photos), "a fox")
     assert len(rows(caches, "SELECT * FROM vectors")) == 7
-    monkeypatch.setattr(search, "KEEP_SECONDS", -1)
+    monkeypatch.setattr(photo_index, "KEEP_SECONDS", -1)
     find(demo, str(photos), "a fox")
     assert len(rows(caches, "SELECT * FROM vectors")) == len(rows(caches, "SELECT * FROM files")) == 6
 
