@@ -514,7 +514,7 @@ def test_a_mistake_is_one_line(demo: Node, onnx_node: Node, photos: Path, caches
         ),
         ((str(photos), "a bird", "--address", "a b"), 2, "--address a b: allowed: HOST"),
         ((str(photos), "a bird", "--address", "127.0.0.1:9"), 1, "nothing answers at 127.0.0.1:9"),
-        ((str(photos), "a bird", "--ca", "absent.pem"), 1, "absent.pem"),
+        ((str(photos), "a bird", "--ca", "absent.pem"), 2, "--ca absent.pem: No such file"),
     ):
         address = "" if "--address" in arguments else demo.address
         run = run_client(*arguments, address=address, program="search.py")
