@@ -78,11 +78,14 @@ def decode(row: Row, settings: Settings, recipe: Preprocess, folder: str) -> Row
     where relative paths begin.
     """
     pixels, errors = list[bytes](), list[str | None]()
-    most = settings.lumen_max_megapixels * 1_000_000
+    most, most_bytes = settings.lumen_max_megapixels * 1_000_000, settings.lumen_max_request_mb << 20
     for path in json.loads(row["paths"]):
+        file = Path(folder, path)
         try:
-            data = read_picture(str(Path(folder, path)))
-            pixels.append(decode_image(data, [recipe], most, settings.lumen_jpeg_draft)[recipe].tobytes())
+            if (size := file.stat().st_size) > most_bytes:
+                raise BadInput(f"the file has {size} bytes; allowed: {most_bytes}")
+            decoded = decode_image(read_picture(str(file)), [recipe], most, settings.lumen_jpeg_draft)
+            pixels.append(decoded[recipe].tobytes())
             errors.append(None)
         except BadInput as error:
             errors.append(str(error).removeprefix("payload: "))
