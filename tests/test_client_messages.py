@@ -260,6 +260,13 @@ def test_programs_get_the_advice_and_what_grpc_said() -> None:
             "a:1 cannot be resolved; check the name",
         ),
         ("unavailable", f"{prefix}something new", tls, f"{prefix}something new"),
+        (
+            "unavailable",
+            "connections to all backends failing; last error: Connection refused",
+            plain,
+            "nothing answers at",
+        ),
+        ("unavailable", "Received http2 header with status: 503", plain, "no daemon behind a:1 is ready; try again"),
         ("unavailable", "Socket closed", plain, "closed the connection during the call (Socket closed); try again"),
         ("unknown", "Stream removed (Socket closed)", plain, "the daemon closed the connection during the call"),
         ("resource_exhausted", "64 Infer streams are open already; try later", plain, "64 Infer streams"),

@@ -253,7 +253,7 @@ def test_three_daemons_of_different_pace_are_used_in_full(
 ) -> None:
     """Lost otherwise: the figure in docs/deployment.md. Prints it: pytest -s -m measure -k of_different_pace"""
     if not measuring:
-        pytest.skip("takes two minutes, for a figure: python -m pytest -s -m measure -k of_different_pace")
+        pytest.skip("takes four minutes, for a figure: python -m pytest -s -m measure -k of_different_pace")
     ports = free_ports(3)
     nodes = [daemon(port, pace).ready() for port, pace in zip(ports, PACES, strict=True)]
     address = haproxy(*ports)
@@ -265,13 +265,14 @@ def test_three_daemons_of_different_pace_are_used_in_full(
         assert len(vectors(client.infer_many(clients, requests))) == count
         return count / (time.monotonic() - began)
 
-    alone = []
-    for node, pace in zip(nodes, PACES, strict=True):
-        with client.LumenClient(node.address) as lumen:
-            alone.append(rate([lumen], int(20 / pace)))
+    alone, together = [0.0] * len(nodes), 0.0
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(client.LumenClient(address)) for _ in range(6)]
-        together = rate(clients, int(60 * sum(alone)))
+        for _ in range(2):  # a busy computer spoils times, so the better of two counts
+            for i, node in enumerate(nodes):
+                with client.LumenClient(node.address) as lumen:
+                    alone[i] = max(alone[i], rate([lumen], int(10 / PACES[i])))
+            together = max(together, rate(clients, int(60 * sum(1 / pace for pace in PACES))))
     print(
         f"\nalone {', '.join(f'{each:.1f}' for each in alone)}, in sum {sum(alone):.1f} photographs a second; "
         f"behind HAProxy with 6 streams {together:.1f}, or {together / sum(alone):.2f} of the sum"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -202,15 +203,6 @@ def test_each_daemon_takes_a_request_when_it_has_answered_one(caplog: pytest.Log
         assert len(list(client.infer_many(clients, iter(requests)))) == 150 and alone.most > 32
 
 
-@contextlib.contextmanager
-def balanced(count: int, *daemons: Timed) -> Iterator[list[client.LumenClient]]:
-    """So many clients of one address that stands for all daemons."""
-    with serving(*daemons) as clients:
-        address = "ipv4:" + ",".join(each.address for each in clients)
-        with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(client.LumenClient(address, spread=True)) for _ in range(count)]
-
-
 def numbered(count: int) -> list[client.Request]:
     return [client.Request("clip_embed", str(number).encode()) for number in range(count)]
 
@@ -222,11 +214,26 @@ def numbers(answers: Iterator[client.Result | client.LumenError]) -> list[Any]:
 def test_the_streams_of_one_address_move_to_a_daemon_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the speed of a daemon that is restarted or added while an import runs behind a balancer."""
     monkeypatch.setattr(client_connections, "STREAM_SECONDS", 0.3)
-    first, second = Timed(0.005), Timed(0.005)
-    with balanced(4, first, second) as clients:
-        assert numbers(client.infer_many(clients, numbered(600))) == list(range(600))
-    assert min(first.streams, second.streams) > 2 and min(first.answered, second.answered) > 100
-    assert len(first.peers | second.peers) >= 4 and max(first.most, second.most) <= 4 * 8
+    first, second = Timed(0.001), Timed(0.001)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(contextlib.closing(Restartable(daemon))) for daemon in (first, second)]
+        address = "ipv4:" + ",".join(server.address for server in servers)  # as a name with two addresses
+        clients = [stack.enter_context(client.LumenClient(address, spread=True)) for _ in range(4)]
+        servers[1].stop()
+
+        def requests() -> Iterator[client.Request]:
+            deadline = time.monotonic() + LIMIT_S
+            for number in itertools.count():
+                yield client.Request("clip_embed", str(number).encode())
+                if number == 100:
+                    servers[1].start()
+                if (number > 500 and second.streams > 2) or time.monotonic() > deadline:
+                    return
+
+        answers = numbers(client.infer_many(clients, requests()))
+    assert answers == list(range(len(answers))) and len(answers) > 500 and second.answered > 0
+    assert first.streams > 4 and len(first.peers) == 4  # each client has a connection of its own
+    assert max(first.most, second.most) <= 4 * 8
 
 
 def test_a_balancer_without_daemons_is_waited_for_and_not_forever(
