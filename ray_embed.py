@@ -211,7 +211,7 @@ def embed(settings: Settings, options: ModelOptions, paths: Sequence[str], out: 
     facts: Facts = ray.get(opened.remote(options, folder))
     done = {path for file in out.glob("*.parquet") for path in read_column(file, facts.space)}
     pending = list({readable(path): path for path in paths if readable(path) not in done}.values())
-    say(f"{len(pending)} pictures to embed by {count} actors, as {facts.model_id} in space {facts.space}")
+    say(f"model {facts.model_id}, space {facts.space}, actors: {count}, pictures to embed: {len(pending)}")
     if not pending:
         return []
     size = min(SHARD, math.ceil(len(pending) / (SHARDS_OF_AN_ACTOR * count)))
@@ -241,7 +241,7 @@ def embed(settings: Settings, options: ModelOptions, paths: Sequence[str], out: 
     for _ in progress(written(), len(pending)):
         pass
     left = [path for shard in missing for path in json.loads(shard)]
-    say(f"{len(pending) - len(left) - failed} pictures have a vector now, and {failed} a row with an error")
+    say(f"new rows with a vector: {len(pending) - len(left) - failed}, with an error: {failed}")
     return left
 
 
@@ -264,7 +264,7 @@ def run(options: argparse.Namespace) -> int:
             remainder.unlink()
         left = embed(settings, model, paths, options.out)
     if left:
-        text = f"{len(left)} pictures have no row, because their tasks failed, such as {readable(left[0])}"
+        text = f"pictures without a row, because their tasks failed: {len(left)}, such as {readable(left[0])}"
         say(f"{text}; run the command again to try them again")
     return 1 if left else 0
 
