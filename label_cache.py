@@ -48,7 +48,8 @@ SHARD_LABELS = 2048  # labels that are saved together while a set is built; a ki
 HALF_PRECISION_BYTES = 256 << 20  # larger float32 matrices are stored as float16 and mapped; logits change by 0.0025
 BLOCK = 8192  # rows that are converted at a time: 25 MB of float32 at 768 dimensions
 PROBE_LABELS = 4  # labels that are encoded again to check whether a cache belongs to the model
-PROBE_COSINE = 0.9999
+# The least cosine of such a label. Two batches of bfloat16 differ by more than 0.0001, and other models by far more.
+PROBE_COSINE = 0.999
 ALIGNMENT = 64  # bytes
 
 

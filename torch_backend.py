@@ -37,7 +37,9 @@ MODULES = ("torch", "open_clip")  # that this backend needs
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of torch, by `Backend.precision`
 # What `auto` tries on a GPU, in this order: float16 is more exact, but numbers above 65,504 do not exist in it.
 HALF_PRECISIONS = ("fp16", "bf16")
-HALF_FLOOR = 0.999  # the least cosine to the vectors of fp32, as of the vectors that an export carries
+# The least cosine to the vectors of fp32. Two vectors that differ so from a third have 0.999, which is the floor of an
+# export's self-test and of a cache; see `label_cache.PROBE_COSINE`.
+HALF_FLOOR = 0.9995
 SAMPLE_TEXTS = ("a", "a photo of a red bicycle.", "“curly” &amp; café, 山, 🦊", "a photo of many things " * 20)
 TORCH_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import re
 import shutil
 import threading
@@ -20,6 +21,8 @@ import torch
 from google.protobuf.empty_pb2 import Empty
 
 import backends
+import label_cache
+import labels
 import lumen_clip
 import model
 import service
@@ -52,14 +55,39 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_device, "GPUS", ("cpu",))
 
 
+class Slow(torch_device.Stream):
+    """A stream whose device takes its time, so that batches end in another order than they began in."""
+
+    random = np.random.default_rng(3)
+    marks = waits = 0
+
+    def record(self) -> None:
+        Slow.marks += 1
+
+    def wait(self) -> None:
+        Slow.waits += 1
+        time.sleep(self.random.uniform(0, 0.02))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
+    monkeypatch.setattr(torch_device, "Stream", Slow)
+    monkeypatch.setattr(Slow, "marks", 0)
+    monkeypatch.setattr(Slow, "waits", 0)
+    return Slow
+
+
 @pytest.fixture
 def served(request: pytest.FixtureRequest, card: None, tiny: Path, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
     """(daemon, CLIP's `Model`, stub) of a daemon in this process, on a real socket, with batches of up to 256.
 
     The parameter is CLIP_PRECISION.
     """
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(list(COLOURS)))
     settings = settings_of(
-        lumen_data_dir=write_labels(tmp_path),
+        lumen_data_dir=tmp_path,
+        clip_labels=names,
         bioclip_backend="none",
         clip_model=tiny,
         clip_templates=1,
@@ -143,13 +171,26 @@ def test_auto_is_fp32_on_a_cpu(tiny: Path) -> None:
 def test_a_model_that_float16_is_too_small_for_runs_in_bfloat16_or_fp32(
     card: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Lost otherwise: right answers, or the start, with a model whose numbers are larger than those of float16."""
+    """Lost otherwise: right answers, or the start, with a model whose numbers are larger than those of float16; or the
+    hours of a large label set, at each start."""
     folder = with_large_activations(tiny, tmp_path / "large")
     exact = load(folder, "torch", precision="fp32")
     backend = load(folder, "torch")
     assert backend.precision == "bf16" and backend.self_test_cosine > 0.999
     assert "fp16 is not used: self-test: ValueError: the model returned a vector that is not finite" in caplog.text
     assert 0.999 < agreement(backend, exact) < 1 and backend.space == exact.space
+    names, encoded_texts = [f"thing number {i} of {i * i}" for i in range(64)], list[str]()
+
+    def encode(texts: list[str]) -> Any:
+        encoded_texts.extend(texts)
+        return backend.encode_text(backend.tokenize(texts))
+
+    recipe = labels.names_recipe(1)
+    key = label_cache.CacheKey.of(names, recipe, "model", backend.dim)
+    label_cache.cached_vectors(tmp_path / "cache", names, recipe, encode, key)
+    encoded_texts.clear()
+    label_cache.cached_vectors(tmp_path / "cache", names, recipe, encode, key)
+    assert len(encoded_texts) == label_cache.PROBE_LABELS  # a later start does not compute them again
     monkeypatch.setattr(torch_backend, "HALF_FLOOR", 0.9999999)
     backend = load(folder, "torch")
     assert (backend.precision, backend.self_test_cosine) == ("fp32", None)
@@ -207,6 +248,15 @@ def test_a_size_without_memory_is_left_out_of_the_tuning(
     monkeypatch.setattr(backends, "seconds_of_a_batch", lambda backend, size: measured(backend, 64))
     with pytest.raises(MemoryError):  # not even one image fits
         backends._try_out(backend, 256, lambda: None)
+
+
+def test_a_gpu_is_measured_by_the_time_that_passes(
+    slow: type[Slow], card: None, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the right batch size, because a thread that waits for a card uses no core meanwhile."""
+    backend = load(tiny, "torch")
+    monkeypatch.setattr(Slow, "wait", lambda stream: time.sleep(0.3))
+    assert backends.seconds_of_a_batch(backend, 1) >= 0.3
 
 
 def test_a_batch_that_a_card_has_no_memory_for_is_halved_and_no_request_is_lost(
@@ -274,28 +324,6 @@ def test_a_stream_has_two_batches_of_a_gpu_in_progress(served: Any) -> None:
         assert queued(daemon, " image") <= at_once
         gate.set()
         assert len(answers.result()) == at_once + 100
-
-
-class Slow(torch_device.Stream):
-    """A stream whose device takes its time, so that batches end in another order than they began in."""
-
-    random = np.random.default_rng(3)
-    marks = waits = 0
-
-    def record(self) -> None:
-        Slow.marks += 1
-
-    def wait(self) -> None:
-        Slow.waits += 1
-        time.sleep(self.random.uniform(0, 0.02))
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
-    monkeypatch.setattr(torch_device, "Stream", Slow)
-    monkeypatch.setattr(Slow, "marks", 0)
-    monkeypatch.setattr(Slow, "waits", 0)
-    return Slow
 
 
 def test_answers_are_right_and_in_order_with_two_batches_in_flight(slow: type[Slow], served: Any) -> None:
