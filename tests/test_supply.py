@@ -17,7 +17,7 @@ import pytest
 from settings import VERSION
 from tests.kit import ROOT, Node
 
-EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "immich", "dev"}
+EXTRAS = {"edge", "cpu", "gpu", "osx", "rknn", "heic", "immich", "ray", "dev"}
 
 
 @pytest.mark.parametrize(
