@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import open_clip
 import pytest
 import torch
@@ -234,8 +235,6 @@ def test_every_backend_agrees_with_openclip(siglip: Path, siglip_folders: dict[s
 
 def test_the_table_of_a_large_vocabulary_is_stored_small(siglip_folders: dict[str, Path]) -> None:
     """Lost otherwise: 800 MB of memory for the words of a hundred languages."""
-    import onnx
-
     for name, kind in (("fp32", onnx.TensorProto.FLOAT16), ("int8", onnx.TensorProto.INT8)):
         graph = onnx.load(siglip_folders[name] / "textual" / "model.onnx").graph
         [table] = [tensor for tensor in graph.initializer if tensor.name.endswith("token_embedding.weight")]
@@ -352,6 +351,9 @@ def test_branches_for_training_are_merged_and_change_nothing(tmp_path: Path) -> 
     assert np.sum(backend.encode_images(pixels) * expected.numpy(), axis=1).min() > 0.99999
     found = backend.encode_text(backend.tokenize(["a dog", "a photo of a cat on a beach"]))
     assert np.sum(found * words.numpy(), axis=1).min() > 0.99999
+    export.export(str(tmp_path / "s0"), tmp_path / "onnx", tower="image")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "onnx" / "visual" / "model.onnx").graph.node}
+    assert "Gelu" in kinds and "Erf" not in kinds
 
 
 @pytest.mark.parametrize("no_causal_mask", [False, True])
