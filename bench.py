@@ -144,7 +144,7 @@ class Limits:
                 backend.model.encode_image(ready).cpu()
 
         for pixels in self._ready_pixels():
-            ready = torch.from_numpy(preprocess.normalize(pixels, backend.preprocess)).to(device.device, device.dtype)
+            ready = torch.from_numpy(preprocess.normalize(pixels, backend.preprocess)).to(device.device, backend.dtype)
             whole = len(pixels), partial(encode, ready, self.cores)
             split = len(pixels) * self.cores, partial(self._on_each_core, partial(encode, ready, 1))
             yield from (whole, whole if backend.accelerator else split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -178,6 +179,30 @@ class Memory:
     def kept(self) -> int:
         """Sets of activations that are still in memory."""
         return sum(activations() is not None for activations in self.activations)
+
+
+def test_a_free_worker_leaves_pictures_for_the_others(start: Start) -> None:
+    """Lost otherwise: half of the cores of a large machine, which wait while one worker has all pictures."""
+    gate, sizes = threading.Semaphore(0), list[int]()
+
+    def run(items: list[Any]) -> list[Any]:
+        sizes.append(len(items))
+        assert gate.acquire(timeout=LIMIT_S)
+        return items
+
+    image = Stage("image", run, 8, Stage.BULK, spread=True)
+    to = start(image, workers=4)
+    for count in range(1, 5):
+        submit(to, image, ["running"])
+        wait_until(lambda: len(sizes) == count)  # noqa: B023
+    waiting = [submit(to, image, ["queued"]) for _ in range(4)]
+    wait_until(lambda: len(image.queue) == 4)
+    gate.release()
+    wait_until(lambda: len(sizes) == 5)
+    assert sizes == [1, 1, 1, 1, 2]  # its share of the seven that are in progress
+    gate.release(20)
+    for job in waiting:
+        job.answer.result(LIMIT_S)
 
 
 def gathered(to: Engine, stage: Stage, count: int, first: str = "first") -> list[Job]:
