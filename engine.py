@@ -412,10 +412,9 @@ class Engine:
 
     def _begin(self, stage: Stage) -> None:
         """Forms a stage's next batch and gives it to the inference thread, a worker or the background thread."""
-        most = stage.size_limit()
-        size = most
+        size, queued = stage.size_limit(), len(stage.queue)
         if stage.spread:  # the other workers get their share of what is queued, and of what is still decoded or runs
-            size = min(most, -(-len(stage.queue) // self._free_workers), -(-self._expected // self._workers))
+            size = min(size, -(-queued // self._free_workers), -(-max(self._expected, queued) // self._workers))
         alone = stage.kind == Stage.BACKGROUND and self._is_idle()
         if stage.kind == Stage.BACKGROUND and not alone:
             size = 1  # a text that arrives meanwhile has to wait for it

@@ -239,8 +239,9 @@ def check(settings: Settings) -> None:
         backends.check_sources(options)
     try:
         read_scenes(settings.lumen_scenes)
-        if "clip" in settings.models() and settings.clip.labels:
-            labels.class_names(settings.lumen_data_dir, settings.clip.labels, quiet)
+        own = settings.clip.labels if "clip" in settings.models() else ""
+        if own and not Path(own).is_fifo():  # a named pipe can be read once only
+            labels.class_names(settings.lumen_data_dir, own, quiet)
         if "bioclip" in settings.models():
             tree_of_life.check_own(settings.bioclip.labels)
     except PermissionError as error:

@@ -5,6 +5,7 @@ A picture is uint8 RGB `[n, size, size, 3]` here as everywhere.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -198,24 +199,15 @@ def fetch_repository(
     marker = folder / f".complete-{form or options.backend}.json"
     if _is_whole(folder, marker):
         return folder
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    revision = REVISIONS.get(repo, "main")
-    log.info("downloading %s@%s to %s", repo, revision[:12], folder)
     try:
-        # list_repo_files has no timeout for a hub that accepts the connection and does not answer.
-        found = HfApi().repo_info(repo, revision=revision, timeout=30, files_metadata=True).siblings or []
-        try:
-            files = choose([file.rfilename for file in found])
-        except ValueError as error:
-            text = f"the hub repository {repo} cannot be used: {error}"
-            raise options.error("MODEL", options.model, text) from error
-        expected = {file.rfilename: file.size or 0 for file in found if file.rfilename in files}
-        with report_download(say, repo, folder, expected):
-            snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
-        sizes = {name: (folder / name).stat().st_size for name in files}
-        replace_file(marker, json.dumps(sizes).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:  # released when it is closed, however the process ends
+            with suppress(OSError):  # not every network file system has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_whole(folder, marker):  # another process may have downloaded it meanwhile
+                _download(options, repo, choose, say, marker)
     except SettingError:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk raise various exceptions
@@ -224,6 +216,28 @@ def fetch_repository(
         unknown = isinstance(error, (RepositoryNotFoundError, HFValidationError))
         raise (options.error if unknown else options.failure)("MODEL", options.model, text) from error
     return folder
+
+
+def _download(
+    options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]], say: Say, marker: Path
+) -> None:
+    """The body of `fetch_repository`, into the folder of the marker. Raises SettingError, and what the hub raises."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    folder, revision = marker.parent, REVISIONS.get(repo, "main")
+    log.info("downloading %s@%s to %s", repo, revision[:12], folder)
+    # list_repo_files has no timeout for a hub that accepts the connection and does not answer.
+    found = HfApi().repo_info(repo, revision=revision, timeout=30, files_metadata=True).siblings or []
+    try:
+        files = choose([file.rfilename for file in found])
+    except ValueError as error:
+        text = f"the hub repository {repo} cannot be used: {error}"
+        raise options.error("MODEL", options.model, text) from error
+    expected = {file.rfilename: file.size or 0 for file in found if file.rfilename in files}
+    with report_download(say, repo, folder, expected):
+        snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    replace_file(marker, json.dumps(sizes).encode())
 
 
 def _is_whole(folder: Path, marker: Path) -> bool:

@@ -155,7 +155,7 @@ def test_whatever_ends_it_is_followed_by_a_start_and_right_answers(board: Board,
     journal = board.journal(since)
     assert {
         "killed": "Main process exited, code=killed, status=9/KILL",
-        "a thread that hangs": "a batch or a task's step has been running for over 5 s (LUMEN_HANG_S); leaving",
+        "a thread that hangs": "a batch or a task's step has been running for over 5 s (LUMEN_HANG_S); the",
         "a process that freezes": "Watchdog timeout (limit 6s)!",
         "no memory left": "Main process exited, code=killed, status=9/KILL",
     }[fault] in journal, journal

@@ -357,7 +357,10 @@ def test_a_hung_model_ends_the_process_so_that_it_is_started_again(
             next(call)
         assert error.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert node.ended() == 1
-        assert node.log.count("a batch or a task's step has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+        assert (
+            node.log.count("a batch or a task's step has been running for over 2 s (LUMEN_HANG_S); the process ends")
+            == 1
+        )
     node = misbehaving()
     assert node.ask("clip_image_embed", encoded(picture(GREEN))).result and node.stop() == 0
 
@@ -371,7 +374,10 @@ def test_a_decoder_that_hangs_ends_the_process_so_that_it_is_started_again(misbe
     wait_until(lambda: b" prepare " in (Path(node.data) / "in-flight").read_bytes())
     call.cancel()  # the client does not wait, but the thread is gone all the same
     assert node.ended() == 1
-    assert node.log.count("the preparation of a request has been running for over 2 s (LUMEN_HANG_S); leaving") == 1
+    assert (
+        node.log.count("the preparation of a request has been running for over 2 s (LUMEN_HANG_S); the process ends")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("fault", ["", "supervision"])
@@ -480,7 +486,7 @@ def test_a_model_that_only_fails_is_started_again(misbehaving: Callable[..., Nod
             r"internal error \w+; the daemon's log says more", response.error.message
         )
     node.ask("clip_image_embed", bad)
-    assert node.ended() == 1 and "clip image: 3 batches failed in a row; leaving" in node.log
+    assert node.ended() == 1 and "clip image: 3 batches failed in a row; the process ends" in node.log
 
 
 def test_a_model_that_only_fails_is_noticed_beside_one_that_works(misbehaving: Callable[..., Node]) -> None:
@@ -490,4 +496,4 @@ def test_a_model_that_only_fails_is_noticed_beside_one_that_works(misbehaving: C
     for number in range(3):
         assert node.ask("clip_embed", f"a dog {number}".encode()).result
         assert node.ask("clip_image_embed", bad).error.code == pb.ERROR_CODE_INTERNAL
-    assert node.ended() == 1 and "clip image: 3 batches failed in a row; leaving" in node.log
+    assert node.ended() == 1 and "clip image: 3 batches failed in a row; the process ends" in node.log

@@ -219,6 +219,6 @@ def test_labels_of_ones_own_replace_imagenet_and_the_tree_of_life(tiny_onnx: Pat
     finally:
         assert node.stop() == 0
     (tmp_path / "names.json").write_text('{"0": "a"}')
-    node = Node(data, **models, **own).bound()
+    node = Node(data, **models, **own)
     assert node.ended() == 2 and node.stop() == 2
     assert f"lumen-clip: CLIP_LABELS={own['CLIP_LABELS']}: allowed: a JSON list of names" in node.log
