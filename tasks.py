@@ -85,8 +85,6 @@ class Models:
     def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
         def run(items: list[Any]) -> Sequence[Any]:
             queries, options = np.stack([vector for vector, _ in items]), [item_options for _, item_options in items]
-            if isinstance(labelset, Species):
-                return labelset.answers(queries, options)
             return labelset.answers(queries, options)
 
         return run

@@ -193,6 +193,8 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
     made = engine.Engine(workers=4)
     stage = made.add(engine.Stage("image", held, 8, engine.Stage.BULK, spread=True))
     jobs = [submitted(made, stage) for _ in range(20)]
+    for job in jobs:
+        made.expect(job)
     made.start()
     wait_until(lambda: len(sizes) == 4)
     assert sizes == [5, 5, 5, 5]
