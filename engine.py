@@ -257,9 +257,10 @@ class Engine:
         """When the oldest batch or pass in progress began, by `machine.clock`; None if there is none."""
         return min(self._began.copy().values(), default=None)
 
-    def wait_for_a_pause(self) -> None:
-        """Blocks until the engine runs and no request has been in progress for IDLE_S."""
-        while not self.thread.is_alive() or self._expected or time.monotonic() < self._idle_from:
+    def wait_for_a_pause(self, most_s: float = float("inf")) -> None:
+        """Blocks until the engine runs and no request has been in progress for IDLE_S, or `most_s` seconds are over."""
+        until = time.monotonic() + most_s
+        while not self.thread.is_alive() or time.monotonic() < min(until, until if self._expected else self._idle_from):
             time.sleep(IDLE_S / 4)
 
     def expect(self, job: Job) -> None:

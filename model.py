@@ -28,6 +28,7 @@ SHORT_TEXT = 28
 # Images in a batch on a GPU, unless the operator sets a limit. Raw ViT-B-32 was fastest with it on an NVIDIA H200. The
 # tuning takes less where less is as fast, or where the memory does not suffice.
 GPU_BATCH = 256
+PAUSE_S = 10.0  # from the load on, until the session for single pictures is opened without a pause as well
 FIRST_BATCH = 4  # images in a batch until the tuning has found a better size
 BACKGROUND_BATCH = 4  # prompts; a search that arrives meanwhile waits for them
 
@@ -97,7 +98,7 @@ class Model:
 
         def measure() -> None:
             machine.lower_thread_priority(5)  # as the workers' is; the threads of a session inherit it
-            engine.wait_for_a_pause()
+            engine.wait_for_a_pause(PAUSE_S)
             try:
                 self.backend.prepare_single()
             except BackendError as error:  # such as too little memory

@@ -205,6 +205,16 @@ def test_a_free_worker_leaves_pictures_for_the_others(start: Start) -> None:
         job.answer.result(LIMIT_S)
 
 
+def test_waiting_for_a_pause_ends_beside_a_client_that_makes_none(start: Start) -> None:
+    """Lost otherwise: a picture on all cores, to a photo app that sends one request after another from the start on."""
+    to, job = start(), Job("", "", 0, ("a", 1))
+    to.expect(job)
+    began = time.monotonic()
+    to.wait_for_a_pause(0.3)
+    assert time.monotonic() - began >= 0.3 and not job.answer.done()
+    job.answer.cancel()
+
+
 def gathered(to: Engine, stage: Stage, count: int, first: str = "first") -> list[Job]:
     """So many requests that are taken as one batch: submitted while the engine cannot look."""
     with to._changed:
