@@ -28,7 +28,7 @@ SHORT_TEXT = 28
 # Images in a batch on a GPU, unless the operator sets a limit. Raw ViT-B-32 was fastest with it on an NVIDIA H200. The
 # tuning takes less where less is as fast, or where the memory does not suffice.
 GPU_BATCH = 256
-PAUSE_S = 10.0  # from the load on, until the session for single pictures is opened without a pause as well
+PAUSE_S = 10.0  # after the load, the session for single pictures is opened even if requests are in progress
 FIRST_BATCH = 4  # images in a batch until the tuning has found a better size
 BACKGROUND_BATCH = 4  # prompts; a search that arrives meanwhile waits for them
 
@@ -84,7 +84,7 @@ class Model:
         self._known: OrderedDict[bytes, Any] = OrderedDict()  # tokens -> vector; only the engine's own thread uses it
 
     def adapt(self, folder: Path | None, engine: Engine, limit: int) -> None:
-        """Adapts the model to this machine in the background, in moments without requests.
+        """Adapts the model to this machine in the background, in moments without requests if there are any.
 
         `folder` keeps the tuning; without one, the batch size stays. `limit`: the most images in a batch that the
         operator allows; 0: GPU_BATCH on a GPU, elsewhere the batch size that the model has.

@@ -467,10 +467,10 @@ class _HoldsPictures(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
 def test_the_bench_simulates_cores_that_the_machine_does_not_have(tmp_path: Path) -> None:
     """Lost otherwise: what a large machine could do, for somebody who is about to buy one."""
-    points = bench_simulation.measure(3, (0.02, 0.2), 4, tmp_path)
+    points = bench_simulation.measure(3, (0.005, 0.045), 4, tmp_path)
     assert [point["cores"] for point in points] == [1, 2, 3]
-    for point in points:  # the cores sleep as long as they would work, so the rate cannot be higher
-        assert 0 < point["per_s"] < 1.3 * point["ideal_per_s"] and point["core_ms"] > 0
+    for point in points:  # ten times less than without the sleep; answers that were held up may fall into the window
+        assert 0 < point["per_s"] < 2 * point["ideal_per_s"] and point["core_ms"] > 0
     bench_simulation.plot(points, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size == (1000, 130)
 
