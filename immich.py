@@ -157,8 +157,11 @@ class Upload:
     ended: bool = False
 
     async def read(self, content: aiohttp.StreamReader) -> bytes:
-        """The next bytes; b"" at the end. Raises _Refused."""
-        chunk = await content.readany()
+        """The next bytes; b"" at the end. Raises _Refused, and ConnectionError if the client has left."""
+        try:
+            chunk = await content.readany()
+        except RuntimeError as error:  # as aiohttp says it if the client left before the first read
+            raise ConnectionResetError("the client has left") from error
         self.ended, self.seen = not chunk, self.seen + len(chunk)
         if self.seen > self.size_max:
             raise self.too_large()

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -103,6 +104,22 @@ def test_connections_that_are_full_of_uploads_give_way(node: Node) -> None:
         served(node)
         for peer in peers:
             peer.close()
+
+
+def test_uploads_that_are_ended_before_they_are_read_are_no_error(node: Node) -> None:
+    """Lost otherwise: a log that one can read, to a crowd of uploads that arrives all at once."""
+    with outlived(node):
+        peers = [Peer(node.port) for _ in range(HTTP_CONNECTIONS_MAX)]
+        served(node)  # so they are accepted
+        node.process.send_signal(signal.SIGSTOP)
+        for peer in peers:
+            peer.begin(1 << 20)
+        peers += [Peer(node.port).begin(1 << 20) for _ in range(50)]
+        node.process.send_signal(signal.SIGCONT)
+        served(node)
+        for peer in peers:
+            peer.close()
+    assert "internal error" not in node.log
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(node: Node) -> None:
