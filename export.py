@@ -35,13 +35,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import export_rknn
+import label_cache
+import labels
 import machine
 import model_files
 import tokenizer
-from errors import BackendError, SettingError
+from errors import BackendError, LabelError, SettingError
 from export_rknn import ExportError, pixels_of, rebuild_graph, write_json
 from onnx_backend import FolderBackend, open_onnx
-from settings import ModelOptions
+from settings import ModelOptions, Settings
 from torch_backend import TorchBackend
 
 log = logging.getLogger("lumen.export")
@@ -264,6 +266,16 @@ def write_folder(source: TorchBackend, reference: Reference, folder: Path, wante
     (folder / "textual" / "tokenizer.json").write_text(source.tokenizer.to_json(), "utf-8")
 
 
+def write_labels(written: FolderBackend, folder: Path, wanted: Wanted, data_dir: Path) -> None:
+    """The text vectors of ImageNet-1k's labels, which the daemon would otherwise compute at its first start.
+
+    Raises LabelError if the names of the labels cannot be downloaded.
+    """
+    names, recipe = labels.class_names(data_dir, "", model_files.quiet), labels.imagenet_recipe(Settings.clip_templates)
+    key = label_cache.CacheKey.of(names, recipe, wanted.model_id, written.dim)
+    label_cache.cached_vectors(folder / label_cache.EXPORTED, names, recipe, model_files.encoder_of(written), key)
+
+
 def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wanted: Wanted) -> None:
     """What the towers are, what they should answer, and the sha-256 of every file that is there."""
     manifest = {
@@ -408,8 +420,9 @@ def export(
     tower: str = "both",
     photos: Path | None = None,
     data_dir: Path = Path("data"),
+    with_labels: bool = False,
 ) -> None:
-    """Raises SettingError, BackendError or ExportError, each one line; `to` then is as it was."""
+    """Raises SettingError, BackendError, LabelError or ExportError, each one line; `to` then is as it was."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
@@ -425,6 +438,8 @@ def export(
         for part in set(PARTS["both"]) - set(PARTS[tower]):
             shutil.rmtree(staging / part)
         write_manifest(source, reference, staging, wanted)
+        if with_labels:  # not in the manifest: a folder without them is complete
+            write_labels(written, staging, wanted, data_dir)
         if to.exists():
             to.rmdir()
         os.replace(staging, to)
@@ -459,12 +474,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", type=Path, help="a folder of pictures to check with (default: made-up ones)")
     parser.add_argument("--model-id", default="", help="the name that vectors shall carry (default: the source's)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where downloads go (default: data)")
+    parser.add_argument(
+        "--labels", action="store_true", dest="with_labels", help="add the text vectors of ImageNet-1k's labels"
+    )
     parser.add_argument("--rknn", type=_socs, default=[], metavar="SOC,...", help="NPU programs: rk3588,rk3576, ...")
     parser.add_argument("--no-sdpa", action="store_true", help="no fused attention on the NPU (RK3576 never has it)")
     options = vars(parser.parse_args(arguments))
     socs, sdpa = options.pop("rknn"), not options.pop("no_sdpa")
     if not options["model"] and not socs:
         parser.error("--model, --rknn or both are needed")
+    if options["with_labels"] and options["tower"] == "image":
+        parser.error("--labels: the text tower computes them; allowed: --tower both or text")
     try:
         if options["model"]:
             export(**options)
@@ -474,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = ["--to", str(options["to"]), "--rknn", ",".join(socs)] + ["--no-sdpa"] * (not sdpa)
             given += ["--photos", str(options["photos"])] if options["photos"] else []
             export_rknn.convert_elsewhere(given)
-    except (SettingError, BackendError, ExportError, OSError) as error:
+    except (SettingError, BackendError, LabelError, ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     return 0

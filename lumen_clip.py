@@ -360,8 +360,8 @@ def _classes(
 ) -> tuple[LabelSet, Callable[[], LabelSet] | None]:
     """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime.
 
-    The first start computes one prompt for each label, if all would take long. The function computes them all in the
-    background, while the daemon serves.
+    The first start computes one prompt for each label, if all would take long and the model's folder does not contain
+    their vectors. The function computes them all in the background, while the daemon serves.
     """
     own, backend = settings.clip.labels, model.backend
     names = labels.class_names(settings.lumen_data_dir, own, say)
@@ -369,14 +369,17 @@ def _classes(
     recipe, older = recipe_of(settings.clip_templates), sorted(settings.lumen_data_dir.glob(OLD_CLASSES))
     say(f"text vectors of {len(names)} labels for {backend.model_id}")
 
-    def computed(recipe: labels.Recipe, encode: Encode, folder: Path, say: Say) -> LabelSet:
-        key = label_cache.CacheKey.of(names, recipe, backend.model_id, backend.dim)
+    def key_of(recipe: labels.Recipe) -> label_cache.CacheKey:
+        return label_cache.CacheKey.of(names, recipe, backend.model_id, backend.dim)
 
+    def label_set(found: label_cache.TextVectors) -> LabelSet:
+        return LabelSet(names, found.vecs, backend.logit_scale, backend.hold_rows(found.vecs))
+
+    def computed(recipe: labels.Recipe, encode: Encode, folder: Path, say: Say) -> LabelSet:
         def progress(done: int, total: int) -> None:
             say(f"computing text vectors for {backend.model_id}: {done} of {total} labels")
 
-        found = label_cache.cached_vectors(folder, names, recipe, encode, key, older, progress)
-        return LabelSet(names, found.vecs, backend.logit_scale, backend.hold_rows(found.vecs))
+        return label_set(label_cache.cached_vectors(folder, names, recipe, encode, key_of(recipe), older, progress))
 
     def complete() -> LabelSet:
         found = computed(recipe, model.encoder(engine), folder, quiet)
@@ -384,6 +387,10 @@ def _classes(
         return found
 
     encode = encoder_of(backend)
+    exported = Path(settings.clip.model, label_cache.EXPORTED, label_cache.FILE)
+    found = label_cache.load_or_none(exported, key_of(recipe).meta())
+    if found and label_cache.fits(found.vecs, names, recipe, encode):
+        return label_set(found), None
     kept = older or (folder / label_cache.FILE).exists()
     if settings.clip_templates == 1 or kept or _seconds_of(names, recipe, encode) <= PROMPTS_S:
         return computed(recipe, encode, folder, say), None
