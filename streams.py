@@ -42,6 +42,9 @@ UPLOAD_S = 20  # age of an incomplete request, while others have waited for memo
 READING_S = 0.5  # time that the reader has waited for a complete message, while memory is short
 WANTED_BYTES_S = 2  # see UPLOAD_S
 ANSWERED_S = 1  # time that a new stream waits for the place of a stream that may end soon; see `Stream.may_end`
+# Time between the last response and the error that ends the stream. HAProxy 2.6 discards a response if it receives both
+# at once.
+LAST_RESPONSE_S = 0.1
 OPEN_PER_PLACE = 2  # limit on all open streams, as a multiple of the places; see `Stream.needs_place`
 
 
@@ -106,6 +109,8 @@ class Stream:
                 answered += 1
             if job.code is not grpc.StatusCode.OK and not self._gone:
                 log.info("a stream ended: %s, %s", job.code.name, job.details)
+                if answered:
+                    time.sleep(LAST_RESPONSE_S)
                 self._context.abort(job.code, job.details)
         finally:
             log.debug("a stream is over after %d answers, %d were not sent", answered, len(self._in_progress))

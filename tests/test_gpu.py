@@ -210,7 +210,7 @@ def test_a_gpu_is_tuned_up_to_256_images_and_a_cpu_is_not(
         return 0.01 + 0.0001 * size  # the larger, the faster
 
     monkeypatch.setattr(backends, "seconds_of_a_batch", measured)
-    monkeypatch.setattr(Engine, "wait_for_a_pause", lambda engine: None)
+    monkeypatch.setattr(Engine, "wait_for_a_pause", lambda engine, *_: None)
 
     def tuned(limit: int, folder: str, **environment: Any) -> tuple[int, int, int]:
         """The best sizes for images and texts, and the most that was tried."""
