@@ -273,7 +273,9 @@ def write_labels(written: FolderBackend, folder: Path, wanted: Wanted, data_dir:
     """
     names, recipe = labels.class_names(data_dir, "", model_files.quiet), labels.imagenet_recipe(Settings.clip_templates)
     key = label_cache.CacheKey.of(names, recipe, wanted.model_id, written.dim)
-    label_cache.cached_vectors(folder / label_cache.EXPORTED, names, recipe, model_files.encoder_of(written), key)
+    label_cache.cached_vectors(
+        folder / model_files.EXPORTED_LABELS, names, recipe, model_files.encoder_of(written), key
+    )
 
 
 def write_manifest(source: TorchBackend, reference: Reference, folder: Path, wanted: Wanted) -> None:
@@ -437,9 +439,9 @@ def export(
         check(cosines(reference, written, pictures), FLOORS[precision].worst)
         for part in set(PARTS["both"]) - set(PARTS[tower]):
             shutil.rmtree(staging / part)
-        write_manifest(source, reference, staging, wanted)
-        if with_labels:  # not in the manifest: a folder without them is complete
+        if with_labels:
             write_labels(written, staging, wanted, data_dir)
+        write_manifest(source, reference, staging, wanted)
         if to.exists():
             to.rmdir()
         os.replace(staging, to)

@@ -43,7 +43,6 @@ Progress = Callable[[int, int], None]  # (labels done, labels in all)
 
 CACHE_FORMAT = 1
 FILE = "text_vectors.npz"
-EXPORTED = "labels"  # folder of the file that `export.py --labels` puts into a model's folder
 NOTE = "text_vectors.checked.json"
 SHARD_LABELS = 2048  # labels that are saved together while a set is built; a kill costs at most so many
 HALF_PRECISION_BYTES = 256 << 20  # larger float32 matrices are stored as float16 and mapped; logits change by 0.0025

@@ -55,7 +55,7 @@ from label_files import PROMPTS, Maker, OperatorSets, SceneSet, read_scenes
 from labels import LabelSet
 from machine import clock
 from model import Model
-from model_files import Encode, Say, encoder_of, quiet
+from model_files import EXPORTED_LABELS, Encode, Say, encoder_of, quiet
 from security import check_immich_port
 from service import Daemon, start_server
 from settings import VERSION, Settings, demo_environment
@@ -387,10 +387,10 @@ def _classes(
         return found
 
     encode = encoder_of(backend)
-    exported = Path(settings.clip.model, label_cache.EXPORTED, label_cache.FILE)
-    found = label_cache.load_or_none(exported, key_of(recipe).meta())
-    if found and label_cache.fits(found.vecs, names, recipe, encode):
-        return label_set(found), None
+    if backend.folder:  # its manifest's checksums say that all in it belongs to the model
+        exported = backend.folder / EXPORTED_LABELS / label_cache.FILE
+        if found := label_cache.load_or_none(exported, key_of(recipe).meta()):
+            return label_set(found), None
     kept = older or (folder / label_cache.FILE).exists()
     if settings.clip_templates == 1 or kept or _seconds_of(names, recipe, encode) <= PROMPTS_S:
         return computed(recipe, encode, folder, say), None

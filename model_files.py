@@ -45,6 +45,7 @@ PROGRESS_S = 1  # seconds between two progress messages of a download
 # Training limits the logit scale to 100, and published CLIP models reach that (open_clip issue 541).
 DEFAULT_LOGIT_SCALE = 100.0
 MANIFEST_FORMAT = 1
+EXPORTED_LABELS = "labels"  # what `export.py --labels` puts into the folder of a model; `label_cache` reads it
 # The revisions of the default models. Other repositories are used at their main branch.
 REVISIONS = {
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "1a25a446712ba5ee05982a381eed697ef9b435cf",
@@ -78,6 +79,7 @@ class Backend(Protocol):
     # faster at ViT-B-32 size, and a third if the batch size is fixed at one.
     workers: int
     single_image_cores: int  # on how many cores `encode_single` runs
+    folder: Path | None  # an export, which may contain text vectors of labels in EXPORTED_LABELS
     space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

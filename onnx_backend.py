@@ -18,6 +18,7 @@ from errors import DamagedFile, one_line
 from machine import memory, nvidia_gpus, sha256_of, usable_cores
 from model_files import (
     DEFAULT_LOGIT_SCALE,
+    EXPORTED_LABELS,
     Say,
     Vectors,
     fetch_repository,
@@ -122,14 +123,15 @@ class ModelFolder:
             return read_manifest(self.path, self.options)
 
     def _wanted_files(self, files: list[str]) -> list[str]:
-        """Both towers, their configs, and programs for the NPU. Files for other runtimes are not downloaded."""
+        """Both towers, their configs, label vectors, and programs for the NPU; no files for other runtimes."""
         if "visual/model.onnx" not in files or "textual/model.onnx" not in files:
             raise ValueError("it has no visual/model.onnx and textual/model.onnx, so it has no form for ONNX Runtime")
+        parts = "visual/", "textual/", f"{EXPORTED_LABELS}/"
         return [
             name
             for name in files
             if name in ("config.json", "manifest.json")
-            or (name.startswith(("visual/", "textual/")) and "/rknpu/" not in name and not name.endswith(".armnn"))
+            or (name.startswith(parts) and "/rknpu/" not in name and not name.endswith(".armnn"))
             or (self._npu and name.startswith(f"visual/rknpu/{self._npu}/"))
         ]
 
@@ -329,11 +331,14 @@ class FolderBackend:
         self.logit_bias: float | None = manifest.get("logit_bias", config.get("logit_bias")) or None
         self.precision = precision or str(manifest.get("precision", "fp32"))
         self.notice = str(manifest.get("notice", ""))
+        self.folder = folder.path
         self.golden: Mapping[str, Any] = manifest.get("golden", {})
         self.self_test_cosine: float | None = None
         # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
         self.space = folder.space(self.preprocess, str(manifest.get("precision", "fp32")))
-        self.dim = int(self.text.highest_token().shape[1])
+        # `export.py` has checked its tokenizer and tower together. Others may not belong together.
+        checked = None if folder.options.onnx_text else manifest.get("dim")
+        self.dim = int(checked or self.text.highest_token().shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         return self.text.tokenize(texts)

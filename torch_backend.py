@@ -135,6 +135,7 @@ class TorchBackend:
         # OpenCLIP's model as it was trained
         self.build = partial(open_clip.create_model, name, device=device, require_pretrained=True, **arguments)
         self.notice = ""
+        self.folder: Path | None = None
         self.golden: Mapping[str, Any] = {}
         self.self_test_cosine: float | None = None
         self.runtime = "torch" if device.type == "cpu" else f"torch-{device.type}"

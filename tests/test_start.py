@@ -200,20 +200,24 @@ def test_a_first_start_serves_before_all_prompts_of_many_labels_are_computed(tin
     assert "all their prompts" not in node.log
 
 
-def test_a_first_start_computes_no_labels_that_the_export_contains(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_a_first_start_computes_no_labels_that_the_export_contains(
+    tiny: Path, tiny_onnx: Path, tmp_path: Path, hub: FakeHub
+) -> None:
     """Lost otherwise: the minutes in which a board computes at its first start what a PC could compute for it."""
     data, folder, photo = write_labels(tmp_path / "data"), tmp_path / "tiny", encoded(picture(RED))
     asked = ["--model", str(tiny), "--to", str(folder), "--model-id", "tiny", "--data-dir", str(data), "--labels"]
     assert export.main(asked) == 0
-    said, found = "computing the text vectors of", []
-    for model, computes in ((folder, False), (tiny_onnx, True)):
-        node = Node(write_labels(tmp_path / str(computes)), **one_model(model, CLIP_TEMPLATES=7)).ready()
+    said, found = "computing the text vectors of", list[Any]()
+    hub.repos["org/tiny"] = folder_content(folder)
+    for model, computes in ((folder, False), ("hf-hub:org/tiny", False), (tiny_onnx, True)):
+        settings = one_model(model, CLIP_TEMPLATES=7, HF_ENDPOINT=hub.url)
+        node = Node(write_labels(tmp_path / str(len(found))), **settings).ready()
         try:
             found.append(node.result("clip_classify", photo)["labels"])
         finally:
             assert node.stop() == 0
         assert (said in node.log) == computes, node.log
-    assert found[0] == found[1] and len(found[0]) == 5
+    assert found[0] == found[1] == found[2] and len(found[0]) == 5
     own = tmp_path / "names.json"  # the vectors in the folder belong to other names
     own.write_text(json.dumps(["a red thing", "a blue thing"]))
     node = Node(tmp_path / "own", **one_model(folder, CLIP_LABELS=own)).ready()
