@@ -23,6 +23,8 @@ import pytest
 from PIL import Image
 
 import ray_embed
+from client_files import NO_PICTURES
+from preprocess import Preprocess
 from settings import Settings
 from tests.kit import DEMO, KEPT, ROOT, Node, encoded, wait_until
 
@@ -292,7 +294,7 @@ def test_without_ray_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lost otherwise: an evening, for a package that is missing."""
-    monkeypatch.setattr(ray_embed, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", None)
     line = refused(capsys, tmp_path, "--out", tmp_path)
     assert line == f"ray_embed.py: ray is not installed for {sys.executable}; it needs requirements-ray.txt"
 
@@ -310,7 +312,7 @@ def test_mistakes_are_one_line(
     assert line == f"ray_embed.py: {tmp_path}/none: no such file or folder"
     (tmp_path / "empty").mkdir()
     line = refused(capsys, tmp_path / "empty", "--out", out, "--demo")
-    assert line == f"ray_embed.py: {tmp_path}/empty: it names no picture"
+    assert line == f"ray_embed.py: {tmp_path}/empty: {NO_PICTURES}"
     assert not out.exists()
     out.mkdir()
     with (out / ".lock").open("w") as lock:
@@ -350,20 +352,30 @@ def test_there_is_one_actor_for_each_gpu_or_core(
     assert task["num_cpus"] <= 1 - actor["num_cpus"]  # else an actor on each core would leave no place to decode
 
 
+@on_ray
 def test_a_vector_that_is_not_finite_fails_alone() -> None:
     """Lost otherwise: the other pictures of its batch."""
+    import pyarrow as pa
 
     class Fragile:
+        preprocess, space, model_id = Preprocess(size=1), "space", "model"
+
         def encode_images(self, pixels: Any) -> Any:
-            if (pixels == 255).all(axis=(1, 2, 3)).any():
-                raise ValueError("the model returned a vector that is not finite or has no length")
+            if (pixels == 255).any():
+                raise ValueError("not finite")
             return pixels[:, 0, 0].astype(np.float32)
 
     embedder: Any = object.__new__(ray_embed.Embedder)
     embedder.backend = Fragile()
-    pixels = np.arange(7, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    pixels[4] = 255
-    assert [v if v is None else v[0] for v in embedder.vectors(pixels)] == [0, 1, 2, 3, None, 5, 6]
+    values, broken = [0, 1, 2, 255, 4], 2
+    pixels, errors = [bytes([value] * 3) for value in values], [""] * 5
+    pixels[broken], errors[broken] = b"", "damaged"
+    batch = pa.table({"path": list("abcde"), "pixels": pixels, "error": errors})
+    rows = embedder(batch).to_pylist()
+    assert [row["vector"] and row["vector"][0] for row in rows] == [0, 1, None, None, 4]
+    assert [row["error"] for row in rows] == [None, None, "damaged", "not finite", None]
+    assert [row["path"] for row in rows] == list("abcde")
+    assert {(row["space"], row["model_id"]) for row in rows} == {("space", "model")}
 
 
 def test_it_knows_no_grpc() -> None:
