@@ -21,6 +21,7 @@ from backends import create_backend
 from client_files import UsageError, image_paths, read_picture, readable, reason_of
 from errors import BadInput, DaemonError, SettingError, one_line
 from machine import replacing, trim_memory
+from model import GPU_BATCH
 from preprocess import Preprocess, decode_image
 from settings import ModelOptions, Settings, demo_environment
 
@@ -130,7 +131,8 @@ def embed(settings: Settings, options: ModelOptions, paths: list[str], out: Path
     pictures = ray.data.from_items([{"path": p, "file": f} for p, f in left.items()], override_num_blocks=shards)
     decoded = pictures.map(decode, fn_args=(settings, recipe), max_retries=RETRIES, **task)
     pool = ray.data.ActorPoolStrategy(size=count)
-    batches = {"batch_size": options.max_batch_size or settings.batch_size, "batch_format": "pyarrow"}
+    most = options.max_batch_size or (GPU_BATCH if "num_gpus" in actor else settings.batch_size)
+    batches = {"batch_size": most, "batch_format": "pyarrow"}
     embedded = decoded.map_batches(Embedder, fn_constructor_args=(options, space), compute=pool, **batches, **actor)
     total, failed = len(left), 0
     for table in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -184,6 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
         cause = getattr(error, "cause", None) or error  # what was raised on a node
         say(str(cause) if isinstance(cause, DaemonError | UsageError | OSError) else one_line(cause))
         return 2 if isinstance(cause, SettingError | UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
