@@ -36,8 +36,7 @@ SMALLER_S = 300.0  # after a batch failed: seconds for which batches keep the sm
 # The most that one batch may cost an item: so many times the average, or so many core seconds, whichever is more.
 COST_RISE, COST_FLOOR = 10, 0.5
 BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it completes eventually
-# Seconds after the last answer until background work may use the whole machine. Many clients send one request after
-# another, with short pauses.
+# Seconds after the last answer until background work may use the whole machine, because many clients make short pauses
 IDLE_S = 1.0
 
 
@@ -219,6 +218,7 @@ class Engine:
         self._new: list[Job] = []
         self._cancelled: set[Flow] = set()  # flows of which a job was cancelled
         self._expected = 0  # requests that wait for their responses, in whatever stage
+        self._shared_at = 0.0  # when a request last came while another was in progress, by time.monotonic()
         self._workers = self._free_workers = workers
         self._inferring = False  # the inference thread or the background thread runs a batch
         self._background_from = 0.0  # when background work may run while requests wait, by time.monotonic()
@@ -227,8 +227,7 @@ class Engine:
         self._for_inference: Handed = queue.SimpleQueue()
         self._for_background: Handed = queue.SimpleQueue()
         self._ended: list[Batch] = []
-        self._text_ran_last = False
-        self._stopping = False
+        self._text_ran_last = self._stopping = False
         self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         work = [("inference", self._for_inference, 0), ("background", self._for_background, 5)]
         work += [(f"worker-{i}", self._for_workers, 5) for i in range(workers)]
@@ -267,6 +266,7 @@ class Engine:
         """Counts a request that is submitted later, when it is prepared. Until its response, background work waits."""
         with self._changed:
             self._expected += 1
+            self._shared_at = time.monotonic() if self._expected > 1 else self._shared_at
         job.answer.add_done_callback(partial(self._answered, job.flow))
 
     def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
@@ -407,9 +407,9 @@ class Engine:
                 stage.queue.push(job.flow, (step, position))
 
     def _is_single(self, stage: Stage) -> bool:
-        """Whether the next batch of a stage is the item of the only request in progress, decoding included."""
+        """Whether the next batch is the item of the only request in progress, and none came beside another just now."""
         alone = self._expected == 1 and len(stage.queue) == 1 and not self._is_running()
-        return alone and stage.run_single is not None
+        return alone and stage.run_single is not None and time.monotonic() > self._shared_at + 2 * stage.cost
 
     def _begin(self, stage: Stage) -> None:
         """Forms a stage's next batch and gives it to the inference thread, a worker or the background thread."""

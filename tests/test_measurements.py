@@ -33,7 +33,7 @@ import species
 from label_cache import CacheKey, TextVectors
 from settings import ModelOptions
 from tests import families
-from tests.kit import Node, encoded, pixels_of, run_client
+from tests.kit import Node, encoded, one_model, pixels_of, run_client, write_labels
 
 pytestmark = pytest.mark.measure
 
@@ -221,6 +221,31 @@ def test_int8_of_a_convolutional_tower(tmp_path: Path) -> None:
         worst = float(np.sum(vectors["fp32"] * vectors[kind], axis=1).min())
         print(f"\n{kind}: {speed:.2f} times as fast as fp32, worst cosine {worst:.5f}", end="")
         assert worst > 0.97  # what `export.py` asks of int8: the speed is the reason, not the exactness
+
+
+# --- start ---------------------------------------------------------------------------------------------------------
+
+
+def test_start_times_of_models_for_small_boards(tmp_path: Path) -> None:
+    """Lost otherwise: why to export with `--labels`. Prints the figures of docs/models.md.
+
+    Exports in int8, each started on a new data folder and again, in turns.
+    """
+    names, seconds = ("MobileCLIP2-S0", "ViT-B-32"), dict[tuple[str, str], list[float]]()
+    for name in names:
+        families.seeded(name, tmp_path / f"{name}-source")
+        asked = ["--model", str(tmp_path / f"{name}-source"), "--to", str(tmp_path / name), "--precision", "int8"]
+        assert export.main([*asked, "--labels", "--data-dir", str(write_labels(tmp_path / "data"))]) == 0
+    for turn in range(14):
+        for name in names:
+            data = write_labels(tmp_path / f"{name}-{turn}")
+            for start in ("first", "later"):
+                began = time.monotonic()
+                node = Node(data, **one_model(tmp_path / name, CLIP_TEMPLATES=7)).ready()
+                seconds.setdefault((name, start), []).append(time.monotonic() - began)
+                assert node.stop() == 0 and "computing the text vectors" not in node.log
+    for (name, start), found in seconds.items():
+        print(f"\n{name}, {start} start: {statistics.median(found):.2f} s, at best {min(found):.2f}", end="")
 
 
 # --- scoring -------------------------------------------------------------------------------------------------------
