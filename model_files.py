@@ -79,7 +79,7 @@ class Backend(Protocol):
     # faster at ViT-B-32 size, and a third if the batch size is fixed at one.
     workers: int
     single_image_cores: int  # on how many cores `encode_single` runs
-    folder: Path | None  # an export, which may contain text vectors of labels in EXPORTED_LABELS
+    folder: Path | None  # an export whose files belong together; it may contain EXPORTED_LABELS
     space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

@@ -331,14 +331,14 @@ class FolderBackend:
         self.logit_bias: float | None = manifest.get("logit_bias", config.get("logit_bias")) or None
         self.precision = precision or str(manifest.get("precision", "fp32"))
         self.notice = str(manifest.get("notice", ""))
-        self.folder = folder.path
+        # `export.py` has checked that all in its folder belongs together. The operator's files may not.
+        whole = bool(manifest) and not folder.options.onnx_text
+        self.folder = folder.path if whole else None
         self.golden: Mapping[str, Any] = manifest.get("golden", {})
         self.self_test_cosine: float | None = None
         # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
         self.space = folder.space(self.preprocess, str(manifest.get("precision", "fp32")))
-        # `export.py` has checked its tokenizer and tower together. Others may not belong together.
-        checked = None if folder.options.onnx_text else manifest.get("dim")
-        self.dim = int(checked or self.text.highest_token().shape[1])
+        self.dim = int((whole and manifest.get("dim")) or self.text.highest_token().shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         return self.text.tokenize(texts)

@@ -209,15 +209,22 @@ def test_a_first_start_computes_no_labels_that_the_export_contains(
     assert export.main(asked) == 0
     said, found = "computing the text vectors of", list[Any]()
     hub.repos["org/tiny"] = folder_content(folder)
-    for model, computes in ((folder, False), ("hf-hub:org/tiny", False), (tiny_onnx, True)):
-        settings = one_model(model, CLIP_TEMPLATES=7, HF_ENDPOINT=hub.url)
+    own_text = {"CLIP_ONNX_TEXT": tiny_onnx / "textual" / "model.onnx"}  # the vectors are not those of this tower
+    cases: list[tuple[Any, dict[str, Path], bool]] = [
+        (folder, {}, False),
+        ("hf-hub:org/tiny", {}, False),
+        (folder, own_text, True),
+        (tiny_onnx, {}, True),
+    ]
+    for model, more, computes in cases:
+        settings = one_model(model, CLIP_TEMPLATES=7, HF_ENDPOINT=hub.url, **more)
         node = Node(write_labels(tmp_path / str(len(found))), **settings).ready()
         try:
             found.append(node.result("clip_classify", photo)["labels"])
         finally:
             assert node.stop() == 0
         assert (said in node.log) == computes, node.log
-    assert found[0] == found[1] == found[2] and len(found[0]) == 5
+    assert all(labels == found[0] for labels in found) and len(found[0]) == 5
     own = tmp_path / "names.json"  # the vectors in the folder belong to other names
     own.write_text(json.dumps(["a red thing", "a blue thing"]))
     node = Node(tmp_path / "own", **one_model(folder, CLIP_LABELS=own)).ready()
