@@ -156,6 +156,9 @@ def test_an_export_can_be_one_tower_checked_on_ones_own_photographs(
     assert export.main(asked) == 0
     assert "image cosine to OpenCLIP, 2 samples: mean" in capsys.readouterr().out
     assert {path.name for path in to.iterdir()} == {"visual", "config.json", "manifest.json"}
+    with pytest.raises(SystemExit):
+        export.main([*asked, "--labels"])
+    assert "--labels: the text tower computes them" in capsys.readouterr().err
     options = ModelOptions("CLIP", "onnxrt", str(to), tmp_path)
     with pytest.raises(errors.SettingError, match=r"has no textual/model.onnx.*CLIP_ONNX_TEXT can name one elsewhere"):
         backends.create_backend(options)

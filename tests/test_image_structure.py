@@ -242,6 +242,14 @@ def attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
     return made | (avif_attacks() if WITH_AVIF else {}) | (heic_attacks() if WITH_HEIC else {})
 
 
+def nested_boxes() -> bytes:
+    """An AVIF file with boxes nested deeper than Python's recursion limit."""
+    inner = b""
+    for _ in range(3000):
+        inner = box(b"moov", inner)
+    return avif() + inner
+
+
 def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
     many, size = range(2, 60_002), (8000, 5000)
     big = functools.cache(lambda side: encoded(Image.new("RGB", side, RED), "AVIF", speed=10))
@@ -264,13 +272,6 @@ def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
         """400 items of 65,535 extents, which take no byte each."""
         rows = b"".join(struct.pack(">HHH", number, 0, 65_535) for number in range(2, 402))
         return avif(full_box(b"iloc", b"\0\0" + struct.pack(">H", 400) + rows))
-
-    def nested() -> bytes:
-        """Boxes nested deeper than Python's recursion limit."""
-        inner = b""
-        for _ in range(3000):
-            inner = box(b"moov", inner)
-        return avif() + inner
 
     def disguised() -> bytes:
         """A second item table, of a track, says that the picture is text."""
@@ -302,7 +303,7 @@ def avif_attacks() -> dict[str, tuple[str, Callable[[], bytes]]]:
         "items of an AVIF": ("boxes", lambda: avif(items=b"".join(map(item, many)), item_count=len(many))),
         "properties of an AVIF": ("boxes", lambda: avif(properties=box(b"abcd") * 1_000_000)),
         "boxes of an AVIF": ("boxes", lambda: avif() + box(b"abcd") * 6_000_000),
-        "boxes in boxes": ("boxes", nested),
+        "boxes in boxes": ("boxes", nested_boxes),
     }  # fmt: skip
 
 

@@ -107,13 +107,14 @@ def test_connections_that_are_full_of_uploads_give_way(node: Node) -> None:
 
 
 def test_uploads_that_are_ended_before_they_are_read_are_no_error(node: Node) -> None:
-    """Lost otherwise: a log that one can read, to a crowd of uploads that arrives all at once."""
+    """Lost otherwise: a readable log, when many uploads arrive at once and the oldest connections are closed."""
     with outlived(node):
         peers = [Peer(node.port) for _ in range(HTTP_CONNECTIONS_MAX)]
         served(node)  # so they are accepted
         node.process.send_signal(signal.SIGSTOP)
         for peer in peers:
-            peer.begin(1 << 20)
+            with contextlib.suppress(OSError):  # some were silent for too long already, if the machine is busy
+                peer.begin(1 << 20)
         peers += [Peer(node.port).begin(1 << 20) for _ in range(50)]
         node.process.send_signal(signal.SIGCONT)
         served(node)
