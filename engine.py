@@ -1,4 +1,4 @@
-"""Scheduling: the request queues, the inference thread, its workers and the decode pool.
+"""Scheduling: the request queues, the inference thread and its workers.
 
 A task is a generator that yields `(stage, items)` and receives the results of the items. It knows nothing of threads or
 batches. This file knows nothing of gRPC, models or tasks. Only the engine's own thread advances a task.
@@ -12,9 +12,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,21 +23,20 @@ import orjson
 
 import machine
 from errors import BadInput
-from fair_queue import FairQueue, Flow, Shares
+from fair_queue import COST_WEIGHT, FIRST_COST, FairQueue, Flow, Shares
 from logs import Traffic
 from machine import clock
 
 log = logging.getLogger("lumen.engine")
 
 TENSOR_MIME = "application/octet-stream"
-FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
-COST_WEIGHT = 0.2  # of the last batch in the moving average of an item's cost
 SMALLER_S = 300.0  # after a batch failed: seconds for which batches keep the smaller size that worked
 # The most that one batch may cost an item: so many times the average, or so many core seconds, whichever is more.
 COST_RISE, COST_FLOOR = 10, 0.5
 BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait, so that it completes eventually
 # Seconds after the last answer until background work may use the whole machine, because many clients make short pauses
 IDLE_S = 1.0
+RETURN_S = 0.006  # seconds from a response to the next request of a client that waits for each of its responses
 
 
 class Stage:
@@ -74,6 +73,7 @@ class Stage:
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives stages of one kind the same shares
         self.cost = FIRST_COST  # core seconds of an item, a moving average
+        self.fills_until = self.look_again_at = 0.0  # by time.monotonic(); see `Engine._fills`
         self.ran_items, self.ran_s = 0, 0.0  # of all batches: their items, and the seconds that they took
         self.alone_items, self.alone_s = 0, 0.0  # the same of those that began while no request was in progress
         self._fits, self._fits_until = batch_size, 0.0
@@ -192,7 +192,7 @@ Handed = queue.SimpleQueue[Batch | None]  # None ends the thread
 
 
 class Engine:
-    """One inference thread, and a worker for each core. There is no timer: a batch is what arrived while the last ran.
+    """One inference thread, and a worker for each core. A batch is what arrived while the last one ran; see `_fills`.
 
     Batches of a stage that is spread run on the workers, so that no core waits for another one. Workers have a lower
     priority, so a text does not wait for pictures. A stage for a GPU has threads of its own, which feed it. All other
@@ -206,8 +206,11 @@ class Engine:
         holding: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
         traffic: Traffic | None = None,
         workers: int = 1,
+        decoding: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`holding`: a context for each batch, called with the digests of its payloads if its stage is journaled."""
+        """`holding`: a context for each batch, called with the digests of its payloads if its stage is journaled.
+        `decoding`: how many cores decode pictures at the moment."""
+        self._decoding = decoding
         self._traffic = traffic or Traffic()
         self._began: dict[int, float] = {}  # thread -> when its batch or its pass began, by `machine.clock`
         self.failures = Counter[str]()  # tower -> how many batches in a row failed completely
@@ -218,6 +221,8 @@ class Engine:
         self._new: list[Job] = []
         self._cancelled: set[Flow] = set()  # flows of which a job was cancelled
         self._expected = 0  # requests that wait for their responses, in whatever stage
+        self._peak = 0  # the most requests in progress until RETURN_S after the last response
+        self._returns_until = 0.0  # RETURN_S after the last response, by time.monotonic()
         self._shared_at = 0.0  # when a request last came while another was in progress, by time.monotonic()
         self._workers = self._free_workers = workers
         self._inferring = False  # the inference thread or the background thread runs a batch
@@ -229,8 +234,8 @@ class Engine:
         self._ended: list[Batch] = []
         self._text_ran_last = self._stopping = False
         self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        work = [("inference", self._for_inference, 0), ("background", self._for_background, 5)]
-        work += [(f"worker-{i}", self._for_workers, 5) for i in range(workers)]
+        work = [("inference", self._for_inference, 0), ("background", self._for_background, machine.WORKER_NICE)]
+        work += [(f"worker-{i}", self._for_workers, machine.WORKER_NICE) for i in range(workers)]
         self._threads = [
             threading.Thread(target=self._work, args=arguments, name=name, daemon=True) for name, *arguments in work
         ]
@@ -271,8 +276,10 @@ class Engine:
 
     def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
         with self._changed:
+            now = time.monotonic()
+            self._peak = max(self._expected, self._peak if now < self._returns_until else 0)
             self._expected -= 1
-            self._idle_from = time.monotonic() + IDLE_S
+            self._idle_from, self._returns_until = now + IDLE_S, now + RETURN_S
             if answer.cancelled():
                 self._cancelled.add(flow)
             if answer.cancelled() or not self._expected:
@@ -301,7 +308,7 @@ class Engine:
         while True:
             with self._changed:
                 if not (self._new or self._ended or self._cancelled or self._stopping):
-                    self._changed.wait(self._until_background())
+                    self._changed.wait(self._until_next())
                 if self._stopping:
                     return
             self._began[thread] = clock.now()
@@ -368,7 +375,26 @@ class Engine:
         """Whether the thread that a stage needs is free."""
         if stage.threads:
             return stage.running < stage.threads
-        return self._free_workers > 0 if stage.spread else not self._inferring
+        if stage.spread:
+            return self._free_workers > 0 and not self._fills(stage)
+        return not self._inferring
+
+    def _fills(self, stage: Stage) -> bool:
+        """Whether a free worker waits for more pictures: its share is not decoded yet, and no core would be idle.
+
+        A picture in a larger batch takes less time. A core counts as busy if it decodes, if it runs a batch, or if a
+        client was just answered and will ask again. A worker waits no longer than an average picture takes, because
+        what is decoded may belong to others, or may not be a picture.
+        """
+        now = time.monotonic()
+        returning = max(0, self._peak - self._expected) if now < self._returns_until else 0
+        share = min(stage.size_limit(), -(-(self._expected + returning) // self._workers))
+        busy = self._workers - self._free_workers + self._decoding() + returning
+        if -(-len(stage.queue) // self._free_workers) >= share or busy < self._workers:
+            return False
+        stage.fills_until = stage.fills_until or now + stage.cost
+        stage.look_again_at = min(stage.fills_until, self._returns_until) if returning else stage.fills_until
+        return now < stage.fills_until
 
     def _is_idle(self) -> bool:
         """Whether no request is in progress, and none has been for IDLE_S."""
@@ -382,12 +408,13 @@ class Engine:
         """Whether a batch runs."""
         return any(stage.running for stage in self._stages)
 
-    def _until_background(self) -> float | None:
-        """Seconds until background work may run; None if there is none, or if a batch must end first."""
-        if self._inferring or not any(stage.queue for stage in self._stages if stage.kind == Stage.BACKGROUND):
-            return None
-        begin = self._background_from if self._is_busy() else min(self._background_from, self._idle_from)
-        return max(0.0, begin - time.monotonic())
+    def _until_next(self) -> float | None:
+        """Seconds until a batch may start although nothing happens; None if a batch or a request must end first."""
+        free = self._free_workers > 0
+        begin = [stage.look_again_at for stage in self._stages if stage.fills_until and stage.queue and free]
+        if not self._inferring and any(stage.queue for stage in self._stages if stage.kind == Stage.BACKGROUND):
+            begin.append(self._background_from if self._is_busy() else min(self._background_from, self._idle_from))
+        return max(0.0, min(begin) - time.monotonic()) if begin else None
 
     def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
         """Runs a task until its next step or its end."""
@@ -429,6 +456,7 @@ class Engine:
             batch.expected.append(stage.cost + step.job.prepared_s)
             batch.entries.append(stage.queue.pop(flow, batch.expected[-1]))
         stage.running += 1
+        stage.fills_until = 0.0
         if stage.threads:
             stage.handed.put(batch)
         elif stage.spread:
@@ -520,81 +548,3 @@ class Engine:
         if not any(isinstance(result, Exception) for result in results):
             stage.remember_size(half)
         return results
-
-
-class DecodePool:
-    """Threads that turn payloads into pixels or token ids, in the fair order. Pillow releases the GIL meanwhile."""
-
-    def __init__(self, threads: int) -> None:
-        self._changed = threading.Condition()
-        self._shares = Shares()
-        self._queue: FairQueue[tuple[Job, Callable[[], None]]] = FairQueue(self._shares)
-        self._cost = FIRST_COST  # core seconds of a payload, a moving average
-        self._began: dict[int, float] = {}  # thread -> when its payload was begun, by `machine.clock`
-        self._stopping = False
-        self._threads = [threading.Thread(target=self._loop, name=f"decode-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def busy_since(self) -> float | None:
-        """When the oldest payload in progress was begun, by `machine.clock`; None if there is none."""
-        return min(self._began.copy().values(), default=None)
-
-    def is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in self._threads)
-
-    def submit(self, job: Job, work: Callable[[], None]) -> None:
-        """`work` must not raise. It is dropped if the job is cancelled before its turn."""
-        with self._changed:
-            self._queue.push(job.flow, (job, work))
-            self._changed.notify()
-        job.answer.add_done_callback(partial(self._drop, job.flow))
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A context for a decode thread that waits for other threads. The wait does not count in `busy_since`."""
-        thread = threading.get_ident()
-        self._began.pop(thread, None)
-        try:
-            yield
-        finally:
-            self._began[thread] = clock.now()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=5)
-
-    def _drop(self, flow: Flow, answer: futures.Future[Answer]) -> None:
-        if answer.cancelled():
-            with self._changed:
-                self._queue.remove(flow, lambda entry: entry[0].answer.cancelled())
-
-    def _loop(self) -> None:
-        # The priority stays above that of the workers: decoding runs ahead of inference, so that full batches form.
-        machine.lower_thread_priority(4)
-        while self._run_next():
-            pass
-
-    def _run_next(self) -> bool:
-        """Waits for a payload and decodes it. A separate method, so that an idle thread holds no local variables."""
-        with self._changed:
-            while not (self._queue or self._stopping):
-                self._changed.wait()
-            if self._stopping:
-                return False
-            flow, _ = self._queue.head()
-            expected = self._cost
-            _, work = self._queue.pop(flow, expected)
-        thread, started = threading.get_ident(), time.thread_time()
-        self._began[thread] = clock.now()
-        work()
-        del self._began[thread]
-        seconds = time.thread_time() - started
-        with self._changed:
-            self._shares.end(flow, expected, seconds)
-            self._cost += COST_WEIGHT * (seconds - self._cost)
-        return True

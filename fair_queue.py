@@ -25,6 +25,8 @@ Flow = tuple[Hashable, Hashable]  # (connection, stream)
 Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
 T = TypeVar("T")
 
+FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
+COST_WEIGHT = 0.2  # of the last item or batch in the moving average of an item's cost
 # Accounts kept, about 500 bytes each. The least recently used one is dropped. No more flows can be queued at once, and
 # a flow that comes back later starts at the virtual time, as a new one does.
 ACCOUNTS_MAX = 1024

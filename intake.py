@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import machine
-from engine import DecodePool, Engine, Job
+from decode_pool import DecodePool
+from engine import Engine, Job
 from errors import Overload
 from fair_queue import Flow
 from journal import Journal
@@ -102,9 +102,11 @@ class Lease:
 class Intake:
     """Starts jobs, within the limits on memory and in the fair order of the decode pool. Thread-safe."""
 
-    def __init__(self, settings: Settings, journal: Journal, traffic: Traffic, engine: Engine) -> None:
+    def __init__(
+        self, settings: Settings, journal: Journal, traffic: Traffic, engine: Engine, decoders: DecodePool
+    ) -> None:
         self._settings, self._journal, self._traffic, self._engine = settings, journal, traffic, engine
-        self.decoders = DecodePool(machine.usable_cores())
+        self.decoders = decoders
         self.payloads = Budget(4 * self.request_bytes_max)  # bytes of requests that are not prepared yet
         self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders, of all pictures together
         self.prepared = Budget(PREPARED_MAX)
@@ -147,9 +149,9 @@ class Intake:
             if (
                 task.takes == "text" and len(request.payload) <= SHORT_TEXT_BYTES
             ):  # short texts do not wait behind pictures
-                work()
+                work()()
             else:
-                self.decoders.submit(job, work)
+                self.decoders.submit(job.flow, job.answer, work)
         except Exception as error:
             job.finish(error)
 
@@ -159,12 +161,14 @@ class Intake:
         if outcome == "ok":
             self._journal.answered(job.digest)
 
-    def _prepare(self, job: Job, task: Task, request: Request, models: Models, payload: Lease, prepared: Lease) -> None:
-        """Turns the payload into pixels or token ids, and submits the job to the engine. Does not raise."""
+    def _prepare(
+        self, job: Job, task: Task, request: Request, models: Models, payload: Lease, prepared: Lease
+    ) -> Callable[[], None]:
+        """Turns the payload into pixels or token ids; -> what submits the job to the engine. Does not raise."""
         began = time.thread_time()
         try:
             if job.answer.done():
-                return
+                return _nothing
             if task.takes == "image":
                 job.digest = hashlib.sha256(request.payload).hexdigest()
                 self._journal.check(job.digest)
@@ -173,9 +177,10 @@ class Intake:
             prepared.shrink(prepared_bytes(task, request, models))
             job.prepared_s = time.thread_time() - began
             job.steps = task.run(models, request)
-            self._engine.submit(job)
+            return partial(self._engine.submit, job)
         except Exception as error:
             job.finish(error)
+            return _nothing
         finally:
             request.payload, request.meta = b"", {}
             payload.release()
@@ -188,6 +193,10 @@ class Intake:
             yield
         finally:
             self.pixels.give(pixels)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _no_longer_queued(traffic: Traffic, _: object) -> None:

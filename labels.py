@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import LabelError, SettingError
-from machine import cache_of_a_core, lower_thread_priority, usable_cores
+from machine import WORKER_NICE, cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
 from torch_device import DeviceRow, DeviceRows
 
@@ -203,7 +203,7 @@ class Cosines:
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
             self._scan = onnxruntime.InferenceSession(str(SCAN_GRAPH), options, ["CPUExecutionProvider"])
-            self.threads = ThreadPoolExecutor(usable_cores(), "scan", lambda: lower_thread_priority(5))
+            self.threads = ThreadPoolExecutor(usable_cores(), "scan", lambda: lower_thread_priority(WORKER_NICE))
             self._rows = rows_of_a_block(vectors.shape[1], cache_of_a_core())
 
     def scoring(self) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 The way of one request:
 
     stream's reader thread     chunks -> one whole Request         (streams: Stream; chunks: Assembler)
-    decode threads             bytes -> pixels or token ids        (intake: Intake; engine: DecodePool; tasks: prepare)
+    decode threads             bytes -> pixels or token ids        (intake: Intake; decode_pool; tasks: prepare)
     the engine's thread        the task's steps, in true batches   (engine: Engine; tasks)
     inference thread, workers  a batch through a model             (engine: Engine; a backend)
     stream's own thread        responses, in the requests' order   (streams: Stream)

@@ -97,7 +97,7 @@ class Model:
                 stage.batch_size = max(stage.batch_size, tuning.batch_size)
 
         def measure() -> None:
-            machine.lower_thread_priority(5)  # as the workers' is; the threads of a session inherit it
+            machine.lower_thread_priority(machine.WORKER_NICE)  # the threads of a session inherit it
             engine.wait_for_a_pause(PAUSE_S)
             try:
                 self.backend.prepare_single()

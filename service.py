@@ -15,6 +15,7 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health_pb2
 
 import machine
+from decode_pool import DecodePool
 from engine import TENSOR_MIME, Engine
 from gen import ml_service_pb2 as pb
 from gen import ml_service_pb2_grpc as pb_grpc
@@ -70,8 +71,10 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         self.settings = settings
         self.journal = journal or Journal()
         self.traffic = Traffic(TASKS)
-        self.engine = Engine(self.journal.holding, self.traffic, machine.usable_cores())
-        self.intake = Intake(settings, self.journal, self.traffic, self.engine)
+        cores = machine.usable_cores()
+        decoders = DecodePool(cores)
+        self.engine = Engine(self.journal.holding, self.traffic, cores, decoders.busy)
+        self.intake = Intake(settings, self.journal, self.traffic, self.engine, decoders)
         self.health = HealthServicer(self.alive)
         self.short_calls = ShortCallLimiter()
         self.loading = "starting"  # the reason that clients are given while the models load

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 import chunks
-import engine
+import decode_pool
 import intake
 import logs
 import machine
@@ -211,7 +211,7 @@ def test_large_pictures_are_decoded_one_at_a_time(watched: Any, monkeypatch: pyt
     backend, stub = watched
     backend.daemon.intake.pixels = intake.Budget(1_000_000)
     backend.daemon.intake.decoders.stop()
-    backend.daemon.intake.decoders = engine.DecodePool(2)
+    backend.daemon.intake.decoders = decode_pool.DecodePool(2)
     to_rgb, inside, together = preprocess._to_rgb, threading.Semaphore(0), collections.Counter[int]()
 
     def slowly(image: Image.Image) -> Image.Image:

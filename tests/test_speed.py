@@ -206,6 +206,44 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
     made.stop()
 
 
+def test_a_worker_waits_for_its_share_while_the_cores_decode() -> None:
+    """Lost otherwise: full batches when a few apps have one request each, or a picture that waits for files of others
+    that take long to decode or are no pictures."""
+    sizes: list[int] = []
+
+    def run(items: list[Any]) -> list[Any]:
+        sizes.append(len(items))
+        return items
+
+    decoding = 2
+    made = engine.Engine(workers=2, decoding=lambda: decoding)
+    stage = made.add(engine.Stage("image", run, 8, engine.Stage.BULK, spread=True))
+    stage.cost = LIMIT_S
+    made.start()
+
+    def expected() -> engine.Job:
+        job = engine.Job("", "", 0)
+        made.expect(job)
+        return job
+
+    jobs = [expected() for _ in range(4)]
+    submitted(made, stage, jobs[0])
+    time.sleep(0.2)
+    assert not sizes
+    for job in jobs[1:3]:
+        submitted(made, stage, job)
+    assert all(job.answer.result(LIMIT_S) for job in jobs[:3])
+    assert sizes[0] == 2 and sum(sizes) == 3
+    stage.cost, others = 0.3, [expected() for _ in range(8)]
+    began = time.monotonic()
+    submitted(made, stage, jobs[3]).answer.result(LIMIT_S)
+    assert time.monotonic() - began >= 0.3
+    stage.cost, decoding = LIMIT_S, 1  # a core is idle
+    submitted(made, stage, others.pop()).answer.result(LIMIT_S)
+    assert not any(job.answer.done() for job in others)
+    made.stop()
+
+
 def test_the_next_texts_run_while_many_clients_are_answered() -> None:
     """Lost otherwise: 10 ms after each batch for 64 clients, in which nothing is computed; one text in twenty."""
     sizes: list[int] = []
