@@ -39,7 +39,7 @@ SOURCES = SPECIES_SOURCES
 NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
 REPO_200M = "imageomics/TreeOfLife-200M"
 REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
-FILES_200M = ("txt_emb_bioclip-2", "txt_emb_species")  # the newer and the older name of the same file
+FILE_200M = "embeddings/txt_emb_bioclip-2"  # with .npy the vectors, with .json their names
 PUBLISHED = "published"  # the recipe of published vectors
 # The least cosine of a published vector, an average over 80 prompts, with the vector of our prompt. Vectors of another
 # model have a cosine near 0.
@@ -274,32 +274,23 @@ def published(folder: Path, model_id: str, progress: label_cache.Progress) -> Te
     Each part, PANEL_DIMS dimensions of all rows, is a file in `.building/`, so a kill costs at most one part. Species
     without a vector (all zeros) are left out. At most about 250 MB are held in memory. Raises LabelError.
     """
+    from huggingface_hub import HfFileSystem
+
     building = _building(folder)
     try:
         building.mkdir(parents=True, exist_ok=True)
-        stem, source = _open_200m()
-        with source:
+        # Without the cache of instances, which would remember a file that was missing at an earlier attempt.
+        hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
+        with hub.open(f"datasets/{REPO_200M}@{REVISION_200M}/{FILE_200M}.npy", "rb", cache_type="none") as source:
             dim, count = _npy_shape(source)
-            order = _names_in_order(building, stem, count)
+            order = _names_in_order(building, count)
             used = _panels(building, source, dim, order, progress)
-        return _assemble(folder, building, model_id, stem, dim, used)
+        return _assemble(folder, building, model_id, dim, used)
     except LabelError:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
         log.debug("TreeOfLife-200M failed", exc_info=True)
         raise LabelError(f"TreeOfLife-200M cannot be fetched and kept in {folder} ({one_line(error)})") from error
-
-
-def _open_200m() -> tuple[str, Any]:
-    from huggingface_hub import HfFileSystem
-
-    # Without the cache of instances, which would remember a file that was missing at an earlier attempt.
-    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
-    root = f"datasets/{REPO_200M}@{REVISION_200M}/embeddings"
-    for stem in FILES_200M:
-        if hub.exists(f"{root}/{stem}.npy"):
-            return stem, hub.open(f"{root}/{stem}.npy", "rb", cache_type="none")
-    raise FileNotFoundError(f"{REPO_200M} has none of {', '.join(FILES_200M)}")
 
 
 def _npy_shape(source: Any) -> tuple[int, int]:
@@ -311,12 +302,12 @@ def _npy_shape(source: Any) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
+def _names_in_order(building: Path, count: int) -> NDArray[np.int32]:
     """Saves the sorted lineages as `names.npz`. Returns the column of each, int32 `[count]`."""
     path = building / "names.npz"
     if not path.exists():
-        filename = f"embeddings/{stem}.json"
-        lineages = fetch_file(building / f"{stem}.json", REPO_200M, filename, quiet, REVISION_200M, check=lineages_of)
+        target, source = building / "names.json", f"{FILE_200M}.json"
+        lineages = fetch_file(target, REPO_200M, source, quiet, REVISION_200M, check=lineages_of)
         if len(lineages) != count:
             raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
         order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
@@ -357,7 +348,7 @@ def _panels(
     return used
 
 
-def _assemble(folder: Path, building: Path, model_id: str, stem: str, dim: int, used: NDArray[np.bool_]) -> TextVectors:
+def _assemble(folder: Path, building: Path, model_id: str, dim: int, used: NDArray[np.bool_]) -> TextVectors:
     with np.load(building / "names.npz", allow_pickle=False) as kept:
         names = Names(kept["text"], kept["offsets"]).only(used)
     panels = [np.load(building / f"panel-{first}.npy", mmap_mode="r") for first in range(0, dim, PANEL_DIMS)]
@@ -370,7 +361,7 @@ def _assemble(folder: Path, building: Path, model_id: str, stem: str, dim: int, 
             yield rows / norms if (np.abs(norms - 1) > 1e-3).any() else rows
 
     key = CacheKey(model_id, PUBLISHED, REVISION_200M, len(names), dim)
-    more = {"source": f"{REPO_200M}/embeddings/{stem}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
+    more = {"source": f"{REPO_200M}/{FILE_200M}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
     label_cache.save(folder, key, blocks(), names, species.depths(names), more)
     log.info("TreeOfLife-200M: %d species, %d without a vector left out", len(names), more["zero_rows_dropped"])
     shutil.rmtree(building, ignore_errors=True)
