@@ -119,7 +119,6 @@ class Advertiser:
         infos = [ServiceInfo(kind, f"{self._instance}.{kind}") for kind in self._settings.clip_mdns_type]
 
         async def probe() -> Any:
-            await self._zeroconf.async_wait_for_start()
             checks = (self._zeroconf.async_check_service(info, allow_name_change=False) for info in infos)
             return await asyncio.gather(*checks, return_exceptions=True)
 
@@ -192,10 +191,9 @@ def advertised_ip(host: str, interfaces: Path = INTERFACES) -> str | None:
     candidates = [
         (adapter.name, str(ip.ip))
         for adapter in ifaddr.get_adapters()
+        if is_lan_interface(interfaces / adapter.name)
         for ip in adapter.ips
-        if ip.is_IPv4
-        and not ipaddress.ip_address(str(ip.ip)).is_loopback
-        and is_lan_interface(interfaces / adapter.name)
+        if ip.is_IPv4 and not ipaddress.ip_address(str(ip.ip)).is_loopback
     ]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

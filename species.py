@@ -13,13 +13,14 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from label_cache import TextVectors
-from labels import Cosines, Recipe, Row, score, top
+from labels import Cosines, Recipe, Row, top
 from model_files import Vectors
 from torch_device import DeviceRows
 
@@ -89,9 +90,6 @@ class _Memo:
         self._lock = threading.Lock()
         self.bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def get(self, names: tuple[str, ...]) -> Resolved | None:
         with self._lock:
             if names not in self._kept:
@@ -100,14 +98,13 @@ class _Memo:
             return self._kept[names][0]
 
     def put(self, names: tuple[str, ...], resolved: Resolved) -> None:
-        """Keeps a result if it fits into BYTES_MAX, and drops the least recently used ones that no longer fit."""
+        """Keeps a new result if it fits into BYTES_MAX, and drops the least recently used ones that no longer fit."""
         size = sys.getsizeof(names) + sum(map(sys.getsizeof, names)) + resolved[0].nbytes
         if size > self.BYTES_MAX:
             return
         with self._lock:
-            if names not in self._kept:
-                self._kept[names] = resolved, size
-                self.bytes += size
+            self._kept[names] = resolved, size
+            self.bytes += size
             while len(self._kept) > self.LISTS_MAX or self.bytes > self.BYTES_MAX:
                 self.bytes -= self._kept.popitem(last=False)[1][1]
 
@@ -119,12 +116,9 @@ class Tree:
         """`depth`: see `depths`."""
         self._names, self._depth = names, depth
         self._resolved = _Memo()
-        self._resolving = threading.Lock()  # so that concurrent requests with the same new list resolve it once
+        # Only one thread resolves, so that concurrent requests with the same new list resolve it once.
+        self._resolving = threading.Lock()
         self._starts: dict[int, NDArray[np.intp]] = {}
-        self._index: tuple[NDArray[np.int64], NDArray[np.int64]] | None = (
-            None  # hashes of names in order; rank, first row
-        )
-        self._lock = threading.Lock()
 
     def starts(self, rank: int) -> NDArray[np.intp]:
         """The first row of each taxon of a rank."""
@@ -160,11 +154,10 @@ class Tree:
             spans.update(found)
             if not found:
                 unknown.append(name)
-        parts, end = [], 0
-        for start, stop in sorted(spans):  # spans may overlap
-            parts.append(np.arange(max(start, end), max(stop, end)))
-            end = max(stop, end)
-        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        inside = np.zeros(len(self._names), bool)
+        for start, end in spans:  # which may overlap
+            inside[start:end] = True
+        rows = np.flatnonzero(inside)
         rows.setflags(write=False)
         return rows, tuple(unknown)
 
@@ -197,17 +190,15 @@ class Tree:
 
     def _named(self, name: str) -> list[tuple[int, int]]:
         """(rank, first row) of the taxa with that name, from kingdom to genus. There are several for homonyms."""
-        with self._lock:
-            if self._index is None:
-                self._index = self._indexed()
-            hashes, places = self._index
+        hashes, places = self._index
         folded = name.casefold()
         at, end = (int(np.searchsorted(hashes, hash(folded), side)) for side in ("left", "right"))
         found = [(int(rank), int(first)) for rank, first in places[at:end]]
         return [(rank, first) for rank, first in found if self._names[first].split("/")[rank].casefold() == folded]
 
-    def _indexed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Builds the index of names. It takes 24 bytes per taxon; a dictionary would take about a hundred."""
+    @cached_property
+    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Hashes of names in order, and `[n, 2]`: rank, first row. A dictionary would take four times the memory."""
         hashes: list[int] = []
         places: list[tuple[int, int]] = []
         for first in self.starts(RANKS.index("genus")):
@@ -259,48 +250,39 @@ class Species:
             return list((threads.map if threads else map)(self._answer, self._cosines.rows(queries), options))
 
     def _answer(self, row: Row, options: SpeciesOptions) -> Found:
-        inside = options.within
-        probabilities = row.probabilities(self._logit_scale, inside)
+        probabilities = row.probabilities(self._logit_scale, options.within)
+        if options.rank == "auto":
+            for rank in range(SPECIES, -1, -1):
+                found = self._taxa(probabilities, rank, options)
+                if found and found[0][1] >= options.min_score:
+                    return Found(found, RANKS[rank])
+            return Found([], "none")
         if options.rank == "species" and not self._twins:
-            found = top(probabilities, options.k, lambda at: render(self._name(at, inside), options.label_format))
-            return Found([(label, p) for label, p in found if p >= options.min_score], "species")
-        for rank in range(SPECIES, -1, -1) if options.rank == "auto" else [RANKS.index(options.rank)]:
-            found = self._taxa(probabilities, inside, rank, options)
-            if options.rank != "auto":
-                return Found([(label, p) for label, p in found if p >= options.min_score], options.rank)
-            if found and found[0][1] >= options.min_score:
-                return Found(found, RANKS[rank])
-        return Found([], "none")
+            found = top(probabilities, options.k, lambda at: render(self._name(at, options), options.label_format))
+        else:
+            found = self._taxa(probabilities, RANKS.index(options.rank), options)
+        return Found([(label, p) for label, p in found if p >= options.min_score], options.rank)
 
-    def _name(self, at: int, inside: NDArray[np.int64] | None) -> str:
-        return self.names[at if inside is None else int(inside[at])]
+    def _name(self, at: int, options: SpeciesOptions) -> str:
+        return self.names[at if options.within is None else int(options.within[at])]
 
-    def _taxa(
-        self, probabilities: Row, inside: NDArray[np.int64] | None, rank: int, options: SpeciesOptions
-    ) -> list[tuple[str, float]]:
+    def _taxa(self, probabilities: Row, rank: int, options: SpeciesOptions) -> list[tuple[str, float]]:
         """The k best taxa of a rank: sums over the rows that share the path down to this rank, as in pybioclip."""
         starts = self.tree.starts(rank)
-        if inside is not None:
-            taxon = np.searchsorted(starts, inside, "right")
+        if options.within is not None:
+            taxon = np.searchsorted(starts, options.within, "right")
             starts = np.flatnonzero(np.diff(taxon, prepend=0))
-        sums = probabilities.sums(starts)
-        found: dict[str, float] = {}
-        count = 0
-        while len(found) < options.k and count < len(sums):
-            count = min(2 * count + options.k + 8, len(sums))
-            best, totals = sums.best(count)
-            rows = starts[best]
-            if rank == SPECIES:  # rows of one species differ in their common names
-                rows = self._best_rows(probabilities, rows, np.append(starts, len(probabilities))[best + 1])
-            for at, total in zip(rows, totals, strict=True):
-                name = self._name(int(at), inside)
-                if options.rank != "auto" or name.split("/")[rank] != "*":  # a blank has no name
-                    found.setdefault(render(name, options.label_format, rank), score(total))
-        return list(found.items())[: options.k]
 
-    @staticmethod
-    def _best_rows(probabilities: Row, starts: NDArray[Any], ends: NDArray[Any]) -> NDArray[np.intp]:
-        """The row with the largest probability of each of several spans."""
-        values = probabilities.at(np.concatenate([np.arange(*span) for span in zip(starts, ends, strict=True)]))
-        parts = np.split(values, np.cumsum(ends - starts)[:-1])
-        return np.array([start + part.argmax() for start, part in zip(starts, parts, strict=True)], np.intp)
+        def label_of(taxon: int) -> str:
+            row = int(starts[taxon])
+            if rank == SPECIES:  # rows of one species differ in their common names: the most probable one
+                end = starts[taxon + 1] if taxon + 1 < len(starts) else len(probabilities)
+                if end - row > 1:
+                    row += int(probabilities.at(np.arange(row, end)).argmax())
+            name = self._name(row, options)
+            if options.rank == "auto" and name.split("/")[rank] == "*":
+                return ""  # a blank has no name
+            return render(name, options.label_format, rank)
+
+        found = top(probabilities.sums(starts), options.k + 1, label_of)
+        return [(label, p) for label, p in found if label][: options.k]

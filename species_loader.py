@@ -1,9 +1,7 @@
 """Loads species in the background, while the daemon already serves everything else.
 
 Computing the vectors of a tree of life can take days on a board. The engine computes them in small batches, while
-no request is in progress, and otherwise for a twentieth of the time. `Models` receives them when they are complete. If
-the operator chose no source, the first minute of computing decides whether to compute TreeOfLife-10M or to download
-TreeOfLife-200M.
+no request is in progress, and otherwise for a twentieth of the time. `Models` receives them when they are complete.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,17 @@ import machine
 import tree_of_life
 from engine import Answer, Engine, Job, Stage, Steps
 from errors import LabelError, SettingError
-from label_cache import TextVectors
+from label_cache import CacheKey, TextVectors
 from labels import ENCODE_BATCH
 from model import Model
-from model_files import Vectors, encoder_of
+from model_files import Encode, Say, encoder_of
 from species import RECIPE, Species
 from tasks import Models
+from tree_of_life import Progress
 
 log = logging.getLogger("lumen.species_loader")
 
 RETRY_S = 600  # seconds after a failed download
-STATUS_S = 10  # seconds between two progress reports
 MEASURE_S = 60  # seconds of computing before the decision
 QUICK_S = 3600  # if computing takes less than so many seconds, nothing is downloaded
 DOWNLOAD = "a download of 2.66 GB (about 4 min at 100 Mbit/s, 36 min at 10 Mbit/s)"
@@ -55,81 +52,79 @@ class SpeciesLoader:
         self._through_engine = model.encoder(engine)
         self._unload = engine.add(Stage("bioclip unload", self._let_go, 1, Stage.BACKGROUND))
 
-    def at_once(self, say: Callable[[str], None]) -> Species | None:
+    def at_once(self, say: Say) -> Species | None:
         """The species, if they are kept or few; before the inference thread runs.
 
         Raises SettingError if the operator's file or folder cannot be used, otherwise LabelError.
         """
-        backend = self._model.backend
+        backend, encode = self._model.backend, encoder_of(self._model.backend)
         if tree_of_life.is_folder(self._source):
             note = self._folder / label_cache.NOTE
-            return self._species(tree_of_life.ready_made(Path(self._source), backend.dim, self._encode, note))
+            return self._species(tree_of_life.ready_made(Path(self._source), backend.dim, encode, note))
         if self._source in ("", TWO_HUNDRED_M):
-            if found := self._kept_200m():
+            if found := self._kept_200m(encode):
                 return self._species(found)
             if self._source:
                 return None
         path = tree_of_life.names_file(self._source, self._data_dir, say)
-        digest = machine.sha256_of(path)
-        wanted = tree_of_life.wanted_of(backend.model_id, RECIPE.name, digest, backend.dim)
-        if found := tree_of_life.kept(self._folder, wanted, self._encode):
+        wanted = self._wanted(RECIPE.name, machine.sha256_of(path))
+        if found := tree_of_life.kept(self._folder, wanted, encode):
             return self._species(found)
         if len(tree_of_life.lineages_of_source(self._source, path)) > label_cache.SHARD_LABELS:
             return None
         doing = f"computing text vectors for {backend.model_id}"
-        return self._computed(self._encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
+        return self._computed(encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
 
-    def in_background(self, models: Models, say: Callable[[str], None]) -> None:
+    def in_background(self, models: Models, say: Say) -> None:
         """Adds the species to `models` when they are available. Reports the progress to `say`."""
-        report = _Report(models, say)
-        report.begin(self._source or TEN_M)
+        progress = models.progress = Progress(self._source or TEN_M, say)
 
         def load() -> None:
             while True:
                 try:
-                    species = self._load(report)
+                    species = self._load(progress)
                     break
                 except Exception as error:
-                    report.progress.failure = "not available; the daemon's log says why"
-                    known = isinstance(error, LabelError | SettingError)
-                    log.warning("%s: %s", report.progress.name, error, exc_info=None if known else error)
+                    progress.failure = "not available; the daemon's log says why"
+                    unknown = not isinstance(error, LabelError | SettingError)
+                    log.warning("%s: %s", progress.name, error, exc_info=unknown)
                     time.sleep(RETRY_S)
-                    report.progress.failure = ""
+                    progress.failure = ""
             models.add_species(species)
             if models.semantic != "bioclip":
                 self._unload_text()
             say("serving")
-            log.info("%s: ready", report.progress.name)
+            log.info("%s: ready", progress.name)
 
-        log.info("%s is not available yet; everything else is served meanwhile", report.progress.name)
+        log.info("%s is not available yet; everything else is served meanwhile", progress.name)
         threading.Thread(target=load, name="species", daemon=True).start()
 
-    def _kept_200m(self) -> TextVectors | None:
+    def _kept_200m(self, encode: Encode) -> TextVectors | None:
         for folder in (self._published_folder, self._folder):  # an earlier version kept them in the latter
             is_published = label_cache.meta_of(folder / label_cache.FILE).get("recipe") == tree_of_life.PUBLISHED
-            if is_published and (found := tree_of_life.kept(folder, self._wanted_200m(), self._encode)):
+            if is_published and (found := tree_of_life.kept(folder, self._wanted_200m(), encode)):
                 return found
         return None
 
-    def _load(self, report: _Report) -> Species:
+    def _load(self, progress: Progress) -> Species:
         if self._source == TWO_HUNDRED_M:
-            return self._published(report)
+            return self._published(progress)
         if self._source:
-            return self._computed(self._through_engine, report)
+            return self._computed(self._through_engine, progress)
         patience: float = MEASURE_S
         while True:
-            report.begin(TEN_M)
+            progress.begin(TEN_M)
             try:
-                return self._computed(self._through_engine, self._until_slow(report, patience))
+                return self._computed(self._through_engine, self._until_slow(progress, patience))
             except _TooSlow:
-                report.begin(TWO_HUNDRED_M)
+                progress.begin(TWO_HUNDRED_M)
             try:
-                return self._published(report)
+                return self._published(progress)
             except Exception as error:
                 patience = max(RETRY_S, 2 * patience)
                 text = "%s: %s; computing %s goes on, the next attempt is in %s"
-                known = None if isinstance(error, LabelError) else error
-                log.warning(text, TWO_HUNDRED_M, error, TEN_M, tree_of_life.about(patience), exc_info=known)
+                unknown = not isinstance(error, LabelError)
+                log.warning(text, TWO_HUNDRED_M, error, TEN_M, tree_of_life.about(patience), exc_info=unknown)
 
     def _until_slow(self, report: label_cache.Progress, patience: float) -> label_cache.Progress:
         """Progress of computing that raises _TooSlow, once, if the rest takes long and TreeOfLife-200M can be used.
@@ -180,11 +175,15 @@ class SpeciesLoader:
         return tree_of_life.published_obstacle(folder, model_id)
 
     def _wanted_200m(self) -> dict[str, Any]:
-        backend = self._model.backend
-        recipe, digest = tree_of_life.PUBLISHED, tree_of_life.REVISION_200M
-        return tree_of_life.wanted_of(backend.model_id, recipe, digest, backend.dim)
+        return self._wanted(tree_of_life.PUBLISHED, tree_of_life.REVISION_200M)
 
-    def _computed(self, encode: Callable[[list[str]], Vectors], tell: label_cache.Progress) -> Species:
+    def _wanted(self, recipe: str, digest: str) -> dict[str, Any]:
+        """What the meta of a fitting file contains, without the number of labels."""
+        meta = CacheKey(self._model.backend.model_id, recipe, digest, 0, self._model.backend.dim).meta()
+        del meta["count"]
+        return meta
+
+    def _computed(self, encode: Encode, tell: label_cache.Progress) -> Species:
         path, backend = tree_of_life.names_file(self._source, self._data_dir), self._model.backend
         names, found = tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell)
         return Species(names, found, backend.logit_scale, backend.hold_rows(found.vecs))
@@ -200,10 +199,6 @@ class SpeciesLoader:
         assert found.names is not None
         backend = self._model.backend
         return Species(found.names, found, backend.logit_scale, backend.hold_rows(found.vecs))
-
-    def _encode(self, texts: list[str]) -> Vectors:
-        """On this thread, before the inference thread runs."""
-        return encoder_of(self._model.backend)(texts)
 
     def _unload_text(self) -> None:
         """Unloads the text tower on the background thread, while the inference thread runs no batch."""
@@ -224,20 +219,3 @@ class SpeciesLoader:
 
 class _TooSlow(Exception):
     """Raised while labels are computed, to use published vectors instead."""
-
-
-class _Report:
-    """Reports the progress of the species to clients and systemd."""
-
-    def __init__(self, models: Models, say: Callable[[str], None]) -> None:
-        self._models, self._say, self._said = models, say, 0.0
-
-    def begin(self, source: str) -> None:
-        unit = "MB" if source == TWO_HUNDRED_M else "labels"
-        self.progress = self._models.progress = tree_of_life.Progress(source, unit)
-
-    def __call__(self, done: int, total: int) -> None:
-        self.progress(done, total)
-        if time.monotonic() - self._said > STATUS_S:
-            self._said = time.monotonic()
-            self._say(f"serving; {self.progress}")

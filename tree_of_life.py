@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import backends
-import errors
 import label_cache
 import machine
 import species
-from errors import BackendError, LabelError, SettingError, one_line
+from errors import BackendError, DamagedCache, LabelError, SettingError, one_line, unreadable
 from label_cache import CacheKey, Names, TextVectors
-from machine import sha256_of
 from model_files import Encode, Say, encoder_of, fetch_file, quiet
 from settings import DATA_DIR, SPECIES_SOURCES, ModelOptions
 from species import RECIPE
@@ -42,7 +39,7 @@ SOURCES = SPECIES_SOURCES
 NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
 REPO_200M = "imageomics/TreeOfLife-200M"
 REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
-FILES_200M = ("txt_emb_bioclip-2", "txt_emb_species")  # the newer and the older name of the same file
+FILE_200M = "embeddings/txt_emb_bioclip-2"  # with .npy the vectors, with .json their names
 PUBLISHED = "published"  # the recipe of published vectors
 # The least cosine of a published vector, an average over 80 prompts, with the vector of our prompt. Vectors of another
 # model have a cosine near 0.
@@ -52,40 +49,42 @@ DISK_200M = 3_200_000_000  # bytes: panels and the file, 1.33 GB each, names 0.3
 MEMORY_200M = 1_400_000_000  # bytes: all rows, which should stay in the page cache because scoring reads all of them
 PANEL_DIMS = 16  # dimensions that are transposed at a time: 55 MB of float32 for 867,455 species
 ETA_WINDOW_S = 600
+STATUS_S = 10  # seconds between two progress reports
 
 
-@dataclass
 class Progress:
-    """The progress of a label set that is not available yet."""
+    """The progress of species that are not available yet: a text for clients, which `say` receives as well."""
 
-    name: str
-    unit: str = "labels"
-    done: int = 0
-    total: int = 0
-    failure: str = ""
-    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+    def __init__(self, source: str, say: Say) -> None:
+        self.failure = ""
+        self._say, self._said = say, 0.0
+        self.begin(source)
+
+    def begin(self, source: str) -> None:
+        self.name, self._total = source, 0
+        self._seen: deque[tuple[float, int]] = deque()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self.done, self.total = done, total
         self._seen.append((now, done))
         while self._seen[0][0] < now - ETA_WINDOW_S:
             self._seen.popleft()
+        self._total = total
+        if now - self._said > STATUS_S:
+            self._said = now
+            self._say(f"serving; {self}")
 
     def __str__(self) -> str:
+        name, total, seen = self.name, self._total, self._seen
         if self.failure:
-            return f"{self.name}: {self.failure}"
-        if not self.total:
-            return f"{self.name}: beginning"
-        return f"{self.name}: {self.done:,} of {self.total:,} {self.unit}{self._left()}"
-
-    def _left(self) -> str:
-        if len(self._seen) < 2:
-            return ""
-        (since, first), (now, last) = self._seen[0], self._seen[-1]
+            return f"{name}: {self.failure}"
+        if not (total and seen):
+            return f"{name}: beginning"
+        (since, first), (now, last) = seen[0], seen[-1]
+        text = f"{name}: {last:,} of {total:,} {'MB' if name == SOURCES[1] else 'labels'}"
         if last <= first or now - since < 1:
-            return ""
-        return f", {about((self.total - last) * (now - since) / (last - first))} left"
+            return text
+        return f"{text}, {about((total - last) * (now - since) / (last - first))} left"
 
 
 def about(seconds: float) -> str:
@@ -119,7 +118,7 @@ def count_own(source: str) -> int | None:
             return len(open_folder(Path(source), quick=True).vecs)
         return len(lineages_of_source(source, names_file(source, DATA_DIR)))
     except PermissionError as error:
-        raise errors.unreadable(error) from error
+        raise unreadable(error) from error
 
 
 def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
@@ -191,19 +190,17 @@ def _rows(path: Path, size: int = 1 << 20) -> Iterator[Any]:
 # --- a set that is there ----------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path, note: Path | None = None, quick: bool = False) -> TextVectors:
-    """The content of a folder that `build` made; see `label_cache.load`.
-
-    Raises SettingError.
-    """
+def open_folder(
+    folder: Path, note: Path | None = None, quick: bool = False, setting: str = "BIOCLIP_LABELS="
+) -> TextVectors:
+    """The content of a folder that `build` made; see `label_cache.load`. Raises SettingError, which names `setting`."""
+    file = f"{setting}{folder}: {label_cache.FILE}"
     try:
         found = label_cache.load(folder / label_cache.FILE, note=note, quick=quick)
-    except (OSError, errors.DamagedCache) as error:
-        raise SettingError(f"BIOCLIP_LABELS={folder}: {label_cache.FILE} cannot be used ({error})") from error
+    except (OSError, DamagedCache) as error:
+        raise SettingError(f"{file} cannot be used ({error})") from error
     if found is None or found.names is None or found.depth is None or found.meta is None:
-        raise SettingError(
-            f"BIOCLIP_LABELS={folder}: {label_cache.FILE} has no lineages; `tree_of_life.py build` makes such files"
-        )
+        raise SettingError(f"{file} has no lineages; `tree_of_life.py build` makes such files")
     return found
 
 
@@ -214,11 +211,11 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
     assert found.meta is not None
     if found.vecs.shape[1] != dim:
         text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
-        raise SettingError(f"BIOCLIP_LABELS={folder}: {text}")
-    if not belongs(found, encode):
+    elif not belongs(found, encode):
         text = f"its vectors are not those of this model, but of {found.meta['model_id']}"
-        raise SettingError(f"BIOCLIP_LABELS={folder}: {text}")
-    return found
+    else:
+        return found
+    raise SettingError(f"BIOCLIP_LABELS={folder}: {text}")
 
 
 def kept(folder: Path, wanted: dict[str, Any], encode: Encode) -> TextVectors | None:
@@ -233,13 +230,6 @@ def belongs(found: TextVectors, encode: Encode) -> bool:
     return label_cache.fits(found.vecs, found.names, RECIPE, encode, floor)
 
 
-def wanted_of(model_id: str, recipe: str, digest: str, dim: int) -> dict[str, Any]:
-    """What the meta of a fitting file contains, without the number of labels."""
-    meta = CacheKey(model_id, recipe, digest, 0, dim).meta()
-    del meta["count"]
-    return meta
-
-
 # --- a set that is computed -------------------------------------------------------------------------------------
 
 
@@ -248,7 +238,7 @@ def computed(
 ) -> tuple[Sequence[str], TextVectors]:
     """Computes the vectors of a label file and saves them in `folder` with the names. Raises LabelError."""
     names = sorted(lineages_of(path))
-    key = CacheKey(model_id, RECIPE.name, sha256_of(path), len(names), dim)
+    key = CacheKey(model_id, RECIPE.name, machine.sha256_of(path), len(names), dim)
     found = label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
     return found.names or names, found
 
@@ -284,32 +274,23 @@ def published(folder: Path, model_id: str, progress: label_cache.Progress) -> Te
     Each part, PANEL_DIMS dimensions of all rows, is a file in `.building/`, so a kill costs at most one part. Species
     without a vector (all zeros) are left out. At most about 250 MB are held in memory. Raises LabelError.
     """
+    from huggingface_hub import HfFileSystem
+
     building = _building(folder)
     try:
         building.mkdir(parents=True, exist_ok=True)
-        stem, source = _open_200m()
-        with source:
-            shape = _npy_shape(source)
-            order = _names_in_order(building, stem, shape[1])
-            used = _panels(building, source, shape, order, progress)
-        return _assemble(folder, building, model_id, stem, order, used)
+        # Without the cache of instances, which would remember a file that was missing at an earlier attempt.
+        hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
+        with hub.open(f"datasets/{REPO_200M}@{REVISION_200M}/{FILE_200M}.npy", "rb", cache_type="none") as source:
+            dim, count = _npy_shape(source)
+            order = _names_in_order(building, count)
+            used = _panels(building, source, dim, order, progress)
+        return _assemble(folder, building, model_id, dim, used)
     except LabelError:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
         log.debug("TreeOfLife-200M failed", exc_info=True)
         raise LabelError(f"TreeOfLife-200M cannot be fetched and kept in {folder} ({one_line(error)})") from error
-
-
-def _open_200m() -> tuple[str, Any]:
-    from huggingface_hub import HfFileSystem
-
-    # Without the cache of instances, which would remember a file that was missing at an earlier attempt.
-    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
-    root = f"datasets/{REPO_200M}@{REVISION_200M}/embeddings"
-    for stem in FILES_200M:
-        if hub.exists(f"{root}/{stem}.npy"):
-            return stem, hub.open(f"{root}/{stem}.npy", "rb", cache_type="none")
-    raise FileNotFoundError(f"{REPO_200M} has none of {', '.join(FILES_200M)}")
 
 
 def _npy_shape(source: Any) -> tuple[int, int]:
@@ -321,32 +302,31 @@ def _npy_shape(source: Any) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _names_in_order(building: Path, stem: str, count: int) -> NDArray[np.int32]:
+def _names_in_order(building: Path, count: int) -> NDArray[np.int32]:
     """Saves the sorted lineages as `names.npz`. Returns the column of each, int32 `[count]`."""
     path = building / "names.npz"
     if not path.exists():
-        filename = f"embeddings/{stem}.json"
-        lineages = fetch_file(building / f"{stem}.json", REPO_200M, filename, quiet, REVISION_200M, check=lineages_of)
+        target, source = building / "names.json", f"{FILE_200M}.json"
+        lineages = fetch_file(target, REPO_200M, source, quiet, REVISION_200M, check=lineages_of)
         if len(lineages) != count:
             raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
         order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
-        lengths = np.fromiter((len(lineages[i].encode()) for i in order), np.int64, count)
-        text = bytearray()
-        for i in order:
-            text += lineages[i].encode()
+        text, offsets = bytearray(), np.zeros(count + 1, np.int64)
+        for row, column in enumerate(order, 1):
+            text += lineages[column].encode()
+            offsets[row] = len(text)
         del lineages
         with machine.replacing(path) as file:
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
             np.savez(file, order=order, offsets=offsets, text=np.frombuffer(text, np.uint8))
     with np.load(path, allow_pickle=False) as kept:
         return np.asarray(kept["order"])
 
 
 def _panels(
-    building: Path, source: Any, shape: tuple[int, int], order: NDArray[np.int32], progress: label_cache.Progress
+    building: Path, source: Any, dim: int, order: NDArray[np.int32], progress: label_cache.Progress
 ) -> NDArray[np.bool_]:
     """Makes the missing files `panel-N.npy`, float16 `[count, PANEL_DIMS]`, sorted. Returns which rows are used."""
-    dim, count = shape
+    count = len(order)
     begin, used = source.tell(), np.zeros(count, bool)
     for first in range(0, dim, PANEL_DIMS):
         dims = min(PANEL_DIMS, dim - first)
@@ -360,32 +340,28 @@ def _panels(
             rows = np.empty((count, dims), np.float16)
             for column in range(dims):
                 rows[:, column] = panel[column][order]
-            del data, panel
             with machine.replacing(path) as file:
                 np.save(file, rows)
-            del rows
+            del data, panel, rows
         used |= np.load(path, mmap_mode="r").any(axis=1)
         progress((first + dims) * count * 4 >> 20, dim * count * 4 >> 20)
     return used
 
 
-def _assemble(
-    folder: Path, building: Path, model_id: str, stem: str, order: NDArray[np.int32], used: NDArray[np.bool_]
-) -> TextVectors:
+def _assemble(folder: Path, building: Path, model_id: str, dim: int, used: NDArray[np.bool_]) -> TextVectors:
     with np.load(building / "names.npz", allow_pickle=False) as kept:
         names = Names(kept["text"], kept["offsets"]).only(used)
-    panels = [np.load(path, mmap_mode="r") for path in sorted(building.glob("panel-*.npy"), key=_first_dim)]
-    dim = sum(panel.shape[1] for panel in panels)
+    panels = [np.load(building / f"panel-{first}.npy", mmap_mode="r") for first in range(0, dim, PANEL_DIMS)]
 
     def blocks() -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(order), label_cache.BLOCK):
+        for start in range(0, len(used), label_cache.BLOCK):
             part = slice(start, start + label_cache.BLOCK)
             rows = np.concatenate([panel[part] for panel in panels], axis=1, dtype=np.float32)[used[part]]
             norms = np.linalg.norm(rows, axis=1, keepdims=True)
             yield rows / norms if (np.abs(norms - 1) > 1e-3).any() else rows
 
     key = CacheKey(model_id, PUBLISHED, REVISION_200M, len(names), dim)
-    more = {"source": f"{REPO_200M}/embeddings/{stem}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
+    more = {"source": f"{REPO_200M}/{FILE_200M}.npy@{REVISION_200M}", "zero_rows_dropped": int((~used).sum())}
     label_cache.save(folder, key, blocks(), names, species.depths(names), more)
     log.info("TreeOfLife-200M: %d species, %d without a vector left out", len(names), more["zero_rows_dropped"])
     shutil.rmtree(building, ignore_errors=True)
@@ -396,37 +372,32 @@ def _assemble(
     return found
 
 
-def _first_dim(path: Path) -> int:
-    return int(path.stem.partition("-")[2])
-
-
 # --- python tree_of_life.py build | info | verify ---------------------------------------------------------------
 
 
-def build(source: str, folder: Path, data_dir: Path, backend: Any) -> TextVectors:
-    """Makes `text_vectors.npz` in a folder; `backend` is None for published vectors.
-
-    Raises SettingError or LabelError.
-    """
+def build(options: argparse.Namespace) -> TextVectors:
+    """Makes `text_vectors.npz` in a folder. Raises SettingError, LabelError or BackendError."""
     from tqdm import tqdm
 
-    if source == SOURCES[1]:
-        with tqdm(desc=source, unit="MB") as bar:
+    if options.labels == SOURCES[1]:
+        with tqdm(desc=options.labels, unit="MB") as bar:
 
             def show(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            return published(folder, "imageomics/bioclip-2", show)
+            return published(options.to, "imageomics/bioclip-2", show)
 
-    path = names_file(source, data_dir)
-    _, found = computed(folder, path, backend.model_id, backend.dim, encoder_of(backend), lambda done, total: None)
-    return found
+    path = names_file(options.labels, DATA_DIR)
+    model = ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
+    backend = backends.create_backend(model)
+    encode = encoder_of(backend)
+    return computed(options.to, path, backend.model_id, backend.dim, encode, lambda done, total: None)[1]
 
 
 def info(folder: Path) -> list[str]:
-    """Describes the content of a folder, for people. Raises LabelError."""
-    found = _opened(folder)
+    """Describes the content of a folder, for people. Raises SettingError."""
+    found = open_folder(folder, setting="")
     assert found.meta and found.depth is not None
     size = (folder / label_cache.FILE).stat().st_size
     lines = [f"{name}: {value}" for name, value in found.meta.items()]
@@ -435,9 +406,9 @@ def info(folder: Path) -> list[str]:
 
 
 def verify(folder: Path) -> list[str]:
-    """Reads a folder completely. Returns what is wrong with it. Raises LabelError."""
+    """Reads a folder completely. Returns what is wrong with it. Raises SettingError."""
     (folder / label_cache.NOTE).unlink(missing_ok=True)
-    found = _opened(folder)  # which reads the checksums
+    found = open_folder(folder, setting="")  # which reads the checksums
     assert found.names is not None and found.depth is not None and found.meta
     wrong = []
     for start in range(0, len(found.vecs), label_cache.BLOCK):
@@ -450,16 +421,6 @@ def verify(folder: Path) -> list[str]:
     except ValueError as error:
         wrong.append(str(error))
     return wrong
-
-
-def _opened(folder: Path) -> TextVectors:
-    try:
-        found = label_cache.load(folder / label_cache.FILE)
-    except (OSError, errors.DamagedCache) as error:
-        raise LabelError(f"{folder}: {label_cache.FILE} cannot be read ({error})") from error
-    if found is None or found.names is None or found.depth is None:
-        raise LabelError(f"{folder}: {label_cache.FILE} has no lineages")
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -479,10 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         if options.command == "build":
-            model = ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
-            backend = None if options.labels == SOURCES[1] else backends.create_backend(model)
-            found = build(options.labels, options.to, DATA_DIR, backend)
-            print(f"{options.to}: {len(found.vecs):,} species; BIOCLIP_LABELS={options.to}")
+            print(f"{options.to}: {len(build(options).vecs):,} species; BIOCLIP_LABELS={options.to}")
             return 0
         lines = info(options.folder) if options.command == "info" else verify(options.folder)
     except (SettingError, LabelError, BackendError, OSError) as error:

@@ -399,7 +399,7 @@ def test_lists_of_names_are_not_confused_and_do_not_pile_up(
         for names, (rows, unknown) in zip(lists[-3:], fresh, strict=True):
             again = tree.within(names)
             assert np.array_equal(again[0], rows) and again[1] == unknown
-    assert len(tree._resolved) <= tree._resolved.LISTS_MAX
+    assert len(tree._resolved._kept) <= tree._resolved.LISTS_MAX
     monkeypatch.setattr(species._Memo, "BYTES_MAX", 200_000)
     for kingdom in ("Animalia", "Plantae", "animalia", "plantae", "PLANTAE"):  # 72 or 24 kB of rows each
         tree.within([kingdom])
