@@ -311,8 +311,8 @@ def cached_vectors(
     if found is not None and fits(found.vecs, names, recipe, encode):
         return found
     for old in older:
-        vecs = _npz_rows(old, "vecs", key.dim)
-        if vecs is not None and len(vecs) == key.count and fits(vecs, names, recipe, encode):
+        vecs = _npz_rows(old, "vecs", range(key.count, key.count + 1), key.dim)
+        if vecs is not None and fits(vecs, names, recipe, encode):
             log.info("taking over %s", old)
             blocks: Iterable[NDArray[Any]] = [vecs]
             break
@@ -387,8 +387,7 @@ class _Shards:
 
     def load(self, start: int, count: int) -> NDArray[Any] | None:
         """The rows of a shard that were saved, up to `count`, or None if there are none."""
-        rows = _npz_rows(self._folder / f"{self._name}-{start}.npz", "rows", self._dim)
-        return rows if rows is not None and 0 < len(rows) <= count else None
+        return _npz_rows(self._folder / f"{self._name}-{start}.npz", "rows", range(1, count + 1), self._dim)
 
     def save(self, start: int, rows: NDArray[Any]) -> None:
         path = self._folder / f"{self._name}-{start}.npz"
@@ -415,14 +414,19 @@ def fits(
     return False
 
 
-def _npz_rows(path: Path, member: str, dim: int) -> NDArray[Any] | None:
-    """Unit rows of an npz, or None if it is missing or damaged. Other members, even pickled ones, are not read."""
+def _npz_rows(path: Path, member: str, counts: range, dim: int) -> NDArray[Any] | None:
+    """Unit rows of an npz, as many as one of `counts`, or None if it does not have them.
+
+    Nothing is unpickled. The `names` of earlier layouts are pickled objects, which are not read.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:  # an npz has checksums, an npy has none
             rows = file[member]
+        if len(rows) not in counts:
+            raise DamagedCache(f"{len(rows)} rows")
         return checked(rows, len(rows), dim)
     except FileNotFoundError:
         return None
     except Exception as error:  # as of `load`
-        log.warning("%s is damaged (%s); computing it again", path, error)
+        log.warning("%s cannot be used (%s); computing it again", path, error)
         return None

@@ -16,7 +16,6 @@ import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -339,15 +338,15 @@ class OperatorSets:
 
     def _made(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> OperatorSet | None:
         """The set that a file makes, or None if its vectors are not computed. Raises LabelError and _Reloaded."""
-        begun = _signature(paths)
+        if len(paths) > 1:
+            raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
+        begun = _signature(paths[0])
 
         def progress(done: int, total: int) -> None:
-            if self._reload.is_set() and _signature(paths) != begun:
+            if self._reload.is_set() and _signature(paths[0]) != begun:
                 raise _Reloaded
             self._note(name, f"its text vectors are being computed: {done} of {total}")
 
-        if len(paths) > 1:
-            raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
         file = read_set(paths[0], self._templates)
         current = self._current(name)
         if current and current.content == hash(file):
@@ -374,14 +373,13 @@ class OperatorSets:
         self._note(name, f"its file is not used: {reason}" if stays else reason)
 
 
-def _signature(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Changes when one of the files is changed or replaced."""
-    found = []
-    for path in paths:
-        with suppress(OSError):  # removed since the folder was read
-            status = path.stat()
-            found.append((path.name, status.st_mtime_ns, status.st_size))
-    return found
+def _signature(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is changed or replaced. None if it cannot be found."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------

@@ -129,15 +129,13 @@ def names_recipe(templates: int) -> Recipe:
 def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vectors:
     """float32 `[n, dim]`: the vectors of a label's prompts, averaged and normalized to unit length as in OpenCLIP."""
     prompts = [recipe.prompts(label) for label in labels]
-    flat = [prompt for group in prompts for prompt in group]
     # Prompts of similar length share a forward pass, which runs at the length of the longest.
-    order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
-    rows: dict[int, NDArray[np.float32]] = {}
-    for start in range(0, len(order), ENCODE_BATCH):
-        part = order[start : start + ENCODE_BATCH]
-        rows.update(zip(part, encode([flat[i] for i in part]), strict=True))
-    encoded = (rows[i] for i in range(len(flat)))
-    means = np.stack([np.mean([next(encoded) for _ in group], axis=0) for group in prompts])
+    texts = sorted((prompt for group in prompts for prompt in group), key=len)
+    rows: dict[str, NDArray[np.float32]] = {}
+    for start in range(0, len(texts), ENCODE_BATCH):
+        part = texts[start : start + ENCODE_BATCH]
+        rows.update(zip(part, encode(part), strict=True))
+    means = np.stack([np.mean([rows[prompt] for prompt in group], axis=0) for group in prompts])
     return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
 
 
