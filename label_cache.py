@@ -24,7 +24,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, overload
@@ -132,23 +132,21 @@ def save(
     to the meta. One rename makes the file visible.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    for left in folder.glob(".text_vectors.*.tmp"):  # of killed processes; another process may be writing newer ones
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     dtype = np.dtype(np.float16 if is_large(key.count, key.dim) else np.float32)
+    meta = json.dumps({**key.meta(), "dtype": str(dtype), **(more or {})}, indent=2).encode()
     with replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
-        with _member(archive, "vecs", dtype, (key.count, key.dim)) as member:
-            for block in rows:
-                member.write(np.ascontiguousarray(block, dtype).tobytes())
-        facts = {**key.meta(), "dtype": str(dtype), **(more or {})}
+        _add_blocks(archive, "vecs", dtype, (key.count, key.dim), rows)
         if names is not None:
             kept = names if isinstance(names, Names) else Names.of(names)
             _add(archive, "offsets", kept.offsets)
             _add(archive, "names", kept.text)
         if depth is not None:
             _add(archive, "depth", depth)
-        meta = json.dumps(facts, indent=2).encode()
         _add(archive, "meta", np.frombuffer(meta, np.uint8))
-    with replacing(folder / "text_vectors.meta.json") as file:
-        file.write(meta)
+    replace_file(folder / "text_vectors.meta.json", meta)
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -159,16 +157,14 @@ def is_large(count: int, dim: int) -> bool:
     return count * dim * 4 > HALF_PRECISION_BYTES
 
 
-def _sweep(folder: Path) -> None:
-    """Removes old temporary files of killed processes. Another process may be writing newer ones."""
-    for left in folder.glob(".text_vectors.*.tmp"):
-        if time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
+def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
+    _add_blocks(archive, name, array.dtype, array.shape, [array])
 
 
-@contextmanager
-def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """A member to write an array into. It begins at a multiple of ALIGNMENT in the file."""
+def _add_blocks(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]
+) -> None:
+    """Adds an array that comes in blocks of rows. It begins at a multiple of ALIGNMENT in the file."""
     assert archive.fp is not None
     header = io.BytesIO()  # itself a multiple of ALIGNMENT
     facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -179,12 +175,8 @@ def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tu
     info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)  # as Android aligns
     with archive.open(info, "w", force_zip64=True) as member:
         member.write(header.getvalue())
-        yield member
-
-
-def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
-    with _member(archive, name, array.dtype, array.shape) as member:
-        member.write(np.ascontiguousarray(array).tobytes())
+        for block in blocks:
+            member.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -216,11 +208,10 @@ def load(
 
 
 def meta_of(path: Path) -> dict[str, Any]:
-    """The meta of `path`, or {} if it cannot be read. Checksums are not verified."""
+    """The meta of `path`, or {} if it cannot be read."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            meta: dict[str, Any] = json.loads(_array(file, path, archive.getinfo("meta.npy")).tobytes())
-            return meta
+        with np.load(path, allow_pickle=False) as file:
+            return dict(json.loads(file["meta"].tobytes()))
     except Exception:  # as of `load`
         return {}
 
@@ -255,11 +246,10 @@ def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if fortran or dtype.hasobject or file.tell() + size != begin + info.file_size:
         raise DamagedCache(f"{info.filename}: {dtype} of shape {shape}")
-    if (
-        path.stat().st_size <= HALF_PRECISION_BYTES
-    ):  # not mapped, because truncating a mapped file would end the process
-        return np.frombuffer(file.read(size), dtype).reshape(shape)
-    return np.memmap(path, dtype, "r", file.tell(), shape)
+    if path.stat().st_size > HALF_PRECISION_BYTES:
+        return np.memmap(path, dtype, "r", file.tell(), shape)
+    # A small file is not mapped, because truncating a mapped file would end the process.
+    return np.frombuffer(file.read(size), dtype).reshape(shape)
 
 
 def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
@@ -270,8 +260,9 @@ def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
     status = path.stat()
     seen = [str(path.resolve()), status.st_size, status.st_mtime_ns]
     large = status.st_size > HALF_PRECISION_BYTES
-    if large and _read_note(note) == seen:
-        return
+    with suppress(OSError, ValueError):  # the note may be missing, or emptied by a power cut
+        if large and json.loads(note.read_bytes()) == seen:
+            return
     if damaged := archive.testzip():
         raise DamagedCache(f"the checksum of {damaged}")
     if large:
@@ -280,14 +271,6 @@ def _check_sums(archive: zipfile.ZipFile, path: Path, note: Path) -> None:
             replace_file(note, json.dumps(seen).encode())
         except OSError as error:
             log.debug("cannot note that %s was checked (%s)", path, error)
-
-
-def _read_note(note: Path) -> Any:
-    """The content of a note, or None if it is missing or damaged: a power cut may have emptied it."""
-    try:
-        return json.loads(note.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def checked(vecs: NDArray[Any], count: int, dim: int) -> NDArray[Any]:
@@ -328,7 +311,7 @@ def cached_vectors(
     if found is not None and fits(found.vecs, names, recipe, encode):
         return found
     for old in older:
-        vecs = _load_older(old, key)
+        vecs = _npz_rows(old, "vecs", range(key.count, key.count + 1), key.dim)
         if vecs is not None and fits(vecs, names, recipe, encode):
             log.info("taking over %s", old)
             blocks: Iterable[NDArray[Any]] = [vecs]
@@ -404,17 +387,7 @@ class _Shards:
 
     def load(self, start: int, count: int) -> NDArray[Any] | None:
         """The rows of a shard that were saved, up to `count`, or None if there are none."""
-        path = self._folder / f"{self._name}-{start}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as file:  # an npz has checksums, an npy has none
-                rows: NDArray[Any] = file["rows"]
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # as of `load`
-            log.warning("%s is damaged (%s); computing it again", path, error)
-            return None
-        fitting = rows.ndim == 2 and 0 < len(rows) <= count and rows.shape[1] == self._dim
-        return rows if fitting else None
+        return _npz_rows(self._folder / f"{self._name}-{start}.npz", "rows", range(1, count + 1), self._dim)
 
     def save(self, start: int, rows: NDArray[Any]) -> None:
         path = self._folder / f"{self._name}-{start}.npz"
@@ -435,19 +408,25 @@ def fits(
     rows = np.unique(np.linspace(0, len(names) - 1, PROBE_LABELS).astype(int))
     fresh = label_vectors([names[i] for i in rows], recipe, encode)
     cosines = np.sum(vectors[rows].astype(np.float32) * fresh, axis=1)
-    good = bool((cosines > floor).all())
-    if not good:
-        log.info("the text vectors at hand belong to another model or recipe (cosine %.4f)", cosines.min())
-    return good
+    if (cosines > floor).all():
+        return True
+    log.info("the text vectors at hand belong to another model or recipe (cosine %.4f)", cosines.min())
+    return False
 
 
-def _load_older(path: Path, key: CacheKey) -> NDArray[Any] | None:
-    """`vecs` of an npz of an earlier layout. Its `names` are pickled objects, which are not read."""
+def _npz_rows(path: Path, member: str, counts: range, dim: int) -> NDArray[Any] | None:
+    """Unit rows of an npz, as many as one of `counts`, or None if it does not have them.
+
+    Nothing is unpickled. The `names` of earlier layouts are pickled objects, which are not read.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return checked(file["vecs"], key.count, key.dim)
+        with np.load(path, allow_pickle=False) as file:  # an npz has checksums, an npy has none
+            rows = file[member]
+        if len(rows) not in counts:
+            raise DamagedCache(f"{len(rows)} rows")
+        return checked(rows, len(rows), dim)
     except FileNotFoundError:
         return None
-    except Exception as error:  # as above
-        log.info("%s does not fit (%s)", path, error)
+    except Exception as error:  # as of `load`
+        log.warning("%s cannot be used (%s); computing it again", path, error)
         return None

@@ -10,14 +10,12 @@ SCENES, or a file of the same form.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ LIST_MAX = 100  # prompts of a label or of `none`; templates
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 KEYS = ("labels", "none", "templates", "threshold")
 SCENES_MAX = 256
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a character: JSON allows it, and UTF-8 does not
 NONE = ""  # stands for "none of these"; a label cannot be empty
 
 # The text of a row is the JSON list of its prompts, so the key of a cache changes with each prompt.
@@ -122,45 +121,43 @@ class SetFile:
     choices: Choices
     threshold: float
 
-    def digest(self) -> str:
-        """A hash that changes with the content. It takes less memory than the texts."""
-        content = [self.choices.names, self.choices.rows, self.threshold]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
 
 def read_set(path: Path, templates: Sequence[str]) -> SetFile:
     """Reads a label set. `templates` make the prompts of labels without prompts, if the file has no templates.
 
-    Raises LabelError, whose text names neither the file nor its folder.
+    A text file has a label on each line. Blank lines and lines that begin with # are ignored. Raises LabelError, whose
+    text names neither the file nor its folder.
     """
+    text = _text_of(path)
+    if path.suffix != ".txt":
+        return _checked(parse_json(text), templates)
+    lines = [line.strip() for line in text.splitlines()]
+    return _checked({"labels": [line for line in lines if line and not line.startswith("#")]}, templates)
+
+
+def _text_of(path: Path) -> str:
+    """The content of a file. Raises LabelError, as `read_set` does."""
     try:
         with path.open("rb") as file:
             data = file.read(FILE_BYTES_MAX + 1)
         if len(data) > FILE_BYTES_MAX:
             raise LabelError(f"over {FILE_BYTES_MAX >> 20} MB")
-        text = data.decode("utf-8-sig")
-        content = {"labels": lines_of(text)} if path.suffix == ".txt" else parse_json(text)
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise LabelError("it is not UTF-8") from None
     except OSError as error:
         raise LabelError(error.strerror or str(error)) from None
-    return _checked(content, templates)
-
-
-def lines_of(text: str) -> list[str]:
-    """The labels of a text file, one on each line. Blank lines and lines that begin with # are ignored."""
-    return [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
 
 
 def parse_json(text: str) -> Any:
     """Parses JSON. Raises LabelError, also if a key appears twice. Python's parser would silently drop one of them."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise LabelError(f"{twice[:80]!r} appears twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise LabelError(f"{key[:80]!r} appears twice")
+            found[key] = value
         return found
 
     try:
@@ -193,9 +190,12 @@ def _checked(content: Any, templates: Sequence[str]) -> SetFile:
     if "none" in content:
         names = (*names, NONE)
         rows.append([(prompt,) for prompt in texts_in(content["none"], "none", LIST_MAX)])
-    choices = Choices(names, tuple(map(tuple, rows)))
-    check_size(choices)
-    return SetFile(choices, float(threshold))
+    all_rows = [row for rows_of_name in rows for row in rows_of_name]
+    if len(all_rows) > ROWS_MAX:
+        raise LabelError(f"it has {len(all_rows)} labels and prompts; allowed: {ROWS_MAX}")
+    if (count := sum(map(len, all_rows))) > PROMPTS_MAX:
+        raise LabelError(f"it has {count} texts; allowed: {PROMPTS_MAX}")
+    return SetFile(Choices(names, tuple(map(tuple, rows))), float(threshold))
 
 
 def texts_in(content: Any, key: str, most: int) -> tuple[str, ...]:
@@ -203,25 +203,9 @@ def texts_in(content: Any, key: str, most: int) -> tuple[str, ...]:
     if not isinstance(content, list) or not 1 <= len(content) <= most:
         raise LabelError(f"{key}: allowed: 1 to {most} texts")
     for item in content:
-        if not isinstance(item, str) or not item.strip() or len(item) > TEXT_MAX or not _is_text(item):
+        if not isinstance(item, str) or not item.strip() or len(item) > TEXT_MAX or SURROGATE.search(item):
             raise LabelError(f"{key}: {str(item)[:80]!r} is not a text of 1 to {TEXT_MAX} characters")
     return tuple(dict.fromkeys(item.strip() for item in content))
-
-
-def _is_text(item: str) -> bool:
-    """False if the text contains a lone surrogate, which JSON allows and UTF-8 does not."""
-    try:
-        return bool(item.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def check_size(choices: Choices) -> None:
-    """Raises LabelError."""
-    rows = [row for rows in choices.rows for row in rows]
-    for count, what, most in ((len(rows), "labels and prompts", ROWS_MAX), (sum(map(len, rows)), "texts", PROMPTS_MAX)):
-        if count > most:
-            raise LabelError(f"it has {count} {what}; allowed: {most}")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
@@ -232,7 +216,8 @@ class OperatorSet(ChoiceSet):
 
     def __init__(self, name: str, file: SetFile, vectors: NDArray[Any], logit_scale: float) -> None:
         super().__init__(file.choices, vectors, logit_scale)
-        self.name, self.digest, self.threshold = name, file.digest(), file.threshold
+        self.name, self.threshold = name, file.threshold
+        self.content = hash(file)  # takes less memory than the texts
         self.size = len(self.names) - (self.names[-1] == NONE)
 
     def answer(
@@ -318,17 +303,22 @@ class OperatorSets:
             log.warning("the label sets' folder cannot be read (%s); they stay as they are", error)
             return
         for name in sorted(self._states.keys() - files.keys()):
-            self._states = {other: state for other, state in self._states.items() if other != name}
             log.info("label set %s is gone", name)
+        self._states = {name: state for name, state in self._states.items() if name in files}
         # Existing sets come first, so a new file cannot displace one of them.
         for at, name in enumerate(sorted(files, key=lambda name: (name not in self._states, name))):
-            if at >= SETS_MAX:
-                self._reject(name, f"there are {SETS_MAX} label sets already, as many as are allowed")
-                continue
             try:
-                self._take_over(name, files[name], encode, compute)
+                if at >= SETS_MAX:
+                    raise LabelError(f"there are {SETS_MAX} label sets already, as many as are allowed")
+                if made := self._made(name, files[name], encode, compute):
+                    self._states = {**self._states, name: State(made)}
             except _Reloaded:
                 return
+            except LabelError as error:
+                self._reject(name, str(error))
+            except Exception:
+                log.exception("label set %s", name)
+                self._reject(name, "its text vectors cannot be computed; the daemon's log says more")
 
     def _files(self) -> dict[str, list[Path]]:
         """Name -> its files, of which there should be one. Raises OSError."""
@@ -346,57 +336,50 @@ class OperatorSets:
                 log.warning("label set %r: its name is not allowed: letters, digits, - and _, at most 64", path.name)
         return found
 
-    def _take_over(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> None:
-        """Makes the set of a name from its file, and uses it. Raises _Reloaded."""
-        begun = _signature(paths)
+    def _made(self, name: str, paths: list[Path], encode: Encode, compute: bool) -> OperatorSet | None:
+        """The set that a file makes, or None if its vectors are not computed. Raises LabelError and _Reloaded."""
+        if len(paths) > 1:
+            raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
+        begun = _signature(paths[0])
 
         def progress(done: int, total: int) -> None:
-            if self._reload.is_set() and _signature(paths) != begun:
+            if self._reload.is_set() and _signature(paths[0]) != begun:
                 raise _Reloaded
             self._note(name, f"its text vectors are being computed: {done} of {total}")
 
-        try:
-            if len(paths) > 1:
-                raise LabelError(f"{name}.json and {name}.txt are both there; allowed: one of them")
-            file = read_set(paths[0], self._templates)
-            current = self._states[name].current if name in self._states else None
-            if current is None or current.digest != file.digest():
-                vectors = self._maker.cached(name, file.choices, encode)
-                if vectors is None:
-                    self._note(name, "its text vectors are being computed")
-                    if not compute:
-                        return
-                    vectors = self._maker.vectors(name, file.choices, encode, progress)
-                current = OperatorSet(name, file, vectors, self._maker.logit_scale)
-                log.info("label set %s: %d labels", name, current.size)
-        except _Reloaded:
-            raise
-        except LabelError as error:
-            self._reject(name, str(error))
-        except Exception:
-            log.exception("label set %s", name)
-            self._reject(name, "its text vectors cannot be computed; the daemon's log says more")
-        else:
-            self._states = {**self._states, name: State(current)}
+        file = read_set(paths[0], self._templates)
+        current = self._current(name)
+        if current and current.content == hash(file):
+            return current
+        vectors = self._maker.cached(name, file.choices, encode)
+        if vectors is None:
+            self._note(name, "its text vectors are being computed")
+            if not compute:
+                return None
+            vectors = self._maker.vectors(name, file.choices, encode, progress)
+        made = OperatorSet(name, file, vectors, self._maker.logit_scale)
+        log.info("label set %s: %d labels", name, made.size)
+        return made
+
+    def _current(self, name: str) -> OperatorSet | None:
+        return self._states.get(name, State()).current
 
     def _note(self, name: str, note: str) -> None:
-        current = self._states[name].current if name in self._states else None
-        self._states = {**self._states, name: State(current, note)}
+        self._states = {**self._states, name: State(self._current(name), note)}
 
     def _reject(self, name: str, reason: str) -> None:
-        stays = name in self._states and self._states[name].current is not None
+        stays = self._current(name) is not None
         log.warning("label set %s: %s%s", name, reason, "; the previous version is used" if stays else "")
         self._note(name, f"its file is not used: {reason}" if stays else reason)
 
 
-def _signature(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Changes when one of the files is changed or replaced."""
-    found = []
-    for path in paths:
-        with suppress(OSError):  # removed since the folder was read
-            status = path.stat()
-            found.append((path.name, status.st_mtime_ns, status.st_size))
-    return found
+def _signature(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is changed or replaced. None if it cannot be found."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------
@@ -446,22 +429,13 @@ class SceneSet(ChoiceSet):
         scene is the most likely one.
         """
         rest = [(name, score) for name, score in ranked if name not in self._species]
-        if sum(score for _, score in rest) < 0.5 or not rest:
-            return None
-        return rest[0]
+        return rest[0] if sum(score for _, score in rest) >= 0.5 else None
 
 
 def read_scenes(own: str) -> Scenes:
     """The table in the file `own`, or SCENES. Raises SettingError."""
-    if not own:
-        return parse_scenes(SCENES)
     try:
-        with Path(own).open("rb") as file:
-            return parse_scenes(parse_json(file.read(FILE_BYTES_MAX).decode("utf-8-sig")))
-    except UnicodeDecodeError:
-        raise SettingError(f"LUMEN_SCENES={own}: it is not UTF-8") from None
-    except OSError as error:
-        raise SettingError(f"LUMEN_SCENES={own}: {error.strerror or error}") from None
+        return parse_scenes(parse_json(_text_of(Path(own))) if own else SCENES)
     except LabelError as error:
         raise SettingError(f"LUMEN_SCENES={own}: {error}") from None
 

@@ -6,7 +6,6 @@ This file knows nothing of gRPC. A function that turns texts into vectors is pas
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +20,6 @@ from errors import LabelError, SettingError
 from machine import WORKER_NICE, cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
 from torch_device import DeviceRow, DeviceRows
-
-log = logging.getLogger("lumen.labels")
 
 ENCODE_BATCH = 32  # prompts per forward pass
 SCAN_GRAPH = Path(__file__).resolve().parent / "gen" / "scan.onnx"  # made by `scan.py` beside it
@@ -77,7 +74,11 @@ def class_names(data_dir: Path, own: str, say: Say) -> list[str]:
         except LabelError as error:
             raise SettingError(str(error)) from error
     path = data_dir / "clip" / "imagenet_class_names.json"
-    return label_file(path, "huggingface/label-files", "imagenet-1k-id2label.json", _parse_imagenet, say)
+    repo, filename = "huggingface/label-files", "imagenet-1k-id2label.json"
+    if path.is_file():
+        return read_names(path, f"{path}: not the file {filename} of {repo}", _parse_imagenet)
+    wrong = f"the hub's {filename} of {repo} is not what it should be"
+    return fetch_file(path, repo, filename, say, check=lambda staged: read_names(staged, wrong, _parse_imagenet))
 
 
 def _parse_list(content: Any) -> list[str]:
@@ -92,18 +93,7 @@ def _parse_list(content: Any) -> list[str]:
 def _parse_imagenet(content: Any) -> list[str]:
     if not isinstance(content, dict) or set(content) != {str(i) for i in range(1000)}:
         raise ValueError('not an object with the keys "0" to "999"')
-    names = [content[str(i)] for i in range(1000)]
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("a label is not a text")
-    return names
-
-
-def label_file(path: Path, repo: str, filename: str, parse: Callable[[Any], list[str]], say: Say) -> list[str]:
-    """The names in `path`, fetched once from a hub dataset. Raises LabelError."""
-    if not path.is_file():
-        wrong = f"the hub's {filename} of {repo} is not what it should be"
-        return fetch_file(path, repo, filename, say, check=lambda staged: read_names(staged, wrong, parse))
-    return read_names(path, f"{path}: not the file {filename} of {repo}", parse)
+    return _parse_list([content[str(i)] for i in range(1000)])
 
 
 def read_names(path: Path, complaint: str, parse: Callable[[Any], list[str]]) -> list[str]:
@@ -139,15 +129,13 @@ def names_recipe(templates: int) -> Recipe:
 def label_vectors(labels: Sequence[str], recipe: Recipe, encode: Encode) -> Vectors:
     """float32 `[n, dim]`: the vectors of a label's prompts, averaged and normalized to unit length as in OpenCLIP."""
     prompts = [recipe.prompts(label) for label in labels]
-    flat = [prompt for group in prompts for prompt in group]
     # Prompts of similar length share a forward pass, which runs at the length of the longest.
-    order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
-    rows: dict[int, NDArray[np.float32]] = {}
-    for start in range(0, len(order), ENCODE_BATCH):
-        part = order[start : start + ENCODE_BATCH]
-        rows.update(zip(part, encode([flat[i] for i in part]), strict=True))
-    encoded = (rows[i] for i in range(len(flat)))
-    means = np.stack([np.mean([next(encoded) for _ in group], axis=0) for group in prompts])
+    texts = sorted((prompt for group in prompts for prompt in group), key=len)
+    rows: dict[str, NDArray[np.float32]] = {}
+    for start in range(0, len(texts), ENCODE_BATCH):
+        part = texts[start : start + ENCODE_BATCH]
+        rows.update(zip(part, encode(part), strict=True))
+    means = np.stack([np.mean([rows[prompt] for prompt in group], axis=0) for group in prompts])
     return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
 
 
@@ -168,7 +156,7 @@ class HostRow:
     ) -> HostRow:
         """Of cosines, which it may overwrite. `inside`: the only rows that count. `bias`: see `LabelSet`."""
         values = self._values if inside is None else self._values[inside]
-        return HostRow(softmax(values, logit_scale) if bias is None else sigmoid(values, logit_scale, bias))
+        return HostRow(to_probabilities(values, logit_scale, bias))
 
     def sums(self, starts: NDArray[Any]) -> HostRow:
         """The sums of spans, each from one of `starts` to the next. The first of them is 0."""
@@ -182,8 +170,7 @@ class HostRow:
 
     def at(self, positions: NDArray[Any]) -> NDArray[np.float32]:
         """The values at these positions."""
-        found: NDArray[np.float32] = self._values[positions]
-        return found
+        return self._values.take(positions)
 
 
 Row = HostRow | DeviceRow
@@ -267,10 +254,7 @@ class LabelSet:
         """
         scores = self._cosines(queries)
         for row, bias in zip(scores, biases or [None] * len(scores), strict=True):  # a single row stays in the cache
-            if bias is None:
-                softmax(row, self._logit_scale)
-            else:
-                sigmoid(row, self._logit_scale, bias)
+            to_probabilities(row, self._logit_scale, bias)
         return scores
 
     def answers(self, queries: Vectors, options: Sequence[tuple[int, float | None]]) -> list[list[tuple[str, float]]]:
@@ -289,23 +273,23 @@ class LabelSet:
         return top(HostRow(probabilities), k, self.names.__getitem__)
 
 
-def softmax(cosines: NDArray[np.float32], logit_scale: np.float32) -> NDArray[np.float32]:
-    """Softmax of logit scale x cosine, float32 `[n]`, in place."""
-    cosines *= logit_scale
-    cosines -= cosines.max()
-    np.exp(cosines, out=cosines)
-    cosines /= cosines.sum()
-    return cosines
+def to_probabilities(cosines: NDArray[np.float32], logit_scale: np.float32, bias: float | None) -> NDArray[np.float32]:
+    """Softmax of logit scale x cosine, float32 `[n]`, in place.
 
-
-def sigmoid(cosines: NDArray[np.float32], logit_scale: np.float32, bias: float) -> NDArray[np.float32]:
-    """Sigmoid of logit scale x cosine + bias, float32 `[n]`, in place. SigLIP is trained with these probabilities."""
-    cosines *= -logit_scale
-    cosines -= np.float32(bias)
-    with np.errstate(over="ignore"):  # to infinity, whose reciprocal is 0
+    With a bias: sigmoid of logit scale x cosine + bias. SigLIP is trained with these probabilities.
+    """
+    if bias is None:
+        cosines *= logit_scale
+        cosines -= cosines.max()
         np.exp(cosines, out=cosines)
-    cosines += 1
-    np.reciprocal(cosines, out=cosines)
+        cosines /= cosines.sum()
+    else:
+        cosines *= -logit_scale
+        cosines -= np.float32(bias)
+        with np.errstate(over="ignore"):  # to infinity, whose reciprocal is 0
+            np.exp(cosines, out=cosines)
+        cosines += 1
+        np.reciprocal(cosines, out=cosines)
     return cosines
 
 
