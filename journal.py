@@ -98,8 +98,7 @@ class Journal:
         """Returns the strikes from earlier crashes. A damaged file counts as an empty one."""
         path = self._folder / "suspects.json"
         try:
-            kept = json.loads(path.read_bytes())
-            return {str(digest): int(strikes) for digest, strikes in kept.items()}
+            return {str(digest): int(strikes) for digest, strikes in json.loads(path.read_bytes()).items()}
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError) as error:
@@ -108,8 +107,8 @@ class Journal:
 
     def _assess(self, slots: bytes) -> None:
         """Gives strikes for the payloads in the slots of the previous process. After an orderly stop there are none."""
-        held = [line.split() for line in slots.decode("ascii", "replace").split("\0") if line.strip()]
-        held = [slot for slot in held if len(slot) == 3]
+        texts = slots.decode("ascii", "replace").split("\0")
+        held = [slot for slot in map(str.split, texts) if len(slot) == 3]
         path = self._folder / "crash.txt"
         report = path.read_text("utf-8", "replace") if path.exists() else ""
         digests, certain = self._suspects_of(held, report)

@@ -17,6 +17,8 @@ from metrics import Metrics
 
 log = logging.getLogger("lumen.logs")
 
+OURS = "lumen"  # the names of our loggers begin with it, those of libraries do not
+
 
 def stderr_is_journal() -> bool:
     """Returns whether standard error is connected to systemd's journal directly, not through a file or a pipe."""
@@ -35,7 +37,7 @@ class JournalFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         priority = next(priority for level, priority in self.PRIORITIES if record.levelno >= level)
         text = super().format(record)
-        if not _is_ours(record):
+        if not record.name.startswith(OURS):
             text = f"{record.name}: {text}"
         return "\n".join(f"<{priority}>{line}" for line in text.splitlines())
 
@@ -55,11 +57,6 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Returns whether the record is from one of our loggers and not from a library's."""
-    return record.name.startswith("lumen")
-
-
 class RepeatLimiter(logging.Filter):
     """Limits lines of the same kind to `PER_MINUTE` a minute. A board keeps its log on an SD card, and any client can
     cause any number of lines.
@@ -77,7 +74,7 @@ class RepeatLimiter(logging.Filter):
         self._counts: dict[tuple[str, str], tuple[float, int]] = {}  # start of the kind's minute, lines since then
 
     def filter(self, record: logging.LogRecord) -> bool:
-        ours = _is_ours(record)
+        ours = record.name.startswith(OURS)
         if record.levelno < logging.INFO or (ours and record.levelno >= logging.ERROR):
             return True
         kind, now = (record.name, str(record.msg)[:80] if ours else ""), time.monotonic()
@@ -121,16 +118,9 @@ class Summary:
         if not requests:
             return
         p95 = sorted(self.seconds or [0.0])[-(-len(self.seconds) * 95 // 100) - 1]
-        log.info(
-            "in %.0f s: %d requests, %d errors, %d cancelled, batches of %.1f, p95 %.0f ms, longest queue %d",
-            now - self.since,
-            requests,
-            self.errors,
-            self.cancelled,
-            self.items / max(self.batches, 1),
-            1000 * p95,
-            self.longest_queue,
-        )
+        batch = self.items / max(self.batches, 1)
+        text = "in %.0f s: %d requests, %d errors, %d cancelled, batches of %.1f, p95 %.0f ms, longest queue %d"
+        log.info(text, now - self.since, requests, self.errors, self.cancelled, batch, 1000 * p95, self.longest_queue)
 
 
 class Traffic:
@@ -175,12 +165,11 @@ class Traffic:
         seconds = time.monotonic() - request.arrived
         task = request.task if request.task in self._tasks else "unknown"
         self.metrics.requests.labels(task, outcome).inc()
-        if outcome != "cancelled":
-            self.metrics.request_seconds.labels(task).observe(seconds)
         with self._lock:
             if outcome == "cancelled":
                 self._summary.cancelled += 1
             else:
+                self.metrics.request_seconds.labels(task).observe(seconds)
                 self._summary.seconds.append(seconds)
                 self._summary.errors += outcome != "ok"
         # %a and the limits keep a client from writing lines into the log.

@@ -1,15 +1,8 @@
 """lumen-clip: CLIP and BioCLIP-2 over gRPC (`home_native.v1.Inference`), batched across all clients.
 
-The way of one request:
-
-    stream's reader thread     chunks -> one whole Request         (streams: Stream; chunks: Assembler)
-    decode threads             bytes -> pixels or token ids        (intake: Intake; decode_pool; tasks: prepare)
-    the engine's thread        the task's steps, in true batches   (engine: Engine; tasks)
-    inference thread, workers  a batch through a model             (engine: Engine; a backend)
-    stream's own thread        responses, in the requests' order   (streams: Stream)
-
 This file starts, serves and stops. `main()` reads and checks the settings, opens the ports, advertises the daemon as
-loading, loads the models, and then reports to mDNS and systemd that it is ready.
+loading, loads the models, and then reports to mDNS and systemd that it is ready. docs/internals.md describes the path
+of a request and the threads.
 """
 
 from __future__ import annotations
@@ -30,7 +23,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,18 +74,9 @@ SEMANTIC_NOTICE = (
 MEMORY_LOOK_S = 0.25  # seconds; a network of 1 Gbit/s brings 30 MB in this time
 MEMORY_FLOOR = 64 << 20  # bytes that must stay available, or a twenty-fifth of all memory if that is more
 
-
 Loaded = tuple[Models, SpeciesLoader | None]  # the loader is None if the species are loaded already
-
-
-class Signal(Enum):
-    """What the operator asks for while the daemon runs."""
-
-    STOP = "stop"
-    RELOAD = "reload"
-
-
-Events = queue.SimpleQueue[Loaded | BaseException | Signal]
+# The models or why they cannot be loaded; SIGTERM for an orderly stop, SIGHUP to read the label sets again.
+Events = queue.SimpleQueue[Loaded | BaseException | signal.Signals]
 
 
 # --- before the start -------------------------------------------------------------------------------------------
@@ -130,9 +113,7 @@ def prepare_process(options: argparse.Namespace) -> None:
     # Pillow warns of each broken EXIF entry. "always" because the other actions keep every text in memory.
     warnings.filterwarnings("always", module=r"PIL\.")
     logging.captureWarnings(True)
-    os.environ.setdefault(
-        "GRPC_VERBOSITY", "NONE"
-    )  # its core writes to standard error, a line for each abnormal client
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise gRPC writes a line for each abnormal client
     machine.use_one_heap()
     if options.log_format == "json":
         logging.root.handlers[0].setFormatter(logs.JSONFormatter())
@@ -188,25 +169,19 @@ def handle_signals(events: Events, journal: Journal, terminal: Terminal) -> None
         signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
 
     def read() -> None:
-        told = False
+        stopping = False
         while True:
             number = os.read(reading, 1)[0]
-            if number not in numbers:
-                continue
-            if number == signal.SIGHUP and (told or not terminal.has_closed()):
-                events.put(Signal.RELOAD)
-                continue
-            if told:
-                journal.close()  # to stop is not to crash
-                _leave(0)
-            told = True
-            events.put(Signal.STOP)
+            if number == signal.SIGHUP and (stopping or not terminal.has_closed()):
+                events.put(signal.SIGHUP)
+            elif number in numbers:
+                if stopping:
+                    journal.close()  # to stop is not to crash
+                    _leave(0)
+                stopping = True
+                events.put(signal.SIGTERM)
 
     threading.Thread(target=read, name="signals", daemon=True).start()
-
-
-def environment_of(options: argparse.Namespace) -> Mapping[str, str]:
-    return demo_environment(os.environ) if options.demo else os.environ
 
 
 def complain(error: Exception) -> None:
@@ -221,14 +196,14 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-def run_doctor(options: argparse.Namespace) -> int:
+def run_doctor(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
     try:
         import doctor
     except ImportError:
         print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
         return 2
-    settings, findings = doctor.read_settings(environment_of(options))
+    settings, findings = doctor.read_settings(environment)
     return doctor.report(findings + doctor.examine(doctor.Setup(settings, options.host, options.port)))
 
 
@@ -251,15 +226,6 @@ def check(settings: Settings) -> None:
 # --- start ------------------------------------------------------------------------------------------------------
 
 
-def serve_metrics(daemon: Daemon, host: str) -> None:
-    """Raises SettingError."""
-    port = daemon.settings.lumen_metrics_port
-    try:
-        metrics.serve(daemon.traffic.metrics, host, port)
-    except OSError as error:
-        raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
-
-
 def serve_immich(daemon: Daemon, host: str) -> Callable[[float], None]:
     """Opens the port for immich; -> what waits up to so many seconds for its last answers. Raises SettingError."""
     port = daemon.settings.lumen_immich_port
@@ -268,13 +234,13 @@ def serve_immich(daemon: Daemon, host: str) -> Callable[[float], None]:
     check_immich_port(daemon.settings, host)
     try:
         import immich  # aiohttp takes 9 MB
+
+        return immich.serve(daemon, host, port).drain
     except ModuleNotFoundError as error:
         text = f"{error.name} is not installed here; pip install -r requirements-immich.txt"
-        raise SettingError(f"LUMEN_IMMICH_PORT={port}: {text}") from None
-    try:
-        return immich.serve(daemon, host, port).drain
     except OSError as error:
-        raise SettingError(f"LUMEN_IMMICH_PORT={port}: {error.strerror or error}") from None
+        text = error.strerror or str(error)
+    raise SettingError(f"LUMEN_IMMICH_PORT={port}: {text}")
 
 
 def load_in_background(daemon: Daemon, done: Callable[[Loaded | BaseException], None]) -> None:
@@ -309,7 +275,7 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
     loaded: dict[str, Model | None] = {"clip": None, "bioclip": None}
     sets: dict[str, LabelSet | Species] = {}
     operator_sets = None
-    complete: Callable[[], LabelSet] | None = None
+    complete: Callable[[Models], None] | None = None
     scenes = read_scenes(settings.lumen_scenes)  # before anything that takes long
     notices: list[str] = []
     for name, options in settings.models().items():
@@ -351,17 +317,17 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
         engine, loaded["clip"], loaded["bioclip"], sets, settings.batch_size, operator_sets, settings.lumen_semantic
     )
     if complete:
-        threading.Thread(target=_complete_classes, args=(models, complete), name="labels", daemon=True).start()
+        threading.Thread(target=complete, args=(models,), name="labels", daemon=True).start()
     return models, loader
 
 
 def _classes(
     model: Model, engine: Engine, folder: Path, settings: Settings, say: Say
-) -> tuple[LabelSet, Callable[[], LabelSet] | None]:
+) -> tuple[LabelSet, Callable[[Models], None] | None]:
     """What `clip_classify` chooses from; `folder` keeps what belongs to this model on this runtime.
 
-    The first start computes one prompt for each label, if all would take long and the model's folder does not contain
-    their vectors. The function computes them all in the background, while the daemon serves.
+    If the labels have one prompt each for now (see PROMPTS_S), the function computes all of them in the background, and
+    replaces the labels.
     """
     own, backend = settings.clip.labels, model.backend
     names = labels.class_names(settings.lumen_data_dir, own, say)
@@ -381,10 +347,15 @@ def _classes(
 
         return label_set(label_cache.cached_vectors(folder, names, recipe, encode, key_of(recipe), older, progress))
 
-    def complete() -> LabelSet:
-        found = computed(recipe, model.encoder(engine), folder, quiet)
+    def complete(models: Models) -> None:
+        began = time.monotonic()
+        try:
+            models.replace_classes(computed(recipe, model.encoder(engine), folder, quiet))
+        except Exception:
+            log.exception("the labels of clip_classify keep one prompt each")
+            return
         shutil.rmtree(folder / FIRST_PROMPTS, ignore_errors=True)
-        return found
+        log.info("the labels of clip_classify have all their prompts, after %.0f s", time.monotonic() - began)
 
     encode = encoder_of(backend)
     if backend.folder:  # its manifest's checksums say that all in it belongs to the model
@@ -403,24 +374,6 @@ def _seconds_of(names: Sequence[str], recipe: labels.Recipe, encode: Encode) -> 
     began = time.monotonic()
     labels.label_vectors(few, recipe, encode)
     return (time.monotonic() - began) * len(names) / len(few)
-
-
-def _complete_classes(models: Models, complete: Callable[[], LabelSet]) -> None:
-    """Replaces the labels of the first start."""
-    began = time.monotonic()
-    try:
-        models.replace_classes(complete())
-    except Exception:
-        log.exception("the labels of clip_classify keep one prompt each")
-    else:
-        log.info("the labels of clip_classify have all their prompts, after %.0f s", time.monotonic() - began)
-
-
-def _report(error: BaseException) -> None:
-    if isinstance(error, SettingError | BackendError | LabelError):
-        complain(error)
-    else:
-        log.critical("loading the models failed", exc_info=error)
 
 
 def exit_status(error: BaseException) -> int:
@@ -467,7 +420,7 @@ def supervise(daemon: Daemon, events: Events, terminal: Terminal) -> str:
     clock.tick(beat)
     while True:
         with suppress(queue.Empty):
-            if events.get(timeout=beat) is Signal.STOP:
+            if events.get(timeout=beat) is signal.SIGTERM:
                 return ""
             daemon.reload()
         clock.tick(beat)
@@ -511,18 +464,19 @@ def _leave(status: int) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     prepare_process(options)
+    environment = demo_environment(os.environ) if options.demo else os.environ
     if options.doctor:
-        return run_doctor(options)
+        return run_doctor(options, environment)
     journal = Journal()
     events: Events = queue.SimpleQueue()
     terminal = Terminal()
     handle_signals(events, journal, terminal)
     try:
-        settings = Settings.from_environment(environment_of(options))
+        settings = Settings.from_environment(environment)
         check(settings)
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
-            serve_metrics(daemon, options.host)
+            metrics.serve(daemon.traffic.metrics, options.host, settings.lumen_metrics_port)
         drain_immich = serve_immich(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
@@ -532,16 +486,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
     advertiser = Advertiser(settings, options.host, port)
-    event = events.get()
-    while event is Signal.RELOAD:  # the label sets are read when the models are there
-        event = events.get()
+    while (event := events.get()) is signal.SIGHUP:
+        pass  # the label sets are read when the models are there
     if not isinstance(event, tuple):
         advertiser.close()
-    if event is Signal.STOP:
+    if isinstance(event, signal.Signals):
         log.info("stopped while loading")
         _leave(0)
     if isinstance(event, BaseException):
-        _report(event)
+        if isinstance(event, SettingError | BackendError | LabelError):
+            complain(event)
+        else:
+            log.critical("loading the models failed", exc_info=event)
         _leave(exit_status(event))
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events, terminal):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import grp
 import hashlib
 import os
 import resource
@@ -131,11 +130,10 @@ def lower_thread_priority(steps: int) -> None:
 
 def group_of(path: Path) -> str:
     """The name of a file's group, or its number if it has no name here."""
-    number = path.stat().st_gid
     try:
-        return grp.getgrgid(number).gr_name
+        return path.group()
     except KeyError:
-        return str(number)
+        return str(path.stat().st_gid)
 
 
 def is_read_only(folder: Path) -> bool:

@@ -24,6 +24,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from errors import SettingError
+
 log = logging.getLogger("lumen.metrics")
 
 REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -99,7 +101,10 @@ class MetricsServer(ThreadingHTTPServer):
 
 
 def serve(metrics: Metrics, host: str, port: int) -> None:
-    """Starts the server on a thread of its own. Raises OSError if the port cannot be bound."""
-    server = MetricsServer(host, port, metrics.registry)
+    """Starts the server on a thread of its own. Raises SettingError if the port cannot be bound."""
+    try:
+        server = MetricsServer(host, port, metrics.registry)
+    except OSError as error:
+        raise SettingError(f"LUMEN_METRICS_PORT={port}: {error.strerror or error}") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     log.info("metrics on %s port %d", host, server.server_port)

@@ -10,9 +10,8 @@ import ipaddress
 import logging
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,27 +105,12 @@ def _address(text: str) -> str:
     return text.rstrip("/")
 
 
-def _templates(text: str) -> int:
-    return int(_choice("1", "7", "80")(text))  # the keys of `labels.TEMPLATES`
-
-
 def _switch(text: str) -> bool:
     return _choice("0", "1")(text) == "1"
 
 
-# --- paths in values: -> the path, or "" if the value has none --------------------------------------------------
-
-
-def _file(text: str) -> str:
-    return text
-
-
-def _label_file(text: str) -> str:
-    return "" if text in SPECIES_SOURCES else text
-
-
-def _model_file(text: str) -> str:
-    """A folder, or the file of `ARCH:file`. Only a path contains a slash or begins with a dot; a tag does neither."""
+def _model_path(text: str) -> str:
+    """The folder, the file of `ARCH:file`, or "". Only a path contains a slash or begins with a dot, unlike a tag."""
     if text.startswith("hf-hub:"):
         return ""
     path = text if text.startswith("/") else text.partition(":")[2] or text
@@ -171,7 +155,6 @@ def _setting(
     return field(default=default, metadata={"parse": parse, "path": path, "idle": idle})
 
 
-_PRECISION = _choice("auto", "fp32", "fp16")
 _SERVED = _with_backend("torch", "onnxrt", "rknn")
 _ONNX = _with_backend("onnxrt", "rknn")  # with rknn for texts, and for images where the NPU is refused
 _RKNN = _with_backend("rknn")
@@ -189,30 +172,30 @@ class ModelOptions:
     # What runs the model; "none" leaves it and its tasks out. BIOCLIP_BACKEND is CLIP_BACKEND unless it is set.
     backend: str = _setting("torch", _choice("torch", "onnxrt", "rknn", "none"))
     # ARCH:tag, ARCH:path/to/weights, hf-hub:org/name, or a folder. Another model has another space of vectors.
-    model: str = _setting("", path=_model_file, idle=_SERVED)
+    model: str = _setting("", path=_model_path, idle=_SERVED)
     data_dir: Path = DATA_DIR
     # torch: where the model runs, "cuda:1" for example. Empty: CUDA, else MPS, else the CPU. The container images for
     # GPUs set it for both models, so it is not reported for a model that is left out.
     device: str = _setting("", idle=_with_backend("torch", "none"))
     # torch: half precision takes half of the memory of a GPU. auto: half precision on a GPU, if its vectors agree with
     # those of fp32. A CPU has fp32 only.
-    precision: str = _setting("auto", _PRECISION, idle=_with_backend("torch"))
+    precision: str = _setting("auto", _choice("auto", "fp32", "fp16"), idle=_with_backend("torch"))
     # Images or texts that share one batch at most; 0: BATCH_SIZE, or on a GPU what the tuning finds, up to 256. More
     # need more memory, and others wait longer.
     max_batch_size: int = _setting(0, _number(1, 1024), idle=_SERVED)
     # onnxrt: files in place of the folder's visual/model.onnx and textual/model.onnx.
-    onnx_image: str = _setting("", path=_file, idle=_ONNX)
-    onnx_text: str = _setting("", path=_file, idle=_ONNX)
+    onnx_image: str = _setting("", path=str, idle=_ONNX)
+    onnx_text: str = _setting("", path=str, idle=_ONNX)
     # onnxrt: execution providers in the order of preference; empty: the CPU's. One that is missing ends the start.
     ort_providers: tuple[str, ...] = _setting((), _names, idle=_ONNX)
     # rknn: a program in place of the folder's visual/rknpu/TARGET/model.rknn.
-    rknn_model: str = _setting("", path=_file, idle=_RKNN)
+    rknn_model: str = _setting("", path=str, idle=_RKNN)
     # rknn: the chip; empty: what the device tree says, which a container may hide.
     rknn_target: str = _setting("", _choice(*machine.NPU_CORES), idle=_RKNN)
     # rknn: cores of the NPU, each with its own copy of the model; 0: all for which there is memory.
     rknn_cores: int = _setting(0, _number(0, 3), idle=_RKNN)
     # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
-    labels: str = _setting("", path=_label_file, idle=_SERVED)
+    labels: str = _setting("", path=lambda text: "" if text in SPECIES_SOURCES else text, idle=_SERVED)
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -242,10 +225,10 @@ class Settings:
     # Images or texts that share one batch at most; see `ModelOptions.max_batch_size`. Set, it limits a GPU too.
     batch_size: int = _setting(8, _number(1, 1024))
     # Prompts that are averaged for each class of `clip_classify`. More are a little more accurate, and the first start
-    # takes so many times as long.
-    clip_templates: int = _setting(7, _templates, idle=_with_models("clip"))
+    # takes so many times as long. Allowed are the keys of `labels.TEMPLATES`.
+    clip_templates: int = _setting(7, lambda text: int(_choice("1", "7", "80")(text)), idle=_with_models("clip"))
     # A JSON file of what `smart_classify` distinguishes; empty: `label_files.SCENES`.
-    lumen_scenes: str = _setting("", path=_file, idle=_with_models("clip", "bioclip"))
+    lumen_scenes: str = _setting("", path=str, idle=_with_models("clip", "bioclip"))
     # The model of the `semantic_` tasks; empty: they are off. Photo apps route them by name alone, so a second node
     # with another model would mix vectors of two models.
     lumen_semantic: str = _setting("", _choice("clip", "bioclip"))
@@ -258,18 +241,18 @@ class Settings:
     # The IPv4 address that is announced. Empty: chosen by the daemon. Set it if a container's address is not reachable.
     advertise_ip: str = _setting("", _ipv4, idle=_with_mdns)
     # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
-    lumen_data_dir: Path = _setting(DATA_DIR, Path, path=_file)
+    lumen_data_dir: Path = _setting(DATA_DIR, Path, path=str)
     # Whether a JPEG may be decoded at a fraction of its size, in about half of the time. 0: always at full size.
     lumen_jpeg_draft: bool = _setting(True, _switch)
     # Whether the first start measures for about ten seconds how images run fastest. 0: BATCH_SIZE images on each core.
     lumen_tune: bool = _setting(True, _switch)
     # PEM files. A certificate and its key switch TLS on; photo apps then no longer reach the daemon.
-    lumen_tls_cert: str = _setting("", path=_file)
-    lumen_tls_key: str = _setting("", path=_file)
+    lumen_tls_cert: str = _setting("", path=str)
+    lumen_tls_key: str = _setting("", path=str)
     # PEM file of an authority: only clients with a certificate that it signed are served.
-    lumen_tls_client_ca: str = _setting("", path=_file)
+    lumen_tls_client_ca: str = _setting("", path=str)
     # A file with a token that every call must carry.
-    lumen_token_file: str = _setting("", path=_file)
+    lumen_token_file: str = _setting("", path=str)
     # Seconds after which a batch, or the decoding of a picture, counts as hung and the process ends. A lower value may
     # end the daemon on a slow board while it works. A higher value delays the restart of a daemon that hangs.
     lumen_hang_s: int = _setting(120, _number(1, 86_400))
@@ -296,8 +279,7 @@ class Settings:
         for name, instead in RETIRED.items():
             if environment.get(name):
                 log.warning("%s is no longer a setting and has no effect: %s", name, instead)
-        for name, similar in _unknown(environment):
-            log.warning("%s is not a setting%s", name, f"; did you mean {similar}?" if similar else "")
+        _warn_of_unknown(environment)
         shared = _read(cls, "", environment)
         common = {"max_batch_size": shared.get("batch_size", 0), "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
         clip = ModelOptions("CLIP", **common | _read(ModelOptions, "CLIP_", environment))
@@ -330,22 +312,19 @@ def _variables(kind: type[Settings | ModelOptions], prefix: str) -> dict[str, Fi
     return {(prefix + setting.name).upper(): setting for setting in fields(kind) if "parse" in setting.metadata}
 
 
-def _unknown(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(name, the most similar setting or "") of each variable that looks like a setting and is none."""
+def _warn_of_unknown(environment: Mapping[str, str]) -> None:
+    """Warns of each variable that looks like a setting and is none, and names the most similar setting."""
     known = {**_variables(Settings, ""), **_variables(ModelOptions, "CLIP_"), **_variables(ModelOptions, "BIOCLIP_")}
     for name in sorted(environment):
         text = environment[name].strip()
         if not text or not name.startswith(PREFIXES) or name in known or name in RETIRED or name in READ_ELSEWHERE:
             continue
-        if "://" not in text and not SERVICE_LINK.fullmatch(name):
-            similar = max(known, key=partial(_likeness, name))
-            yield name, similar if _likeness(name, similar) >= LIKENESS_MIN else ""
-
-
-def _likeness(name: str, setting: str) -> float:
-    """How similar a variable is to a setting, or to the beginning of its name if the variable is shorter; 0 to 1."""
-    parts = (setting, setting[: len(name) + 1])
-    return max(difflib.SequenceMatcher(None, name, part).ratio() for part in parts)
+        if "://" in text or SERVICE_LINK.fullmatch(name):
+            continue
+        # A shorter variable is compared with the beginning of a setting's name as well.
+        parts = {setting[: len(name) + 1]: setting for setting in known} | {setting: setting for setting in known}
+        similar = difflib.get_close_matches(name, parts, 1, LIKENESS_MIN)
+        log.warning("%s is not a setting%s", name, f"; did you mean {parts[similar[0]]}?" if similar else "")
 
 
 def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -369,10 +348,9 @@ def _read(kind: type[Settings | ModelOptions], prefix: str, environment: Mapping
 
 def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The demo's models in place of the operator's. Photo apps do not find it unless CLIP_MDNS_TYPE says so."""
-    mdns = {"CLIP_MDNS_TYPE": "off"}
     kept = {
         name: value
         for name, value in environment.items()
         if name.startswith("CLIP_MDNS_") or not name.startswith(("CLIP_", "BIOCLIP_"))
     }
-    return mdns | kept | DEMO
+    return {"CLIP_MDNS_TYPE": "off"} | kept | DEMO
