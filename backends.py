@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -13,20 +12,19 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+import onnx_backend
+import rknn_backend
 import torch_backend
 from errors import one_line, unreadable
 from machine import lower_thread_priority, replace_file, usable_cores
 from model_files import Backend, Say, needs_modules, quiet, split_model
-from onnx_backend import MODULES as ONNX_MODULES
-from onnx_backend import open_onnx, source_of, tower_file
 from preprocess import decode_image
-from rknn_backend import open_rknn
 from settings import ModelOptions
 
 log = logging.getLogger("lumen.backends")
@@ -46,8 +44,8 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
     """
     kinds: dict[str, Callable[[ModelOptions, Say], Backend]] = {
         "torch": torch_backend.TorchBackend,
-        "onnxrt": open_onnx,
-        "rknn": open_rknn,
+        "onnxrt": onnx_backend.open_onnx,
+        "rknn": rknn_backend.open_rknn,
     }
     backend = kinds[options.backend](options, say)
     try:
@@ -74,21 +72,20 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
 
 def check_modules(options: ModelOptions) -> None:
     """Raises SettingError if a package is missing that the backend needs."""
-    needs_modules(torch_backend.MODULES if options.backend == "torch" else ONNX_MODULES, options)
+    needs_modules(torch_backend.MODULES if options.backend == "torch" else onnx_backend.MODULES, options)
 
 
 def check_sources(options: ModelOptions) -> None:
     """Looks for what a model's settings name, as far as that needs no download and no runtime. Raises SettingError."""
-    image = options.rknn_model if options.backend == "rknn" else options.onnx_image
     try:
         if options.backend == "torch":
             torch_backend.is_repository(options) or split_model(options)
             return
-        folder, repo, _ = source_of(options, image)
-        if options.backend == "onnxrt" and (image or not repo):
-            tower_file(options, folder, "ONNX_IMAGE", image, "visual")
+        folder, repo, _ = onnx_backend.source_of(options)
+        if options.backend == "onnxrt" and (options.onnx_image or not repo):
+            onnx_backend.tower_file(options, folder, "ONNX_IMAGE", options.onnx_image, "visual")
         if options.onnx_text or not repo:
-            tower_file(options, folder, "ONNX_TEXT", options.onnx_text, "textual")
+            onnx_backend.tower_file(options, folder, "ONNX_TEXT", options.onnx_text, "textual")
     except PermissionError as error:
         raise unreadable(error) from error
 
@@ -117,12 +114,9 @@ def kept_tuning(backend: Backend, most: int, folder: Path) -> Tuning | None:
     """The tuning in `folder`, if it is for this model, this machine and batches of at most `most` images."""
     try:
         kept = json.loads((folder / TUNING_FILE).read_text())
-        found = Tuning(**kept["tuning"]) if kept["key"] == _tuning_key(backend, most) else None
+        return Tuning(**kept["tuning"]) if kept["key"] == _tuning_key(backend, most) else None
     except (OSError, ValueError, KeyError, TypeError):  # missing, or of another format
         return None
-    if found:
-        _log_tuning(backend, found)
-    return found
 
 
 def tune(backend: Backend, most: int, folder: Path, pause: Callable[[], None]) -> Tuning:
@@ -134,13 +128,7 @@ def tune(backend: Backend, most: int, folder: Path, pause: Callable[[], None]) -
         replace_file(folder / TUNING_FILE, json.dumps(content).encode())
     except OSError as error:
         log.warning("cannot keep the tuning in %s (%s); the next start tries again", folder, error)
-    _log_tuning(backend, found)
     return found
-
-
-def _log_tuning(backend: Backend, found: Tuning) -> None:
-    size, rate = found.batch_size, found.images_per_s
-    log.info("%s: batches of up to %d images, %.1f images a second", backend.model_id, size, rate)
 
 
 def _tuning_key(backend: Backend, most: int) -> str:
@@ -180,12 +168,11 @@ def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
     for _ in range(TURNS if len(taken) > 1 else 0):
         for size, times in taken.items():
             times.append(measured(size))
-    medians = {size: statistics.median(times) for size, times in taken.items()}
-    found = [
-        Tuning(size, round(backend.workers * size / seconds, 2))
-        for size, seconds in medians.items()
-        if seconds <= longest or size == 1
-    ]
+    found = []
+    for size, times in taken.items():
+        seconds = statistics.median(times)
+        if seconds <= longest or size == 1:
+            found.append(Tuning(size, round(backend.workers * size / seconds, 2)))
     best = max(tuning.images_per_s for tuning in found)
     return next(tuning for tuning in found if tuning.images_per_s >= 0.985 * best)
 
@@ -204,8 +191,7 @@ def seconds_of_a_batch(backend: Backend, size: int) -> float:
         backend.encode_images(pixels)
         return clock() - started
 
-    lower = partial(lower_thread_priority, TUNING_PRIORITY)
-    with ThreadPoolExecutor(backend.workers, initializer=lower) as workers:
+    with ThreadPoolExecutor(backend.workers, initializer=lower_thread_priority, initargs=(TUNING_PRIORITY,)) as workers:
         return statistics.mean(workers.map(run, range(backend.workers)))
 
 
@@ -223,8 +209,6 @@ def _versions() -> list[str]:
     """Names and versions of the installed runtimes."""
     versions = []
     for name in ("onnxruntime", "onnxruntime-gpu", "torch", "rknn-toolkit-lite2"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,14 @@ class Model:
         self.backend = backend
         self.tuning: backends.Tuning | None = None  # see `adapt`
 
-        def images(items: list[Any]) -> Sequence[Any]:
-            return rows_of(backend.encode_images(backend.stack(items)), len(items))
-
-        def single_image(items: list[Any]) -> Sequence[Any]:
-            return rows_of(backend.encode_single(np.stack(items)), len(items))
-
-        def texts(items: list[Any]) -> Sequence[Any]:
-            return rows_of(backend.encode_text(np.stack(items)), len(items))
-
-        def rows_of(vectors: Vectors, count: int) -> Sequence[Any]:
-            if vectors.shape != (count, backend.dim):  # a fault of the runtime, which would mix up the answers
-                raise RuntimeError(f"vectors of shape {vectors.shape}; expected {(count, backend.dim)}")
+        def rows_of(vectors: Vectors, items: list[Any]) -> list[Any]:
+            expected = len(items), backend.dim
+            if vectors.shape != expected:  # a fault of the runtime, which would mix up the answers
+                raise RuntimeError(f"vectors of shape {vectors.shape}; expected {expected}")
             return list(vectors)
+
+        def texts(items: list[Any]) -> list[Any]:
+            return rows_of(backend.encode_text(np.stack(items)), items)
 
         def share(tokens: Any) -> float:
             least = 0.25 if backend.open_length else 1.0
@@ -65,14 +60,14 @@ class Model:
         self.image = engine.add(
             Stage(
                 f"{name} image",
-                images,
+                lambda items: rows_of(backend.encode_images(backend.stack(items)), items),
                 batch_size,
                 Stage.BULK,
                 spread=backend.workers > 1 and not backend.on_gpu,
                 threads=backend.workers if backend.workers > 1 and backend.on_gpu else 0,
                 tower=f"{name} image",
                 journaled=True,
-                run_single=single_image,
+                run_single=lambda items: rows_of(backend.encode_single(np.stack(items)), items),
             )
         )
         tower = f"{name} text"
@@ -92,9 +87,11 @@ class Model:
         most = limit or (GPU_BATCH if self.backend.on_gpu else self.image.batch_size)
 
         def use(tuning: backends.Tuning) -> None:
-            self.tuning, self.image.batch_size = tuning, tuning.batch_size
+            size, rate = tuning.batch_size, tuning.images_per_s
+            log.info("%s: batches of up to %d images, %.1f images a second", self.backend.model_id, size, rate)
+            self.tuning, self.image.batch_size = tuning, size
             for stage in (self.text, self.prompts):  # a text takes about as long as an image
-                stage.batch_size = max(stage.batch_size, tuning.batch_size)
+                stage.batch_size = max(stage.batch_size, size)
 
         def measure() -> None:
             machine.lower_thread_priority(machine.WORKER_NICE)  # the threads of a session inherit it
@@ -106,11 +103,10 @@ class Model:
             if folder and not self.tuning:
                 use(backends.tune(self.backend, most, folder, engine.wait_for_a_pause))
 
-        if folder:
-            if kept := backends.kept_tuning(self.backend, most, folder):
-                use(kept)
-            else:
-                self.image.batch_size = min(most, FIRST_BATCH)
+        if folder and (kept := backends.kept_tuning(self.backend, most, folder)):
+            use(kept)
+        elif folder:
+            self.image.batch_size = min(most, FIRST_BATCH)
         threading.Thread(target=measure, name="adapt", daemon=True).start()
 
     def facts(self) -> dict[str, str]:

@@ -1,13 +1,9 @@
-"""Where a model's files come from: folders, manifests, the hub. What a backend is.
-
-A picture is uint8 RGB `[n, size, size, 3]` here as everywhere.
-"""
+"""Where a model's files come from: folders, manifests, the hub. What a backend is."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -33,6 +29,7 @@ from torch_device import DeviceRows
 Vectors = NDArray[np.float32]  # [n, dim], rows of unit length
 Encode = Callable[[list[str]], Vectors]  # texts -> unit rows
 Say = Callable[[str], None]  # receives short progress messages
+Choose = Callable[[list[str]], list[str]]  # the names of a repository's files -> of those to download
 
 
 def quiet(text: str) -> None:
@@ -188,10 +185,8 @@ def read_json(path: Path) -> dict[str, Any]:
 # --- downloads ---------------------------------------------------------------------------------------------------
 
 
-def fetch_repository(
-    options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]], say: Say, form: str = ""
-) -> Path:
-    """Downloads files of a hub repository once to `data/models/`. `choose` selects them from the list of all files.
+def fetch_repository(options: ModelOptions, repo: str, choose: Choose, say: Say, form: str = "") -> Path:
+    """Downloads the files of a hub repository that `choose` selects, once, to `data/models/`.
 
     A marker file with the sizes shows that the folder is complete. With it there is no network access. An interrupted
     download continues where it stopped. `form` (default: the backend) names the selection. Raises SettingError if the
@@ -220,9 +215,7 @@ def fetch_repository(
     return folder
 
 
-def _download(
-    options: ModelOptions, repo: str, choose: Callable[[list[str]], list[str]], say: Say, marker: Path
-) -> None:
+def _download(options: ModelOptions, repo: str, choose: Choose, say: Say, marker: Path) -> None:
     """The body of `fetch_repository`, into the folder of the marker. Raises SettingError, and what the hub raises."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -233,8 +226,7 @@ def _download(
     try:
         files = choose([file.rfilename for file in found])
     except ValueError as error:
-        text = f"the hub repository {repo} cannot be used: {error}"
-        raise options.error("MODEL", options.model, text) from error
+        raise options.error("MODEL", options.model, f"the hub repository {repo} cannot be used: {error}") from error
     expected = {file.rfilename: file.size or 0 for file in found if file.rfilename in files}
     with report_download(say, repo, folder, expected):
         snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
@@ -251,13 +243,7 @@ def _is_whole(folder: Path, marker: Path) -> bool:
 
 
 def fetch_file(
-    path: Path,
-    repo: str,
-    filename: str,
-    say: Say,
-    revision: str | None = None,
-    *,
-    check: Callable[[Path], list[str]],
+    path: Path, repo: str, filename: str, say: Say, revision: str | None = None, *, check: Callable[[Path], list[str]]
 ) -> list[str]:
     """Downloads a file of a hub dataset to `path`. Returns the result of `check`. Raises LabelError, as `check` may."""
     from huggingface_hub import hf_hub_download
@@ -269,8 +255,7 @@ def fetch_file(
             staged = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=staging))
     except Exception as error:  # the hub's client, its HTTP library and the disk raise various exceptions
         log.debug("download failed", exc_info=True)
-        text = f"cannot download {filename} of the hub dataset {repo} ({one_line(error)})"
-        raise LabelError(text) from error
+        raise LabelError(f"cannot download {filename} of the hub dataset {repo} ({one_line(error)})") from error
     try:
         names = check(staged)
     except LabelError:

@@ -14,22 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+import model_files
 from errors import DamagedFile, one_line
 from machine import memory, nvidia_gpus, sha256_of, usable_cores
-from model_files import (
-    DEFAULT_LOGIT_SCALE,
-    EXPORTED_LABELS,
-    Say,
-    Vectors,
-    fetch_repository,
-    needs_modules,
-    quiet,
-    read_json,
-    read_manifest,
-    space_of,
-    split_model,
-    unit_rows,
-)
+from model_files import DEFAULT_LOGIT_SCALE, Say, Vectors, quiet, read_json, read_manifest, unit_rows
 from preprocess import Pixels, Preprocess, normalize
 from settings import DEFAULT_MODELS, ModelOptions
 from tokenizer import Tokens, is_cut_at_the_end, read_tokenizer, true_length
@@ -43,12 +31,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 SINGLE_MEMORY, SINGLE_MEMORY_SHARE = 1.2, 10
 
 
-def source_of(options: ModelOptions, image_file: str) -> tuple[Path | None, str, str]:
+def source_of(options: ModelOptions) -> tuple[Path | None, str, str]:
     """(folder, hub repository, model_id): one of the first two, or neither if both towers are given as files.
 
     Downloads nothing. Raises SettingError.
     """
     value = options.model
+    image_file = options.rknn_model if options.backend == "rknn" else options.onnx_image
     if Path(value).is_dir():
         return Path(value), "", Path(value).resolve().name
     if image_file and options.onnx_text:
@@ -56,16 +45,14 @@ def source_of(options: ModelOptions, image_file: str) -> tuple[Path | None, str,
     if value.startswith("hf-hub:"):
         repo = value.removeprefix("hf-hub:")
         if value == DEFAULT_MODELS["BIOCLIP"]:
-            remedy = (
-                f"set {options.name}_BACKEND to torch or none, or {options.name}_MODEL to a folder made by export.py"
-            )
+            export = f"{options.name}_MODEL to a folder made by export.py"
+            remedy = f"set {options.name}_BACKEND to torch or none, or {export}"
             raise options.error("MODEL", value, f"it is not published for {options.backend}; {remedy}")
         return None, repo, repo
-    arch, tag = split_model(options)
+    arch, tag = model_files.split_model(options)
     if Path(tag).exists():
-        raise options.error(
-            "MODEL", value, f"these are torch weights; {options.backend} needs a folder with visual/ and textual/"
-        )
+        text = f"these are torch weights; {options.backend} needs a folder with visual/ and textual/"
+        raise options.error("MODEL", value, text)
     # immich publishes OpenCLIP models in this layout, under names made of the architecture and the tag.
     return None, f"immich-app/{arch}__{tag.replace('_', '-')}", value
 
@@ -84,49 +71,45 @@ def tower_file(options: ModelOptions, folder: Path | None, variable: str, value:
 class ModelFolder:
     """The files of a model, in a folder or downloaded from the hub, and their metadata."""
 
-    def __init__(self, options: ModelOptions, say: Say, image_file: str, npu: str | None = None) -> None:
-        """`image_file`: the operator's file for the image tower, or "". `npu`: the target whose programs are downloaded
-        as well, "" if it is not known, or None for a model that runs on no NPU. Raises SettingError or
-        BackendError."""
-        needs_modules(MODULES, options)
-        self.options = options
-        self._say, self._image_file, self._npu = say, image_file, npu
-        self._form = "onnxrt" if npu is None else f"rknn-{npu}".rstrip("-")  # another board needs another program
+    def __init__(self, options: ModelOptions, say: Say, npu: str | None = None) -> None:
+        """`npu`: the target whose programs are downloaded as well, "" if it is not known, or None for a model that runs
+        on no NPU. Raises SettingError or BackendError."""
+        model_files.needs_modules(MODULES, options)
+        self.options, self._say, self._npu = options, say, npu
         self.path, self.model_id = self._resolve()  # the path is None if both towers are given as files
         self.config = read_json(self.path / "config.json") if self.path else {}
-        self.manifest = self._read_manifest()
+        self.manifest = self._read_manifest(self.path) if self.path else {}
         self.model_id = self.manifest.get("model_id", self.model_id)
         self.used: list[Path] = []  # the files or folders that the vectors depend on
 
     def _resolve(self) -> tuple[Path | None, str]:
         """(folder, model_id), downloaded if need be."""
-        path, repo, model_id = source_of(self.options, self._image_file)
+        path, repo, model_id = source_of(self.options)
         if repo:
-            path = fetch_repository(self.options, repo, self._wanted_files, self._say, self._form)
+            # Another board needs another program.
+            form = "onnxrt" if self._npu is None else f"rknn-{self._npu}".rstrip("-")
+            path = model_files.fetch_repository(self.options, repo, self._wanted_files, self._say, form)
         return path, model_id
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def _read_manifest(self, folder: Path) -> dict[str, Any]:
         """Reads the manifest. A damaged file of a download is downloaded once more. Raises BackendError."""
-        if self.path is None:
-            return {}
         try:
-            return read_manifest(self.path, self.options)
+            return read_manifest(folder, self.options)
         except DamagedFile as error:
-            markers = list(self.path.glob(".complete-*.json"))
+            markers = list(folder.glob(".complete-*.json"))
             if not markers:  # no download
                 raise
             log.warning("%s is damaged; fetching it once more", error.path)
             for path in (error.path, *markers):
                 path.unlink()
-            self.path, _ = self._resolve()
-            assert self.path is not None
-            return read_manifest(self.path, self.options)
+            self._resolve()
+            return read_manifest(folder, self.options)
 
     def _wanted_files(self, files: list[str]) -> list[str]:
         """Both towers, their configs, label vectors, and programs for the NPU; no files for other runtimes."""
         if "visual/model.onnx" not in files or "textual/model.onnx" not in files:
             raise ValueError("it has no visual/model.onnx and textual/model.onnx, so it has no form for ONNX Runtime")
-        parts = "visual/", "textual/", f"{EXPORTED_LABELS}/"
+        parts = "visual/", "textual/", f"{model_files.EXPORTED_LABELS}/"
         return [
             name
             for name in files
@@ -140,12 +123,6 @@ class ModelFolder:
         path = tower_file(self.options, self.path, variable, value, part)
         self.used.append(path if value else path.parent)
         return path
-
-    def space(self, recipe: Preprocess, precision: str) -> str:
-        """See `space_of`."""
-        own = self.options.onnx_image or self.options.onnx_text
-        source = "" if own else self.manifest.get("source", {}).get("sha256", "")
-        return space_of(source or sha256_of(*self.used), recipe, precision)
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------
@@ -199,33 +176,39 @@ def run_session(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors
     return unit_rows(np.concatenate(rows))
 
 
+def run_image_tower(session: Any, pixels: Pixels, recipe: Preprocess) -> Vectors:
+    """Pictures through a tower that takes uint8 `[n, h, w, 3]` or float32 `[n, 3, h, w]`."""
+    takes_uint8 = session.get_inputs()[0].type == "tensor(uint8)"
+    return run_session(session, pixels if takes_uint8 else normalize(pixels, recipe))
+
+
 # --- towers -----------------------------------------------------------------------------------------------------
 
 
 class ImageTower(Protocol):
-    """The image half of a `FolderBackend`; see `Backend` for the fields."""
+    """The image half of a `FolderBackend`; see `Backend` for the members. By default a single picture is a batch."""
 
     preprocess: Preprocess
     runtime: str
-    accelerator: str
-    workers: int
-    npu: str
-    single_image_cores: int
+    accelerator: str = ""
+    npu: str = ""
+    workers: int = 1
+    single_image_cores: int = 1
 
     def encode(self, pixels: Pixels) -> Vectors: ...
 
-    def encode_single(self, pixels: Pixels) -> Vectors: ...
+    def encode_single(self, pixels: Pixels) -> Vectors:
+        return self.encode(pixels)
 
-    def prepare_single(self) -> None: ...
+    def prepare_single(self) -> None:
+        return
 
 
-class OnnxImageTower:
-    """An image tower with uint8 `[n, h, w, 3]` or float32 `[n, 3, h, w]` input and a fixed or an open batch.
+class OnnxImageTower(ImageTower):
+    """An image tower with a fixed or an open batch; see `run_image_tower` for its input.
 
     Its first output is the embedding, whatever its name.
     """
-
-    npu = ""
 
     def __init__(self, folder: ModelFolder) -> None:
         self._options = folder.options
@@ -233,11 +216,9 @@ class OnnxImageTower:
         on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
         self.workers = usable_cores() if on_cpu else 1
         self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.workers)
-        self._single: Any = None  # a session for one picture on all cores
+        self._single = self._session  # later one for one picture on all cores
         self.single_image_cores = 1 if on_cpu else usable_cores()
-        tower = self._session.get_inputs()[0]
-        self._takes_uint8 = tower.type == "tensor(uint8)"
-        side = tower.shape[1] if self._takes_uint8 else tower.shape[2]
+        side = self._session.get_inputs()[0].shape[2]  # the height or the width
         recipe = read_json(self.path.parent / "preprocess_cfg.json")
         self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
         provider = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
@@ -245,11 +226,10 @@ class OnnxImageTower:
         self.accelerator = "" if provider == "cpu" else nvidia_gpus()  # ONNX Runtime does not name the device
 
     def encode(self, pixels: Pixels) -> Vectors:
-        return run_session(self._session, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
+        return run_image_tower(self._session, pixels, self.preprocess)
 
     def encode_single(self, pixels: Pixels) -> Vectors:
-        session = self._single or self._session
-        return run_session(session, pixels if self._takes_uint8 else normalize(pixels, self.preprocess))
+        return run_image_tower(self._single, pixels, self.preprocess)
 
     def prepare_single(self) -> None:
         if self.workers == 1:
@@ -329,7 +309,8 @@ class FolderBackend:
         self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
         # Manifests of older versions have a bias of 0 for models without one.
         self.logit_bias: float | None = manifest.get("logit_bias", config.get("logit_bias")) or None
-        self.precision = precision or str(manifest.get("precision", "fp32"))
+        exported = str(manifest.get("precision", "fp32"))
+        self.precision = precision or exported
         self.notice = str(manifest.get("notice", ""))
         # `export.py` has checked that all in its folder belongs together. The operator's files may not.
         whole = bool(manifest) and not folder.options.onnx_text
@@ -337,7 +318,9 @@ class FolderBackend:
         self.golden: Mapping[str, Any] = manifest.get("golden", {})
         self.self_test_cosine: float | None = None
         # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
-        self.space = folder.space(self.preprocess, str(manifest.get("precision", "fp32")))
+        own = folder.options.onnx_image or folder.options.onnx_text
+        weights = "" if own else manifest.get("source", {}).get("sha256", "")
+        self.space = model_files.space_of(weights or sha256_of(*folder.used), self.preprocess, exported)
         self.dim = int((whole and manifest.get("dim")) or self.text.highest_token().shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -365,5 +348,5 @@ class FolderBackend:
 
 def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:
     """Opens a model with both towers on ONNX Runtime. Raises SettingError or BackendError."""
-    folder = ModelFolder(options, say, options.onnx_image)
+    folder = ModelFolder(options, say)
     return FolderBackend(folder, OnnxImageTower(folder))

@@ -22,7 +22,7 @@ import machine
 from errors import NPURefused
 from machine import DEVICE_TREE, NPU_CORES
 from model_files import Say, Vectors, quiet, read_json, unit_rows
-from onnx_backend import FolderBackend, ModelFolder, OnnxImageTower, open_session, run_session
+from onnx_backend import FolderBackend, ImageTower, ModelFolder, OnnxImageTower, open_session, run_image_tower
 from preprocess import Pixels, Preprocess, decode_image, normalize
 from settings import ModelOptions
 
@@ -30,6 +30,7 @@ log = logging.getLogger("lumen.rknn_backend")
 
 NPU_FLOOR = 0.999  # the least cosine of the NPU's vector of a golden picture with the expected one
 NPU_FORMAT = 1  # version of the model.json beside a .rknn file
+LEVEL_NAMES = {level: logging.getLevelName(level) for level in (10, 20, 30, 40)}
 
 
 def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
@@ -43,7 +44,7 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
         text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
         raise options.error("BACKEND", options.backend, text)
     target = options.rknn_target or machine.board_target()
-    folder = ModelFolder(options, say, options.rknn_model, target)
+    folder = ModelFolder(options, say, target)
     if options.rknn_model and not Path(options.rknn_model).is_file():
         raise options.error("RKNN_MODEL", options.rknn_model, "no such file")
     try:
@@ -65,12 +66,10 @@ def onnx_tower(folder: ModelFolder) -> Path | None:
     return path if path and path.is_file() else None
 
 
-class NPUImageTower:
-    """An image tower on the NPU; see `ImageTower`. The pictures of a batch are distributed over its cores."""
+class NPUImageTower(ImageTower):
+    """An image tower on the NPU. The pictures of a batch are distributed over its cores."""
 
-    runtime = "rknn"
-    accelerator = ""
-    workers = single_image_cores = 1
+    runtime = "rknn"  # a single picture runs on one core of the NPU
 
     def __init__(self, folder: ModelFolder, target: str) -> None:
         """Raises NPURefused."""
@@ -120,12 +119,10 @@ class NPUImageTower:
         if self._options.rknn_model:
             return Path(self._options.rknn_model)
         assert self._folder.path is not None  # it is None only if both towers are given as files
-        path = self._folder.path / "visual" / "rknpu" / self._target / "model.rknn"
-        if not path.is_file():
-            raise NPURefused(
-                f"the folder has no {path.relative_to(self._folder.path).as_posix()}; export.py --rknn makes it"
-            )
-        return path
+        name = f"visual/rknpu/{self._target}/model.rknn"
+        if not (self._folder.path / name).is_file():
+            raise NPURefused(f"the folder has no {name}; export.py --rknn makes it")
+        return self._folder.path / name
 
     def _check_contract(self, contract: Mapping[str, Any]) -> None:
         if contract.get("format", NPU_FORMAT) != NPU_FORMAT:
@@ -160,9 +157,7 @@ class NPUImageTower:
             ramp = np.add.outer(np.arange(self.preprocess.size), np.arange(self.preprocess.size))
             picture = np.stack([ramp % 251, ramp // 2 % 241, 255 - ramp % 239], axis=-1).astype(np.uint8)
             session = open_session(self._options, tower, "ONNX_IMAGE", machine.usable_cores())
-            takes_uint8 = session.get_inputs()[0].type == "tensor(uint8)"
-            given = picture[None] if takes_uint8 else normalize(picture[None], self.preprocess)
-            expected = run_session(session, given)[0]
+            expected = run_image_tower(session, picture[None], self.preprocess)[0]
         else:
             log.warning("%s: nothing to compare the NPU's vectors with; they are not verified", self._options.name)
             return None
@@ -174,12 +169,6 @@ class NPUImageTower:
 
     def _as_input(self, pixels: Pixels) -> tuple[NDArray[Any], str]:
         return (pixels, "nhwc") if self._takes_uint8 else (normalize(pixels, self.preprocess), "nchw")
-
-    def encode_single(self, pixels: Pixels) -> Vectors:
-        return self.encode(pixels)
-
-    def prepare_single(self) -> None:
-        """Does nothing: a picture runs on one core of the NPU."""
 
     def encode(self, pixels: Pixels) -> Vectors:
         batch, layout = self._as_input(pixels)
@@ -213,7 +202,7 @@ class NPUContext:
         from rknnlite.api import RKNNLite
 
         self._npu = RKNNLite()
-        for level, name in _LEVEL_NAMES.items():  # the library has renamed the levels of all loggers to one letter
+        for level, name in LEVEL_NAMES.items():  # the library has renamed the levels of all loggers to one letter
             logging.addLevelName(level, name)
         with _overheard(self._npu.rknn_log.logger) as reason:
             if self._npu.load_rknn(str(path)) != 0:
@@ -244,9 +233,6 @@ class NPUContext:
         self._thread.shutdown()
 
 
-_LEVEL_NAMES = {level: logging.getLevelName(level) for level in (10, 20, 30, 40)}
-
-
 @contextmanager
 def _overheard(library: logging.Logger) -> Iterator[Callable[[], str]]:
     """Keeps a library's tracebacks out of the log. Yields a function that returns its last error."""
@@ -260,10 +246,8 @@ def _overheard(library: logging.Logger) -> Iterator[Callable[[], str]]:
 
     def reason() -> str:
         lines = heard[-1].strip().splitlines() if heard else []
-        start = max(
-            (i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): |Exception: ", line)), default=0
-        )
-        return " ".join(" ".join(lines[start:]).split())
+        starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): |Exception: ", line)]
+        return " ".join(" ".join(lines[max(starts, default=0) :]).split())
 
     handlers, library.handlers = library.handlers, [Listener()]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import model_files
 from errors import SettingError, one_line
 from machine import sha256_of, usable_cores
-from model_files import (
-    Say,
-    Vectors,
-    fetch_repository,
-    needs_modules,
-    quiet,
-    report_download,
-    space_of,
-    split_model,
-    unit_rows,
-)
+from model_files import Say, Vectors, fetch_repository, quiet, split_model, unit_rows
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
@@ -116,13 +107,12 @@ def describe(models: str) -> None:
 class TorchBackend:
     """OpenCLIP on torch. Devices: CUDA (also ROCm), else MPS, else the CPU, unless the operator chose one."""
 
-    npu = refusal = ""
+    npu = refusal = notice = ""
 
     def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
         """Raises SettingError or BackendError."""
-        needs_modules(MODULES, options)
-        # Threads that spin while they wait occupy the cores: a text among other work took up to ten times its core
-        # time.
+        model_files.needs_modules(MODULES, options)
+        # Threads that spin while they wait occupy cores: a text among other work took up to ten times its core time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import open_clip
         import torch
@@ -134,7 +124,6 @@ class TorchBackend:
         self.tokenizer = _tokenizer_of(name, self.weights)
         # OpenCLIP's model as it was trained
         self.build = partial(open_clip.create_model, name, device=device, require_pretrained=True, **arguments)
-        self.notice = ""
         self.folder: Path | None = None
         self.golden: Mapping[str, Any] = {}
         self.self_test_cosine: float | None = None
@@ -148,7 +137,7 @@ class TorchBackend:
             self._choose_precision()
         else:
             self._load(options.precision)
-        self.space = space_of(sha256_of(self.weights), self.preprocess, self.precision)
+        self.space = model_files.space_of(sha256_of(self.weights), self.preprocess, self.precision)
         self.dim = int(self.encode_text(self.tokenize(["a photo"])).shape[1])
 
     def _load(self, precision: str) -> None:
@@ -174,7 +163,10 @@ class TorchBackend:
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (self.preprocess.mean, self.preprocess.std)
         )
         self._text = text = getattr(model, "text", model)  # OpenCLIP's CLIP has the parts of the text tower itself
-        self._check_table(options)
+        rows, highest = text.token_embedding.num_embeddings, self.tokenizer.highest_id
+        if highest >= rows:
+            reason = f"its tokenizer has ids up to {highest}, and its embedding table {rows} rows"
+            raise options.error("MODEL", options.model, reason)
         # Cutting at the end token is exact only for a causal tower that is pooled at that token.
         pooling = text.text_pool_type if text is model else text.pool_type
         causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
@@ -212,16 +204,8 @@ class TorchBackend:
         side = self.preprocess.size
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
         smooth = np.linspace(0, 255, side * side * 3).reshape(side, side, 3).astype(np.uint8)
-        return np.concatenate(
-            [self.encode_images(np.stack([noise, smooth])), self.encode_text(self.tokenize(SAMPLE_TEXTS))]
-        )
-
-    def _check_table(self, options: ModelOptions) -> None:
-        """Raises SettingError if the vocabulary is larger than the table of token embeddings."""
-        rows, highest = self._text.token_embedding.num_embeddings, self.tokenizer.highest_id
-        if highest >= rows:
-            text = f"its tokenizer has ids up to {highest}, and its embedding table {rows} rows"
-            raise options.error("MODEL", options.model, text)
+        images, texts = self.encode_images(np.stack([noise, smooth])), self.encode_text(self.tokenize(SAMPLE_TEXTS))
+        return np.concatenate([images, texts])
 
     @staticmethod
     def _resolve(options: ModelOptions, say: Say) -> tuple[str, dict[str, Any], str, Path]:
@@ -237,8 +221,8 @@ class TorchBackend:
             return f"local-dir:{folder}", {}, folder.resolve().name if local else repo, weights
         arch, tag, config = find_weights(options)
         if not config:
-            given: dict[str, Any] = {"pretrained": tag, "force_preprocess_cfg": _recipe_of(arch)}
-            return arch, given, f"{arch}:{Path(tag).stem}", Path(tag)
+            arguments = {"pretrained": tag, "force_preprocess_cfg": _recipe_of(arch)}
+            return arch, arguments, f"{arch}:{Path(tag).stem}", Path(tag)
         if config.get("hf_hub"):
             repo, file = os.path.split(config["hf_hub"])
             folder = fetch_repository(options, repo, (lambda files: [file]) if file else _torch_files, say)
@@ -246,48 +230,41 @@ class TorchBackend:
         else:  # a plain URL; OpenCLIP downloads it once and verifies its sha-256
             try:
                 folder = options.data_dir / "models"
-                with report_download(say, value, folder, {Path(config["url"]).name: 0}):
+                with model_files.report_download(say, value, folder, {Path(config["url"]).name: 0}):
                     path = Path(open_clip.download_pretrained(config, cache_dir=str(folder)))
             except Exception as error:
                 raise options.failure("MODEL", value, f"cannot download the weights ({one_line(error)})") from error
         # OpenCLIP knows these for a tag, but not for a path.
-        arguments: dict[str, Any] = {"pretrained": str(path), "force_quick_gelu": bool(config.get("quick_gelu", False))}
-        arguments["force_preprocess_cfg"] = _recipe(config)
-        return arch, arguments, value, path
+        known = {"force_quick_gelu": bool(config.get("quick_gelu", False)), "force_preprocess_cfg": _recipe(config)}
+        return arch, {"pretrained": str(path), **known}, value, path
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        tokens: Tokens = self.tokenizer(texts)
-        return tokens
+        return self.tokenizer(texts)
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        return self._encode_images(pixels, self._cores if self.workers == 1 else 1)
+        return self._run(pixels, self.image_tower, self._cores if self.workers == 1 else 1)
 
     def encode_single(self, pixels: Pixels) -> Vectors:
-        return self._encode_images(pixels, self._cores)
+        return self._run(pixels, self.image_tower, self._cores)
 
     def prepare_single(self) -> None:
         """Does nothing: threads of torch share the weights."""
 
-    def _encode_images(self, pixels: Pixels, cores: int) -> Vectors:
-        self._use_cores(cores)
-        return unit_rows(self.device.run(pixels, self.image_tower))
-
     def encode_text(self, tokens: Tokens) -> Vectors:
-        self._use_cores(self._cores)
         if self.open_length:
             tokens = tokens[:, : true_length(tokens)]
-        return unit_rows(self.device.run(tokens, self.text_tower, urgent=True))
+        return self._run(tokens, self.text_tower, self._cores, urgent=True)
+
+    def _run(self, batch: NDArray[Any], tower: Callable[[Any], Any], cores: int, urgent: bool = False) -> Vectors:
+        if self._torch.get_num_threads() != cores:  # a property of the calling thread
+            self._torch.set_num_threads(cores)
+        return unit_rows(self.device.run(batch, tower, urgent))
 
     def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
         return self.device.hold(rows)
 
     def unload_text(self) -> None:
         """Does nothing: both towers are one model here, and building it again would take long."""
-
-    def _use_cores(self, count: int) -> None:
-        """Sets the number of torch's threads, which is a property of the calling thread."""
-        if self._torch.get_num_threads() != count:
-            self._torch.set_num_threads(count)
 
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""

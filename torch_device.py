@@ -100,8 +100,7 @@ class Device:
         """
         if not self.is_gpu:
             with self.computing():
-                vectors: NDArray[np.float32] = tower(self._torch.from_numpy(batch)).float().numpy()
-                return vectors
+                return np.asarray(tower(self._torch.from_numpy(batch)).float(), np.float32)
         streams, by_itself = self._texts if urgent else self._images, self.kind == "cuda"
         stream = streams.get()
         try:
@@ -110,8 +109,7 @@ class Device:
                 result = self._torch.empty(found.shape, pin_memory=by_itself).copy_(found, non_blocking=by_itself)
                 stream.record()
             stream.wait()
-            vectors = result.numpy()
-            return vectors
+            return np.asarray(result, np.float32)
         finally:
             streams.put(stream)
 
@@ -143,14 +141,12 @@ class Device:
                 yield
         except self._torch.cuda.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations of the layers that did run
-            text = one_line(error)
             self.empty_cache()
-            raise MemoryError(text) from None
+            raise MemoryError(one_line(error)) from None
 
     def empty_cache(self) -> None:
         """Gives back the memory that torch keeps for later batches, so that a smaller one finds it in one piece."""
-        if self.kind == "cuda":
-            self._torch.cuda.empty_cache()
+        self._torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 class DeviceRows:
@@ -183,8 +179,7 @@ class DeviceRows:
     def __call__(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 `[b, dim]` unit rows -> their cosines, float32 `[b, n]`."""
         with self.scoring():
-            cosines: NDArray[np.float32] = self._cosines(queries).cpu().numpy()
-            return cosines
+            return np.asarray(self._cosines(queries).cpu(), np.float32)
 
     def rows(self, queries: NDArray[np.float32]) -> list[DeviceRow]:
         """The same, which stays on the device: one row for each query."""
@@ -244,5 +239,4 @@ class DeviceRow:
         return positions[order], values[order]
 
     def at(self, positions: NDArray[Any]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._values[self._owner.copied(positions)].cpu().numpy()
-        return found
+        return np.asarray(self._values[self._owner.copied(positions)].cpu(), np.float32)
