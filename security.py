@@ -194,6 +194,13 @@ class ShortCallLimiter:
             context.cancel()
 
 
+def _valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+    for message in messages:
+        if message is MALFORMED:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is not valid for this method")
+        yield message
+
+
 def short_call_handlers(
     limiter: ShortCallLimiter, servicer: health.HealthServicer, alive: Callable[[], bool], service: str
 ) -> dict[str, dict[str, Any]]:
@@ -201,20 +208,15 @@ def short_call_handlers(
 
     `alive` answers a Check of LIVENESS, a name that Watch does not know. It is asked for each Check, so that the answer
     is right even if the main thread hangs.
+
     Check and Watch take one message, but are registered as streams. For a unary call gRPC occupies a thread before the
     message has arrived, and that wait cannot be ended.
     """
     watches = threading.BoundedSemaphore(HEALTH_WATCHES_MAX)
 
-    def valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
-        for message in messages:
-            if message is MALFORMED:
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is not valid for this method")
-            yield message
-
     def read_request(messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
         with limiter.admit(context):
-            request = next(valid(messages, context), None)
+            request = next(_valid(messages, context), None)
         if request is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
         assert request is not None
@@ -245,7 +247,7 @@ def short_call_handlers(
 
     def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
         with limiter.admit(context):
-            yield from reflector.ServerReflectionInfo(valid(messages, context), context)
+            yield from reflector.ServerReflectionInfo(_valid(messages, context), context)
 
     request, response = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
     question, answer = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
