@@ -6,8 +6,6 @@ No limit here depends on a number that a client sent.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from errors import BadInput
@@ -36,16 +34,43 @@ class Unfinished:
     size: int = 0  # bytes of the payload that have arrived
     parts: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # seq -> offset, payload
 
-    def payload(self) -> int:
-        """Bytes of the payload: those that have arrived or those that are expected, whichever is more."""
-        return max(self.size, self.reserved)
+    def payload(self, more: int = 0) -> int:
+        """Bytes of the payload: those that have arrived, and `more`, or those that are expected if they are more."""
+        return max(self.size + more, self.reserved)
 
-    def held(self) -> int:
-        """Bytes that are reserved for the request, the cost of its chunks included."""
-        return self.request.held + self.payload() + max(len(self.parts), self.reserved_chunks()) * CHUNK_COST
+    def held(self, more: int = 0, chunks: int = 0) -> int:
+        """Bytes to reserve for the request and its chunks, if `more` bytes of the payload arrive in `chunks`."""
+        chunks = max(len(self.parts) + chunks, min(self.total, CHUNKS_RESERVED))
+        return self.request.held + self.payload(more) + chunks * CHUNK_COST
 
-    def reserved_chunks(self) -> int:
-        return min(self.total, CHUNKS_RESERVED)
+    def add(self, message: pb.InferRequest, payload: bytes) -> None:
+        """Adds a chunk. Raises BadInput if it does not fit the others."""
+        if message.seq in self.parts:
+            raise BadInput(f"seq: {message.seq} was sent twice")
+        first = self.request
+        for name, told, now in (
+            ("total", self.total, message.total),
+            ("task", first.task, message.task),
+            ("payload_mime", first.mime, message.payload_mime),
+            ("meta", first.meta, dict(message.meta)),
+        ):
+            if told != now:
+                raise BadInput(f"{name}: it differs between the chunks of one request")
+        self.parts[message.seq] = message.offset, payload
+        self.size += len(payload)
+
+    def joined(self) -> Request:
+        """The request with its whole payload. Raises BadInput if the offsets of the chunks are wrong."""
+        parts = [self.parts[seq] for seq in range(self.total)]
+        if any(offset for offset, _ in parts):  # some clients leave it at 0
+            length = 0
+            for seq, (offset, payload) in enumerate(parts):
+                if offset != length:
+                    raise BadInput(f"offset: {offset} on chunk {seq}; the chunks before it have {length} bytes")
+                length += len(payload)
+        self.request.payload = b"".join(payload for _, payload in parts)
+        self.request.held += self.size
+        return self.request
 
 
 class Assembler:
@@ -58,7 +83,7 @@ class Assembler:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._open: dict[str, Unfinished] = {}
-        self._failed: OrderedDict[str, None] = OrderedDict()
+        self._failed: dict[str, None] = {}  # ids, the oldest first
 
     def add(self, message: pb.InferRequest, payload: bytes) -> Request | None:
         """Adds a message, whose payload was moved to `payload`. Returns the request that it completes, or None.
@@ -75,10 +100,10 @@ class Assembler:
         try:
             return self._add(key, message, payload)
         except BadInput:
-            self.drop(key)
+            self._open.pop(key, None)
             self._failed[key] = None
             if len(self._failed) > OPEN_IDS_MAX:
-                self._failed.popitem(last=False)
+                del self._failed[next(iter(self._failed))]
             raise
 
     def unfinished(self) -> list[str]:
@@ -99,8 +124,7 @@ class Assembler:
         uploads that have begun do not wait for each other.
         """
         if waiting := self._open.get(message.correlation_id):
-            chunk = CHUNK_COST if len(waiting.parts) >= waiting.reserved_chunks() else 0
-            return chunk + max(0, waiting.size + len(payload) - waiting.payload()), True
+            return waiting.held(len(payload), 1) - waiting.held(), True
         chunks = max(1, min(int(message.total), CHUNKS_RESERVED))
         beside: int = message.ByteSize() + CHUNK_COST * chunks
         return beside + max(len(payload), self._expected(message, payload)), False
@@ -109,87 +133,45 @@ class Assembler:
         """Bytes of the whole payload, if all chunks are as large as the first one."""
         return min(len(payload) * min(int(message.total), CHUNKS_MAX), self._max_bytes)
 
-    def drop(self, key: str) -> None:
-        self._open.pop(key, None)
-
     def _add(self, key: str, message: pb.InferRequest, payload: bytes) -> Request | None:
-        envelope = self._check_envelope(message)
-        if key not in self._open and message.total <= 1:
+        envelope = message.ByteSize()
+        if envelope > ENVELOPE_MAX:
+            raise BadInput(f"meta: {envelope} bytes beside the payload; allowed: {ENVELOPE_MAX}")
+        if len(message.meta) > META_MAX:
+            raise BadInput(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
+        waiting = self._open.get(key)
+        if not waiting and message.total <= 1:
             if message.seq or message.offset:
                 raise BadInput(
                     f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
                     "allowed: the number of chunks on each of them"
                 )
             self._check_size(len(payload))
-            return self._request(message, payload, envelope)
-        self._check_chunk(message)
-        if key not in self._open:
+            return _request(message, payload, envelope)
+        if message.total > CHUNKS_MAX:
+            raise BadInput(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
+        if message.seq >= message.total:
+            raise BadInput(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
+        if not waiting:
             if len(self._open) >= OPEN_IDS_MAX:
                 raise BadInput(f"correlation_id: more than {OPEN_IDS_MAX} unfinished requests on one stream")
             reserved, most = self._expected(message, payload), UNFINISHED_MAX * self._max_bytes
             if sum(request.payload() for request in self._open.values()) + reserved > most:
                 raise BadInput(f"payload: more than {most} bytes of unfinished requests on one stream")
-            self._open[key] = Unfinished(self._request(message, b"", envelope), message.total, reserved)
-        waiting = self._open[key]
-        self._check_same(waiting, message)
-        waiting.parts[message.seq] = message.offset, payload
-        waiting.size += len(payload)
+            waiting = self._open[key] = Unfinished(_request(message, b"", envelope), message.total, reserved)
+        waiting.add(message, payload)
         self._check_size(waiting.size)
         if len(waiting.parts) < waiting.total:
             return None
-        parts = [waiting.parts[seq] for seq in range(waiting.total)]
-        self._check_offsets(parts)
-        self.drop(key)
-        waiting.request.payload = b"".join(payload for _, payload in parts)
-        waiting.request.held += waiting.size
-        return waiting.request
-
-    @staticmethod
-    def _request(first: pb.InferRequest, payload: bytes, envelope: int) -> Request:
-        held = len(payload) + envelope
-        return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload, held)
-
-    @staticmethod
-    def _check_envelope(message: pb.InferRequest) -> int:
-        """Returns the bytes of all fields but the payload."""
-        size: int = message.ByteSize()
-        if size > ENVELOPE_MAX:
-            raise BadInput(f"meta: {size} bytes beside the payload; allowed: {ENVELOPE_MAX}")
-        if len(message.meta) > META_MAX:
-            raise BadInput(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
-        return size
+        request = waiting.joined()
+        del self._open[key]
+        return request
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise BadInput(f"payload: over {self._max_bytes} bytes, the most that a request may have")
 
-    @staticmethod
-    def _check_chunk(message: pb.InferRequest) -> None:
-        if message.total > CHUNKS_MAX:
-            raise BadInput(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
-        if message.seq >= message.total:
-            raise BadInput(f"seq: {message.seq} of total {message.total}; allowed: 0 to total - 1")
 
-    @staticmethod
-    def _check_same(waiting: Unfinished, message: pb.InferRequest) -> None:
-        if message.seq in waiting.parts:
-            raise BadInput(f"seq: {message.seq} was sent twice")
-        first = waiting.request
-        for name, told, now in (
-            ("total", waiting.total, message.total),
-            ("task", first.task, message.task),
-            ("payload_mime", first.mime, message.payload_mime),
-            ("meta", first.meta, dict(message.meta)),
-        ):
-            if told != now:
-                raise BadInput(f"{name}: it differs between the chunks of one request")
-
-    @staticmethod
-    def _check_offsets(parts: Sequence[tuple[int, bytes]]) -> None:
-        if not any(offset for offset, _ in parts):  # some clients leave it at 0
-            return
-        length = 0
-        for seq, (offset, payload) in enumerate(parts):
-            if offset != length:
-                raise BadInput(f"offset: {offset} on chunk {seq}; the chunks before it have {length} bytes")
-            length += len(payload)
+def _request(first: pb.InferRequest, payload: bytes, envelope: int) -> Request:
+    held = len(payload) + envelope
+    return Request(first.correlation_id, first.task, first.payload_mime, dict(first.meta), payload, held)

@@ -1,13 +1,14 @@
 """The port for immich: smart search over HTTP, with the requests of immich's own machine-learning service.
 
 One thread runs an event loop, in which nothing blocks. It reads forms, submits jobs to the intake, which gRPC requests
-use as well, and waits for their answers. Requests that the daemon does not support are
-forwarded to LUMEN_IMMICH_FALLBACK.
+use as well, and waits for their answers. Requests that the daemon does not support are forwarded to
+LUMEN_IMMICH_FALLBACK.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import re
 import socket
@@ -15,7 +16,6 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
 from email.message import Message
 from functools import partial
 from typing import Any
@@ -24,9 +24,8 @@ import aiohttp
 import orjson
 from aiohttp import hdrs, web
 
-from engine import Answer, Job, forget_frames
 from errors import BadInput, NotReady, Overload
-from intake import Budget
+from intake import Intake
 from security import internal_error
 from service import HTTP_CONNECTIONS_MAX, Daemon
 from tasks import Models, Request
@@ -53,6 +52,8 @@ REASON_MAX = 200  # characters of an error in the status line, which immich writ
 CLIP = "clip"  # immich's name of smart search
 FIELDS = {"visual": "image", "textual": "text"}  # immich's type of a CLIP request -> the field with its input
 TASKS = {"visual": "clip_image_embed", "textual": "clip_embed"}
+# The outcome and the status of a request that fails with an error of the task.
+FAILURES: dict[type[Any], tuple[str, int]] = {BadInput: ("invalid_argument", 400), NotReady: ("unavailable", 503)}
 EXAMPLE = 'allowed: {"clip": {"visual": {"modelName": NAME}}}, or textual in place of visual'
 # Headers that belong to one connection (RFC 9110, 7.6.1).
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
@@ -77,15 +78,6 @@ class _Refused(Exception):
 
 
 # --- forms ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a form asks for. `kind` ("visual" or "textual") and `model` are empty unless the task is CLIP."""
-
-    task: str
-    kind: str = ""
-    model: str = ""
 
 
 def boundary_of(content_type: str) -> bytes:
@@ -115,8 +107,11 @@ def parts(body: bytes | bytearray, boundary: bytes, begin: int = 0) -> Iterator[
         at = end + 2
 
 
-def read_entries(text: bytes | bytearray) -> Entry:
-    """The field `entries`. Raises _Refused."""
+def read_entries(text: bytes | bytearray) -> tuple[str, str, str]:
+    """What the field `entries` asks for: (task, kind, model). Raises _Refused.
+
+    Kind ("visual" or "textual") and model are empty unless the task is CLIP.
+    """
     try:
         tasks = orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -127,12 +122,12 @@ def read_entries(text: bytes | bytearray) -> Entry:
         raise _Refused(501, "entries: several tasks in one request; allowed: one")
     [(task, kinds)] = tasks.items()
     if task != CLIP:
-        return Entry(task)
+        return task, "", ""
     kind, options = next(iter(kinds.items()), ("", None))
     model = options.get("modelName") if isinstance(options, dict) else None
     if kind not in FIELDS or not isinstance(model, str):
         raise _Refused(422, f"entries: {EXAMPLE}")
-    return Entry(task, kind, model)
+    return task, kind, model
 
 
 def immich_name(model: str) -> str:
@@ -145,37 +140,47 @@ def immich_name(model: str) -> str:
     return f"{architecture}__{tag.replace('_', '-')}" if tag else name
 
 
-@dataclass
 class Upload:
-    """The body of a request as it arrives. Its bytes are taken from the budget of payloads."""
+    """The form of a request as it arrives. Its bytes are taken from the budget of payloads."""
 
-    budget: Budget
-    size_max: int
-    body: bytearray = field(default_factory=bytearray)
-    seen: int = 0  # bytes that have arrived
-    held: int = 0  # bytes taken from the budget
-    ended: bool = False
+    def __init__(self, request: web.Request, intake: Intake) -> None:
+        """Raises _Refused if the headers are not those of a form, or announce too much."""
+        if request.headers.get(hdrs.CONTENT_ENCODING):
+            raise _Refused(415, "Content-Encoding: allowed: none")
+        self.request, self.boundary = request, boundary_of(request.headers.get(hdrs.CONTENT_TYPE, ""))
+        self._budget, self._size_max = intake.payloads, intake.request_bytes_max + FORM_EXTRA
+        self._seen = 0  # bytes that have arrived
+        self.held = 0  # bytes taken from the budget
+        self.body = bytearray()
+        self.ended = False
+        self.check_size()
 
-    async def read(self, content: aiohttp.StreamReader) -> bytes:
-        """The next bytes; b"" at the end. Raises _Refused, and ConnectionError if the client has left."""
-        try:
-            chunk = await content.readany()
-        except RuntimeError as error:  # as aiohttp says it if the client left before the first read
-            raise ConnectionResetError("the client has left") from error
-        self.ended, self.seen = not chunk, self.seen + len(chunk)
-        if self.seen > self.size_max:
-            raise self.too_large()
-        return chunk
+    def check_size(self) -> None:
+        """Raises _Refused if the form is too large."""
+        if max(self._seen, self.request.content_length or 0) > self._size_max:
+            raise _Refused(413, f"the form has over {self._size_max} bytes, the most that is allowed")
 
-    def too_large(self) -> _Refused:
-        return _Refused(413, f"the form has over {self.size_max} bytes, the most that is allowed")
+    async def entry(self) -> tuple[str, str, str]:
+        """Reads the form until `entries` is complete, and returns what it says; see `read_entries`. Raises _Refused."""
+        at = 0  # where the first part that is not complete begins
+        while True:
+            before = len(self.body)
+            await self.keep()
+            if before < ENTRIES_WITHIN or self.ended:  # not again for each chunk of a large form
+                for name, content in parts(self.body, self.boundary, at):
+                    if name == "entries":
+                        return read_entries(self.body[content])
+                    at = content.stop + 2
+            if self.ended:
+                raise _Refused(422, f"entries: missing; {EXAMPLE}")
 
-    async def keep(self, chunk: bytes) -> None:
-        """Appends bytes to the body, as soon as there is memory for them. Raises Overload."""
+    async def keep(self) -> None:
+        """Reads the next bytes, and appends them to the body as soon as there is memory for them. Raises Overload."""
+        chunk = await self._read()
         deadline = time.monotonic() + ROOM_S
         while True:
             try:
-                self.budget.take(len(chunk), gone=lambda: True, has_begun=self.held > 0)  # without waiting
+                self._budget.take(len(chunk), gone=lambda: True, has_begun=self.held > 0)  # without waiting
                 break
             except Overload:
                 if time.monotonic() > deadline:
@@ -184,10 +189,35 @@ class Upload:
         self.held += len(chunk)
         self.body += chunk
 
+    async def whole(self) -> AsyncIterator[bytes]:
+        """The whole form: what has been read, then the rest as it arrives. Raises _Refused or TimeoutError."""
+        yield bytes(self.body)
+        self.release()
+        deadline = asyncio.get_running_loop().time() + UPLOAD_S
+        while not self.ended:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    chunk = await self._read()
+            except TimeoutError:
+                self.request.protocol.force_close()
+                raise
+            if chunk:
+                yield chunk
+
     def release(self) -> None:
-        self.budget.give(self.held)
+        self._budget.give(self.held)
         self.held = 0
         self.body.clear()
+
+    async def _read(self) -> bytes:
+        """The next bytes; b"" at the end. Raises _Refused, and ConnectionError if the client has left."""
+        try:
+            chunk = await self.request.content.readany()
+        except RuntimeError as error:  # as aiohttp says it if the client left before the first read
+            raise ConnectionResetError("the client has left") from error
+        self.ended, self._seen = not chunk, self._seen + len(chunk)
+        self.check_size()
+        return chunk
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -197,15 +227,14 @@ class ImmichServer:
     """The HTTP server. Its coroutines run on its own thread; `drain` is for the main thread."""
 
     def __init__(self, daemon: Daemon, bound: socket.socket) -> None:
-        self._daemon, self._settings = daemon, daemon.settings
+        self._daemon = daemon
         self._waiting: dict[web.RequestHandler, float] = {}  # connections that wait for their client -> since when
         self._in_progress = 0  # whole requests
         self._forwarded = 0
-        self._served = 0
+        self._numbers = itertools.count(1)
         self._session: Any = None  # of the fallback
         # A request that comes back with this has been forwarded in a circle.
         self._via = f"1.1 lumen-clip-{uuid.uuid4().hex[:8]}"
-        self._size_max = daemon.intake.request_bytes_max + FORM_EXTRA
         threading.Thread(target=lambda: asyncio.run(self._run(bound)), name="immich", daemon=True).start()
 
     def drain(self, seconds: float) -> None:
@@ -243,7 +272,7 @@ class ImmichServer:
             await loop.create_server(partial(self._connect, runner.server), sock=bound)
             while True:
                 await asyncio.sleep(CHECK_S)
-                self._end_idle_connections(loop.time() - IDLE_S)
+                self._end_idle_connections()
 
     # Connections
 
@@ -252,21 +281,18 @@ class ImmichServer:
         if len(self._waiting) + self._in_progress + self._forwarded >= HTTP_CONNECTIONS_MAX:
             self._end_connection(min(self._waiting, key=lambda connection: self._waiting[connection]))
         connection: web.RequestHandler = server()
-        self._waits(connection)
+        self._waiting[connection] = time.monotonic()
         return connection
-
-    def _waits(self, connection: web.RequestHandler) -> None:
-        self._waiting[connection] = asyncio.get_running_loop().time()
 
     def _end_connection(self, connection: web.RequestHandler) -> None:
         del self._waiting[connection]
         connection.force_close()
 
-    def _end_idle_connections(self, before: float) -> None:
-        """Ends the connections that have waited since `before`, and forgets those that are closed."""
-        now = asyncio.get_running_loop().time()
+    def _end_idle_connections(self) -> None:
+        """Ends the connections that have waited for IDLE_S, and forgets those that are closed."""
+        now = time.monotonic()
         for connection, since in list(self._waiting.items()):
-            if since < before or (connection.transport is None and since < now - CHECK_S):
+            if now - since > (CHECK_S if connection.transport is None else IDLE_S):
                 self._end_connection(connection)
 
     # Requests
@@ -277,7 +303,7 @@ class ImmichServer:
     ) -> web.StreamResponse:
         """Turns errors into responses without a traceback or a path."""
         connection = request.protocol
-        self._waits(connection)  # for the body
+        self._waiting[connection] = time.monotonic()  # for the body
         try:
             return await handler(request)
         except _Refused as error:
@@ -293,7 +319,7 @@ class ImmichServer:
             return _Refused(500, internal_error(error)).response()
         finally:
             if connection.transport is not None:
-                self._waits(connection)
+                self._waiting[connection] = time.monotonic()
 
     async def _ping(self, request: web.Request) -> web.Response:
         self._models()
@@ -301,86 +327,60 @@ class ImmichServer:
 
     async def _predict(self, request: web.Request) -> web.StreamResponse:
         self._models()
-        if request.headers.get(hdrs.CONTENT_ENCODING):
-            raise _Refused(415, "Content-Encoding: allowed: none")
-        boundary = boundary_of(request.headers.get(hdrs.CONTENT_TYPE, ""))
-        upload = Upload(self._daemon.intake.payloads, self._size_max)
-        if (request.content_length or 0) > self._size_max:
-            raise upload.too_large()
+        upload = Upload(request, self._daemon.intake)
         try:
             async with asyncio.timeout(UPLOAD_S):
-                entry = await self._entry(request, upload, boundary)
-                while entry.task == CLIP and not upload.ended:
-                    await upload.keep(await upload.read(request.content))
-            if entry.task == CLIP:
-                return await self._embed(request, entry, upload, boundary)
-            return await self._forward(request, entry, upload)
+                task, kind, model = await upload.entry()
+                while task == CLIP and not upload.ended:
+                    await upload.keep()
+            if task == CLIP:
+                return await self._embed(upload, kind, model)
+            return await self._forward(upload, task)
         finally:
             upload.release()
 
-    async def _entry(self, request: web.Request, upload: Upload, boundary: bytes) -> Entry:
-        """Reads the form until `entries` is complete. Raises _Refused."""
-        at = 0  # where the first part that is not complete begins
-        while True:
-            before = len(upload.body)
-            await upload.keep(await upload.read(request.content))
-            if before < ENTRIES_WITHIN or upload.ended:  # not again for each chunk of a large form
-                for name, content in parts(upload.body, boundary, at):
-                    if name == "entries":
-                        return read_entries(upload.body[content])
-                    at = content.stop + 2
-            if upload.ended:
-                raise _Refused(422, f"entries: missing; {EXAMPLE}")
-
-    async def _embed(self, request: web.Request, entry: Entry, upload: Upload, boundary: bytes) -> web.Response:
+    async def _embed(self, upload: Upload, kind: str, model: str) -> web.Response:
         """Answers a request of smart search. Raises _Refused."""
-        models, field_name = self._models(), FIELDS[entry.kind]
-        self._check_model(models, entry.model)
-        fields = dict(parts(upload.body, boundary))
-        if field_name not in fields:
-            raise _Refused(400, f"{field_name}: missing, or the form is cut off")
+        models, field, request = self._models(), FIELDS[kind], upload.request
+        self._check_model(models, model)
+        fields = dict(parts(upload.body, upload.boundary))
+        if field not in fields:
+            raise _Refused(400, f"{field}: missing, or the form is cut off")
         if self._in_progress >= REQUESTS_MAX:
             self._daemon.traffic.count_rejected("too many requests over HTTP", str(request.remote))
             raise _Refused(503, f"{REQUESTS_MAX} requests are in progress; try later")
         self._waiting.pop(request.protocol, None)
         self._in_progress += 1
         try:
-            asked = Request("", TASKS[entry.kind], "", {}, bytes(upload.body[fields[field_name]]))
-            asked.held, upload.held = upload.held, 0
-            upload.body = bytearray()
-            answer = await self._answer(request, asked, models, field_name)
+            asked = Request("", TASKS[kind], "", {}, bytes(upload.body[fields[field]]), upload.held)
+            upload.held, upload.body = 0, bytearray()
+            vector = await self._vector(request, asked, models, field)
         finally:
             self._in_progress -= 1
         # The vector is a JSON array in a string: immich passes it to its database as it is.
-        content = {CLIP: orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY).decode()}
+        content = {CLIP: orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY).decode()}
         width, height = asked.image_size
         sizes = {"imageHeight": height, "imageWidth": width} if width else {}
         return web.Response(body=orjson.dumps(content | sizes), content_type="application/json")
 
-    async def _answer(self, request: web.Request, asked: Request, models: Models, field_name: str) -> Any:
-        """The vector of a request: float32 `[dim]`. Raises _Refused."""
-        self._served += 1
+    async def _vector(self, request: web.Request, asked: Request, models: Models, field: str) -> Any:
+        """The vector of the picture or text in `field`: float32 `[dim]`. Raises _Refused."""
         # All connections from one address are one client, so that immich's share does not grow with their number.
-        job = self._daemon.intake.job(f"immich-{self._served}", (f"http {request.remote}", id(request.protocol)), asked)
+        flow = f"http {request.remote}", id(request.protocol)
+        job = self._daemon.intake.job(f"immich-{next(self._numbers)}", flow, asked)
         outcome = "cancelled"
         try:
             self._daemon.intake.begin(job, asked, models, alone=True)  # REQUESTS_MAX bounds the prepared pictures
             answer = await asyncio.wrap_future(job.answer)
             outcome = "ok"
-        except BadInput as error:
-            outcome = "invalid_argument"
-            raise _Refused(400, str(error).replace("payload: ", f"{field_name}: ", 1)) from None
-        except NotReady as error:
-            outcome = "unavailable"
-            raise _Refused(503, str(error)) from None
         except Exception as error:
-            outcome = "internal"
-            text = internal_error(error)
-            forget_frames(error)
-            raise _Refused(500, text) from None
+            outcome, status = FAILURES.get(type(error), ("internal", 500))
+            text = internal_error(error) if status == 500 else str(error).replace("payload: ", f"{field}: ", 1)
+            raise _Refused(status, text) from None
         finally:
             self._daemon.intake.finished(job, outcome)
-        return _vector(answer, job)
+        assert isinstance(answer.content, dict), job.task
+        return answer.content["vector"]
 
     def _models(self) -> Models:
         models = self._daemon.serving()
@@ -394,20 +394,17 @@ class ImmichServer:
         if immich_name(wanted) == served:
             return
         log.warning(
-            "immich asks for the model %a, and this daemon serves %a: set the CLIP model to %a in immich's settings of "
-            "smart search, or CLIP_MODEL to a form of %a here",
-            wanted[:80],
-            served,
-            served,
-            wanted[:80],
+            "immich asks for the model %(wanted)a, and this daemon serves %(served)a: set the CLIP model to %(served)a "
+            "in immich's settings of smart search, or CLIP_MODEL to a form of %(wanted)a here",
+            {"wanted": wanted[:80], "served": served},
         )
         raise _Refused(400, f"modelName: {wanted[:80]!a} is not served here; allowed: {served!a}")
 
     # What the daemon does not do
 
-    async def _forward(self, request: web.Request, entry: Entry, upload: Upload) -> web.StreamResponse:
+    async def _forward(self, upload: Upload, task: str) -> web.StreamResponse:
         """Passes a request to the fallback unchanged, and its response back. Both are streamed. Raises _Refused."""
-        fallback, task = self._settings.lumen_immich_fallback, f"{entry.task[:40]!a}"
+        fallback, request, task = self._daemon.settings.lumen_immich_fallback, upload.request, f"{task[:40]!a}"
         if not fallback:
             raise _Refused(501, f"entries: {task} is not done here; set LUMEN_IMMICH_FALLBACK to a server that does it")
         if any(self._via in value for value in request.headers.getall(hdrs.VIA, ())):
@@ -419,14 +416,12 @@ class ImmichServer:
         self._waiting.pop(request.protocol, None)
         self._forwarded += 1
         try:
-            data = _rest_of(request, upload)
             async with self._session.post(
-                f"{fallback}/predict", data=data, headers=headers, allow_redirects=False
+                f"{fallback}/predict", data=upload.whole(), headers=headers, allow_redirects=False
             ) as answer:
                 return await _pass_on(request, answer)
         except (aiohttp.ClientError, OSError) as error:
-            if upload.seen > upload.size_max:
-                raise upload.too_large() from None
+            upload.check_size()
             text = "LUMEN_IMMICH_FALLBACK=%s: a request for %s could not be forwarded (%s)"
             log.warning(text, fallback, task, type(error).__name__)
             raise _Refused(502, f"{task} could not be forwarded to LUMEN_IMMICH_FALLBACK") from None
@@ -438,33 +433,10 @@ async def _root(request: web.Request) -> web.Response:
     return web.Response(body=orjson.dumps({"message": "Immich ML"}), content_type="application/json")
 
 
-def _vector(answer: Answer, job: Job) -> Any:
-    assert isinstance(answer.content, dict), job.task
-    return answer.content["vector"]
-
-
-async def _rest_of(request: web.Request, upload: Upload) -> AsyncIterator[bytes]:
-    """The body of a request: what has been read, then the rest as it arrives. Raises _Refused or TimeoutError."""
-    yield bytes(upload.body)
-    upload.release()
-    deadline = asyncio.get_running_loop().time() + UPLOAD_S
-    while not upload.ended:
-        try:
-            async with asyncio.timeout_at(deadline):
-                chunk = await upload.read(request.content)
-        except TimeoutError:
-            request.protocol.force_close()
-            raise
-        if chunk:
-            yield chunk
-
-
 async def _pass_on(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
     """Streams the fallback's response to the client."""
-    response = web.StreamResponse(status=answer.status, reason=answer.reason)
-    for name, value in answer.headers.items():
-        if name.lower() not in HOP_BY_HOP:
-            response.headers.add(name, value)
+    headers = [(name, value) for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP]
+    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
     await response.prepare(request)
     try:
         async for chunk in answer.content.iter_any():

@@ -107,21 +107,18 @@ class Intake:
     ) -> None:
         self._settings, self._journal, self._traffic, self._engine = settings, journal, traffic, engine
         self.decoders = decoders
+        self.request_bytes_max = settings.lumen_max_request_mb << 20
         self.payloads = Budget(4 * self.request_bytes_max)  # bytes of requests that are not prepared yet
         self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders, of all pictures together
         self.prepared = Budget(PREPARED_MAX)
-
-    @property
-    def request_bytes_max(self) -> int:
-        return self._settings.lumen_max_request_mb << 20
 
     def job(self, correlation_id: str, flow: Flow, request: Request | None) -> Job:
         """Creates the job of a request; `begin` starts it. `request` is None if its chunks were not valid."""
         task, size = (request.task[:TASK_NAME_SHOWN], len(request.payload)) if request else ("", 0)
         job = Job(correlation_id, task, size, flow)
-        self._traffic.count_queued(1)
-        # Callbacks capture as little as possible, because they live as long as the job.
-        job.answer.add_done_callback(partial(_no_longer_queued, self._traffic))
+        traffic = self._traffic  # a callback lives as long as the job and should hold no more than it needs
+        traffic.count_queued(1)
+        job.answer.add_done_callback(lambda _: traffic.count_queued(-1))
         self._engine.expect(job)
         return job
 
@@ -146,10 +143,8 @@ class Intake:
             prepared = Lease(self.prepared, most)
             job.answer.add_done_callback(prepared.release)
             work = partial(self._prepare, job, task, request, models, payload, prepared)
-            if (
-                task.takes == "text" and len(request.payload) <= SHORT_TEXT_BYTES
-            ):  # short texts do not wait behind pictures
-                work()()
+            if task.takes == "text" and len(request.payload) <= SHORT_TEXT_BYTES:
+                work()()  # at once, so that short texts do not wait behind pictures
             else:
                 self.decoders.submit(job.flow, job.answer, work)
         except Exception as error:
@@ -197,7 +192,3 @@ class Intake:
 
 def _nothing() -> None:
     pass
-
-
-def _no_longer_queued(traffic: Traffic, _: object) -> None:
-    traffic.count_queued(-1)

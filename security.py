@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from engine import forget_frames
 from errors import SettingError
 from settings import Settings
 
@@ -123,10 +124,9 @@ def hide_exceptions(behaviour: Callable[[Any, Any], Iterator[Any]]) -> Callable[
     def wrapped(messages: Any, context: Any) -> Iterator[Any]:
         try:
             yield from behaviour(messages, context)
-        except grpc.RpcError:  # the call is over
-            raise
         except Exception as error:
-            if context.code():  # raised by context.abort(), whose text is ours
+            # An RpcError: the call is over. With a code: raised by context.abort(), whose text is ours.
+            if isinstance(error, grpc.RpcError) or context.code():
                 raise
             context.abort(grpc.StatusCode.INTERNAL, internal_error(error))
 
@@ -134,29 +134,30 @@ def hide_exceptions(behaviour: Callable[[Any, Any], Iterator[Any]]) -> Callable[
 
 
 def internal_error(error: BaseException) -> str:
-    """Logs the exception under a number; -> the text for the client, which contains only the number."""
+    """Logs the exception under a number and forgets its frames; -> the text for the client, with only the number."""
     number = uuid.uuid4().hex[:8]
     log.error("internal error %s", number, exc_info=error)
+    forget_frames(error)
     return f"internal error {number}; the daemon's log says more"
 
 
 MALFORMED = object()  # in place of a message that could not be parsed
 
 
-def tolerant_parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A request deserializer for gRPC that returns MALFORMED instead of raising.
+def stream_handler(behaviour: Callable[..., Any], request: type[Message], response: type[Message]) -> Any:
+    """A handler for gRPC that receives MALFORMED for bytes that are no `request`.
 
     If a deserializer raises, gRPC ends the call at once and again when the handler returns. Such a call is never
     released: it keeps its memory and its place among the streams of its connection.
     """
 
-    def parse_or_mark(data: bytes) -> Any:
+    def parse(data: bytes) -> Any:
         try:
-            return parse(data)
+            return request.FromString(data)
         except DecodeError:
             return MALFORMED
 
-    return parse_or_mark
+    return grpc.stream_stream_rpc_method_handler(behaviour, parse, response.SerializeToString)
 
 
 class ShortCallLimiter:
@@ -166,14 +167,14 @@ class ShortCallLimiter:
     oldest call is cancelled. Each call is cancelled after SHORT_CALL_TIMEOUT_S.
     """
 
-    def __init__(self, limit: int = SHORT_CALLS_MAX) -> None:
-        self._limit, self._lock = limit, threading.Lock()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._calls: dict[Any, float] = {}  # context -> start by time.monotonic(); oldest first
 
     @contextmanager
     def admit(self, context: Any) -> Iterator[None]:
         with self._lock:
-            oldest = next(iter(self._calls)) if len(self._calls) >= self._limit else None
+            oldest = next(iter(self._calls)) if len(self._calls) >= SHORT_CALLS_MAX else None
             if oldest:
                 del self._calls[oldest]
             self._calls[context] = time.monotonic()
@@ -185,51 +186,37 @@ class ShortCallLimiter:
             with self._lock:
                 self._calls.pop(context, None)
 
-    def cancel_expired(self, now: float, timeout_s: float | None = None) -> None:
-        """Cancels the calls that are older than `timeout_s`, by default SHORT_CALL_TIMEOUT_S."""
-        limit = SHORT_CALL_TIMEOUT_S if timeout_s is None else timeout_s
+    def cancel_expired(self, timeout_s: float = SHORT_CALL_TIMEOUT_S) -> None:
+        """Cancels the calls that are older than `timeout_s`."""
         with self._lock:
-            expired = [context for context, since in self._calls.items() if now - since > limit]
+            expired = [context for context, since in self._calls.items() if time.monotonic() - since > timeout_s]
         for context in expired:
             context.cancel()
 
 
-class HealthServicer(health.HealthServicer):
-    """The standard health service, with the answer to a Check of LIVENESS. Watch does not know this name.
-
-    `alive` is asked for each Check, so that the answer is right even if the main thread hangs.
-    """
-
-    def __init__(self, alive: Callable[[], bool]) -> None:
-        super().__init__()
-        self._alive = alive
-
-    def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
-        if request.service != LIVENESS:
-            return super().Check(request, context)
-        states = health_pb2.HealthCheckResponse
-        return states(status=states.SERVING if self._alive() else states.NOT_SERVING)
+def _valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+    for message in messages:
+        if message is MALFORMED:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is not valid for this method")
+        yield message
 
 
 def short_call_handlers(
-    limiter: ShortCallLimiter, servicer: health.HealthServicer, service: str
+    limiter: ShortCallLimiter, servicer: health.HealthServicer, alive: Callable[[], bool], service: str
 ) -> dict[str, dict[str, Any]]:
     """Handlers for the standard health of `service` and for reflection: service name -> method name -> handler.
+
+    `alive` answers a Check of LIVENESS, a name that Watch does not know. It is asked for each Check, so that the answer
+    is right even if the main thread hangs.
 
     Check and Watch take one message, but are registered as streams. For a unary call gRPC occupies a thread before the
     message has arrived, and that wait cannot be ended.
     """
     watches = threading.BoundedSemaphore(HEALTH_WATCHES_MAX)
 
-    def valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
-        for message in messages:
-            if message is MALFORMED:
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is not valid for this method")
-            yield message
-
     def read_request(messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
         with limiter.admit(context):
-            request = next(valid(messages, context), None)
+            request = next(_valid(messages, context), None)
         if request is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
         assert request is not None
@@ -238,7 +225,12 @@ def short_call_handlers(
         return request
 
     def check(messages: Iterator[Any], context: Any) -> Iterator[Any]:
-        yield servicer.Check(read_request(messages, context), context)
+        request = read_request(messages, context)
+        if request.service == LIVENESS:
+            states = health_pb2.HealthCheckResponse
+            yield states(status=states.SERVING if alive() else states.NOT_SERVING)
+        else:
+            yield servicer.Check(request, context)
 
     def watch(messages: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
         request = read_request(messages, context)
@@ -255,17 +247,14 @@ def short_call_handlers(
 
     def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
         with limiter.admit(context):
-            yield from reflector.ServerReflectionInfo(valid(messages, context), context)
+            yield from reflector.ServerReflectionInfo(_valid(messages, context), context)
 
-    handler = grpc.stream_stream_rpc_method_handler
-    request = tolerant_parser(health_pb2.HealthCheckRequest.FromString)
-    response = health_pb2.HealthCheckResponse.SerializeToString
-    question = tolerant_parser(reflection_pb2.ServerReflectionRequest.FromString)
-    answer = reflection_pb2.ServerReflectionResponse.SerializeToString
+    request, response = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+    question, answer = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
     return {
         health.SERVICE_NAME: {
-            "Check": handler(hide_exceptions(check), request, response),
-            "Watch": handler(watch, request, response),
+            "Check": stream_handler(hide_exceptions(check), request, response),
+            "Watch": stream_handler(watch, request, response),
         },
-        reflection.SERVICE_NAME: {"ServerReflectionInfo": handler(hide_exceptions(reflect), question, answer)},
+        reflection.SERVICE_NAME: {"ServerReflectionInfo": stream_handler(hide_exceptions(reflect), question, answer)},
     }

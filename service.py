@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from functools import partial
@@ -12,27 +11,25 @@ from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health, health_pb2
 
 import machine
 from decode_pool import DecodePool
 from engine import TENSOR_MIME, Engine
 from gen import ml_service_pb2 as pb
-from gen import ml_service_pb2_grpc as pb_grpc
 from intake import Intake
 from journal import Journal
 from logs import Traffic
 from machine import clock
 from security import (
     SHORT_CALLS_MAX,
-    HealthServicer,
     ShortCallLimiter,
     TokenInterceptor,
     hide_exceptions,
     read_token,
     short_call_handlers,
+    stream_handler,
     tls_credentials,
-    tolerant_parser,
 )
 from settings import VERSION, Settings
 from species import LABEL_FORMATS, RANKS
@@ -64,7 +61,7 @@ FILES_RESERVED = 48  # open files that are no connections: models, caches, the l
 FAILURES_MAX = 3  # batches of a tower that may fail in a row before the process ends, to start again
 
 
-class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
+class Daemon:
     """The four RPCs and what they share: the engine, the intake, the open streams, the models."""
 
     def __init__(self, settings: Settings, journal: Journal | None = None) -> None:
@@ -75,7 +72,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         decoders = DecodePool(cores)
         self.engine = Engine(self.journal.holding, self.traffic, cores, decoders.busy)
         self.intake = Intake(settings, self.journal, self.traffic, self.engine, decoders)
-        self.health = HealthServicer(self.alive)
+        self.health = health.HealthServicer()
         self.short_calls = ShortCallLimiter()
         self.loading = "starting"  # the reason that clients are given while the models load
         self._models: Models | None = None
@@ -108,11 +105,11 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     def check(self) -> None:
         """Ends calls that occupy a thread or memory without need. The main thread calls this every few seconds."""
         self.streams.check()
-        self.short_calls.cancel_expired(time.monotonic())
+        self.short_calls.cancel_expired()
 
     def make_room(self) -> int:
         """Ends calls that wait for a message; -> how many of them were streams. For when memory is short."""
-        self.short_calls.cancel_expired(time.monotonic(), READING_S)
+        self.short_calls.cancel_expired(READING_S)
         return self.streams.make_room()
 
     def stop_serving(self) -> None:
@@ -146,22 +143,15 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
     def handlers(self) -> dict[str, Any]:
         """The handlers of the four RPCs. Those that take Empty do not wait for it: silent calls hold nothing."""
 
-        def unread(method: Callable[[empty_pb2.Empty, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
-            return lambda _, context: iter((method(empty_pb2.Empty(), context),))
+        def streamed(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
+            return lambda messages, context: iter((method(messages, context),))
 
-        def streamed(_: Any, context: Any) -> Iterator[pb.Capability]:
-            return self.StreamCapabilities(empty_pb2.Empty(), context)
-
-        empty, capability = empty_pb2.Empty, pb.Capability
-        methods = {
-            "Infer": (self.Infer, tolerant_parser(pb.InferRequest.FromString), pb.InferResponse.SerializeToString),
-            "GetCapabilities": (unread(self.GetCapabilities), empty.FromString, capability.SerializeToString),
-            "StreamCapabilities": (streamed, empty.FromString, capability.SerializeToString),
-            "Health": (unread(self.Health), empty.FromString, empty.SerializeToString),
-        }
+        empty = empty_pb2.Empty
         return {
-            name: grpc.stream_stream_rpc_method_handler(hide_exceptions(behaviour), read, write)
-            for name, (behaviour, read, write) in methods.items()
+            "Infer": stream_handler(hide_exceptions(self.Infer), pb.InferRequest, pb.InferResponse),
+            "GetCapabilities": stream_handler(hide_exceptions(streamed(self.GetCapabilities)), empty, pb.Capability),
+            "StreamCapabilities": stream_handler(hide_exceptions(self.StreamCapabilities), empty, pb.Capability),
+            "Health": stream_handler(hide_exceptions(streamed(self.Health)), empty, empty),
         }
 
     def _ready(self, context: Any) -> Models:
@@ -174,7 +164,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
         models = self._ready(context)
-        stream = Stream(self.streams, self.intake, models, request_iterator, context)
+        stream = Stream(self.streams, models, request_iterator, context)
         if not self.streams.admit(stream):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
             self.traffic.count_rejected("too many streams", context.peer())
@@ -190,11 +180,11 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
             stream.over = True
             self.traffic.count_streams(-1)
 
-    def GetCapabilities(self, request: empty_pb2.Empty, context: Any) -> pb.Capability:
+    def GetCapabilities(self, _: Any, context: Any) -> pb.Capability:
         models = self._ready(context)
         return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"), models.offered())
 
-    def StreamCapabilities(self, request: empty_pb2.Empty, context: Any) -> Iterator[pb.Capability]:
+    def StreamCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
         """One for each model. The Lumen SDK sends tensors for `semantic_image_embed` to a service "siglip" alone, so
         the semantic tasks have one of their own if their model takes such tensors."""
         models = self._ready(context)
@@ -208,7 +198,7 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
         if apart:
             yield self._capability("siglip", models, (models.semantic,), apart)
 
-    def Health(self, request: empty_pb2.Empty, context: Any) -> empty_pb2.Empty:
+    def Health(self, _: Any, context: Any) -> empty_pb2.Empty:
         """Empty has no fields, so the trailing metadata says what does not run as the operator asked."""
         loaded = [model.backend for name in ("clip", "bioclip") if self._models and (model := self._models.get(name))]
         refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # always ASCII
@@ -254,11 +244,9 @@ class Daemon(pb_grpc.InferenceServicer):  # type: ignore[misc]
 
     def _io_task(self, task: Task, models: Models) -> pb.IOTask:
         backend = models.model(task.models[0]).backend
-        limits = {"max_payload_size": str(self.settings.lumen_max_request_mb << 20)}
+        limits = {"max_payload_size": str(TEXT_BYTES_MAX if task.takes == "text" else self.intake.request_bytes_max)}
         if task.takes == "image":
             limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)
-        else:
-            limits["max_payload_size"] = str(TEXT_BYTES_MAX)
         if task.topk:
             limits |= {"topk_default": str(task.topk), "topk_max": str(TOPK_MAX)}
         else:
@@ -324,7 +312,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
-    short = short_call_handlers(daemon.short_calls, daemon.health, SERVICE)
+    short = short_call_handlers(daemon.short_calls, daemon.health, daemon.alive, SERVICE)
     for name, handlers in (SERVICE, daemon.handlers()), *short.items():
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
         # A queue for each method, so that many calls of one method do not delay Health.

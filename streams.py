@@ -1,7 +1,4 @@
-"""The Infer streams: they turn requests into jobs, send the responses in order, and limit the number of streams.
-
-Each stream has two threads: a reader thread turns messages into jobs, and gRPC's thread sends the responses.
-"""
+"""The Infer streams: they turn requests into jobs, send the responses in order, and limit the number of streams."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from typing import Any
 import grpc
 
 from chunks import ID_MAX, Assembler
-from engine import Job, forget_frames
+from engine import Job
 from errors import BadInput, NotReady, Overload
 from gen import ml_service_pb2 as pb
 from intake import Intake
@@ -60,21 +57,19 @@ SHUTTING_DOWN = Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting dow
 
 
 class Stream:
-    """One Infer call. A reader thread turns its messages into jobs; its own thread sends the responses in order."""
+    """One Infer call. A reader thread turns its messages into jobs; gRPC's thread sends the responses in order."""
 
     _numbers = itertools.count()
 
-    def __init__(
-        self, streams: Streams, intake: Intake, models: Models, messages: Iterator[pb.InferRequest], context: Any
-    ) -> None:
-        self._streams, self._intake, self._models = streams, intake, models
+    def __init__(self, streams: Streams, models: Models, messages: Iterator[pb.InferRequest], context: Any) -> None:
+        self._streams, self._intake, self._models = streams, streams.intake, models
         self._messages, self._context = messages, context
         self.connection: str = context.peer()  # its address and port
         self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_progress: set[Job] = set()
         self._window = threading.Semaphore(max(WINDOW, 2 * models.images_at_once()))
-        self._assembler = Assembler(intake.request_bytes_max)
+        self._assembler = Assembler(self._intake.request_bytes_max)
         self._queueing = threading.Lock()  # guards the order of `_jobs`
         self._closed = False  # `_jobs` contains a Closing
         self._gone = False  # the client has left or the call is over
@@ -93,10 +88,7 @@ class Stream:
         answered = 0
         try:
             while isinstance(job := self._jobs.get(), Job):
-                try:
-                    response = self._response(job)
-                except futures.CancelledError:
-                    return
+                response = self._response(job)
                 self._intake.finished(job, OUTCOMES[response.error.code])
                 self._yielding_since = clock.now()
                 self._in_progress.discard(job)
@@ -112,6 +104,8 @@ class Stream:
                 if answered:
                     time.sleep(LAST_RESPONSE_S)
                 self._context.abort(job.code, job.details)
+        except futures.CancelledError:
+            pass  # the client has left
         finally:
             log.debug("a stream is over after %d answers, %d were not sent", answered, len(self._in_progress))
             self._leave()
@@ -120,14 +114,11 @@ class Stream:
 
     def check(self, now: float) -> None:
         """Ends a stream that is idle, or whose client does not read. The main thread calls this every few seconds."""
-        silent = now - self._idle_since
-        if self._yielding_since is not None:
-            if now - self._yielding_since > READER_IDLE_S and not self._gone:
-                log.info("a stream ended: the client does not read its responses")
-                self._gone = True
-                self._context.cancel()
-        elif self._in_progress:
-            return
+        silent, sending_since = self.silent(now), self._yielding_since
+        if sending_since is not None and now - sending_since > READER_IDLE_S and not self._gone:
+            log.info("a stream ended: the client does not read its responses")
+            self._gone = True
+            self._context.cancel()
         elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
         elif silent > STREAM_IDLE_S:
@@ -139,8 +130,7 @@ class Stream:
         It does not when the client sends no more requests and all are answered, or when it has left. It may then open
         its next stream before gRPC has ended this one.
         """
-        done = self._half_closed and not self._in_progress
-        return not (done or self._gone)
+        return not (self._gone or (self._half_closed and not self._in_progress))
 
     def may_end(self, now: float) -> bool:
         """Whether the last request was answered just now, so that the client may be about to end the stream."""
@@ -172,13 +162,12 @@ class Stream:
         self._jobs.put(Closing())
 
     def _read(self) -> None:
-        closing = Closing()
+        closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
         try:
-            empty = True
             self._reading_since = clock.now()
             for message in self._messages:
                 self._reading_since, self._idle_since = None, clock.now()
-                empty = False
+                closing = Closing()
                 if message is MALFORMED:
                     closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an InferRequest")
                     break
@@ -194,8 +183,6 @@ class Stream:
                 self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
             self._half_closed = True
             self._streams.place_may_be_free()
-            if empty:
-                closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
         except Overload:
             closing = Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes of requests are waiting; try later")
         except grpc.RpcError:
@@ -273,13 +260,9 @@ OUTCOMES = {
 
 def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
     """The response with an error. Its result and result_mime are empty, so that no client reads it as an answer."""
-    if isinstance(error, BadInput):
-        code, text = pb.ERROR_CODE_INVALID_ARGUMENT, str(error)
-    elif isinstance(error, NotReady):
-        code, text = pb.ERROR_CODE_UNAVAILABLE, str(error)
-    else:
-        code, text = pb.ERROR_CODE_INTERNAL, internal_error(error)
-        forget_frames(error)
+    codes: dict[type[Any], Any] = {BadInput: pb.ERROR_CODE_INVALID_ARGUMENT, NotReady: pb.ERROR_CODE_UNAVAILABLE}
+    code = codes.get(type(error), pb.ERROR_CODE_INTERNAL)
+    text = internal_error(error) if code == pb.ERROR_CODE_INTERNAL else str(error)
     text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
     problem = pb.Error(code=code, message=text)
     return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
@@ -290,7 +273,7 @@ class Streams:
 
     def __init__(self, most: int, intake: Intake) -> None:
         """`most`: the number of places; see `Stream.needs_place`."""
-        self._most, self._intake = most, intake
+        self._most, self.intake = most, intake
         self._streams: set[Stream] = set()  # contains a stream until gRPC has sent its final status
         self._changed = threading.Condition()
         self.draining = False
@@ -311,10 +294,9 @@ class Streams:
 
     def _has_place(self, stream: Stream) -> bool:
         taken = [other for other in self._streams if other.needs_place()]
-        most = self._most
         first = all(other.connection != stream.connection for other in taken)
         still_open = sum(not other.over for other in self._streams)
-        return (first or len(taken) < most) and still_open < OPEN_PER_PLACE * most
+        return (first or len(taken) < self._most) and still_open < OPEN_PER_PLACE * self._most
 
     def _end_a_silent_stream(self, now: float) -> bool:
         """Ends the stream that has been silent for longest, if that is at least WANTED_IDLE_S."""
@@ -350,7 +332,7 @@ class Streams:
         for stream in streams:
             stream.check(now)
         oldest = max(streams, key=lambda stream: stream.uploading(now), default=None)
-        if oldest and oldest.uploading(now) > UPLOAD_S and self._intake.payloads.waited() > WANTED_BYTES_S:
+        if oldest and oldest.uploading(now) > UPLOAD_S and self.intake.payloads.waited() > WANTED_BYTES_S:
             text = f"a request has been incomplete for over {UPLOAD_S} s, and others wait for its memory; try later"
             oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
 
