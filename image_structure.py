@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,7 +78,16 @@ def _limit(value: int, limit: int, what: str) -> None:
         raise BadInput(f"payload: the {what}: more than {limit:,}, which no real picture has")
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+class _Totals(Counter[str]):
+    """Sums of one file, each under the name that the error gives it."""
+
+    def add(self, value: int, limit: int, what: str) -> None:
+        self[what] += value
+        _limit(self[what], limit, what)
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises BadInput if the picture has more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
 
@@ -108,14 +118,11 @@ def _check_jpeg(data: bytes) -> None:
 
     Must find each segment that Pillow (up to the first scan) or libjpeg finds, also in a damaged file.
     """
-    position, parts, scans, frames, padding = 2, 0, 0, 0, 0
-    metadata, tables, exif_segments, scans_max = 0, 0, 0, SEQUENTIAL_SCANS_MAX
+    totals, position, scans, scans_max = _Totals(), 2, 0, SEQUENTIAL_SCANS_MAX
     while (at := _next_marker(data, position)) + 4 <= len(data):
         if not scans:
-            padding += at - position
-            _limit(padding, PADDING_BYTES_MAX, "bytes between the segments of the JPEG")
-        parts += 1
-        _limit(parts, PARTS_MAX, "segments of the JPEG")
+            totals.add(at - position, PADDING_BYTES_MAX, "bytes between the segments of the JPEG")
+        totals.add(1, PARTS_MAX, "segments of the JPEG")
         kind, position = data[at + 1], at + 2
         if kind == _EOI and scans:
             return
@@ -124,18 +131,14 @@ def _check_jpeg(data: bytes) -> None:
         if kind not in _TABLES and kind not in _METADATA:
             continue  # has no length; libjpeg and Pillow stop there or ignore it
         length = max(2, int.from_bytes(data[position : position + 2], "big"))
-        if kind in _METADATA:
-            metadata += length
-            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the JPEG")
-            if kind == 0xE1 and data.startswith(b"Exif\0\0", position + 2):
-                exif_segments += 1
-                _limit(exif_segments, EXIF_SEGMENTS_MAX, "EXIF segments of the JPEG")
+        if kind in _TABLES:
+            totals.add(length, TABLE_BYTES_MAX, "bytes of tables of the JPEG")
         else:
-            tables += length
-            _limit(tables, TABLE_BYTES_MAX, "bytes of tables of the JPEG")
+            totals.add(length, METADATA_BYTES_MAX, "bytes of metadata of the JPEG")
+        if kind == 0xE1 and data.startswith(b"Exif\0\0", position + 2):
+            totals.add(1, EXIF_SEGMENTS_MAX, "EXIF segments of the JPEG")
         if kind in _FRAMES:
-            frames += 1
-            _limit(frames, 1, "frame headers of the JPEG")
+            totals.add(1, 1, "frame headers of the JPEG")
             scans_max = SCANS_MAX if kind == _PROGRESSIVE else SEQUENTIAL_SCANS_MAX
         if kind == _SOS:
             scans += 1
@@ -147,19 +150,16 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    position, parts, data_parts, packed, metadata = 8, 0, 0, 0, 0
+    totals, position = _Totals(), 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind in (b"IDAT", b"DDAT", b"fdAT", b"fcTL"):
-            data_parts += 1
-            _limit(data_parts, DATA_PARTS_MAX, "data chunks of the PNG")
+            totals.add(1, DATA_PARTS_MAX, "data chunks of the PNG")
         else:
-            parts, metadata = parts + 1, metadata + length
-            _limit(parts, PARTS_MAX, "chunks of the PNG")
-            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the PNG")
+            totals.add(1, PARTS_MAX, "chunks of the PNG")
+            totals.add(length, METADATA_BYTES_MAX, "bytes of metadata of the PNG")
         if kind in (b"zTXt", b"iTXt", b"iCCP"):
-            packed += 1
-            _limit(packed, PACKED_CHUNKS_MAX, "texts of the PNG")
+            totals.add(1, PACKED_CHUNKS_MAX, "texts of the PNG")
         if kind == b"eXIf" or data.startswith((b"exif\0", b"Raw profile type exif\0"), position + 8):
             _limit(length, EXIF_BYTES_MAX, "bytes of EXIF of the PNG")
         if kind == b"IEND":
@@ -189,20 +189,16 @@ def _check_webp(data: bytes, max_pixels: int) -> bool:
     Such data can have 65,536 sets of Huffman tables, for which libwebp needs several hundred megabytes however small
     the picture is. Their number is known only once a part of the data is decoded.
     """
-    lossless = False
-    _check_size(*_webp_size(data), max_pixels)
-    position, parts, frames, metadata = 12, 0, 0, 0
+    check_size(*_webp_size(data), max_pixels)
+    totals, position, lossless = _Totals(), 12, False
     while position + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, position)
         if kind == b"ANMF":
-            frames += 1
-            _limit(frames, DATA_PARTS_MAX, "frames of the WebP")
+            totals.add(1, DATA_PARTS_MAX, "frames of the WebP")
         else:
-            parts += 1
-            _limit(parts, PARTS_MAX, "chunks of the WebP")
+            totals.add(1, PARTS_MAX, "chunks of the WebP")
         if kind not in (b"ANMF", b"VP8 ", b"VP8L", b"ALPH"):
-            metadata += length
-            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the WebP")
+            totals.add(length, METADATA_BYTES_MAX, "bytes of metadata of the WebP")
         if kind == b"EXIF":
             _limit(length, EXIF_BYTES_MAX, "bytes of EXIF of the WebP")
         lossless |= kind in (b"ANMF", b"VP8L", b"ALPH")
@@ -256,15 +252,6 @@ class _Item:
 
 
 @dataclass
-class _Reference:
-    """An entry of the `iref` box: the item `source` consists of `targets` (kind "dimg") or describes them ("cdsc")."""
-
-    kind: bytes
-    source: int
-    targets: list[int]
-
-
-@dataclass
 class _Track:
     """What a track's sample table says."""
 
@@ -284,42 +271,42 @@ class _BoxFileCheck:
     def __init__(self, data: bytes, max_pixels: int) -> None:
         self._data, self._max_pixels = data, max_pixels
         # Item number -> types, places of `idat` boxes: several only in a file that is to deceive the check.
-        self._kinds: dict[int, set[bytes]] = {}
+        self._kinds: defaultdict[int, set[bytes]] = defaultdict(set)
         self._idats: list[int] = []
         self._items: list[_Item] = []
         self._tracks: list[_Track] = []
         self._properties: list[tuple[bytes, int, int]] = []  # kind, start and end of each box in `ipco`
         self._associations: list[tuple[int, int]] = []  # item number, number of its property from 1 on
-        self._references: list[_Reference] = []
+        # Kind, item, other items: it consists of them ("dimg") or describes them ("cdsc").
+        self._references: list[tuple[bytes, int, list[int]]] = []
         self._has_av1_track = False
+        self._totals = _Totals()
         self._units = self._pixels = self._largest = 0  # AV1 or HEVC units; pixels of all frames and of the largest
 
     def run(self) -> int:
         self._walk()
         data = memoryview(self._data)
-        total = metadata = 0
-        slices: dict[int, int] = {}  # HEVC item -> slices
-        sizes: dict[int, int] = {}  # item -> bytes
+        slices: Counter[int] = Counter()  # HEVC item -> slices
+        sizes: Counter[int] = Counter()  # item -> bytes
         for item in self._items:
             size = sum(length for _, length in item.extents)
-            total += size
-            _limit(total, len(data) + (1 << 20), "bytes of items of the file")  # identical tiles are stored once
-            kinds = self._kinds.get(item.number, set())
-            sizes[item.number] = sizes.get(item.number, 0) + size
+            limit = len(data) + (1 << 20)  # identical tiles are stored once
+            self._totals.add(size, limit, "bytes of items of the file")
+            kinds = self._kinds[item.number]
+            sizes[item.number] += size
             for payload in self._payloads(item) if kinds & {b"av01", b"hvc1", b"grid"} else ():
                 if b"av01" in kinds:
                     self._check_av1(payload)
                 if b"hvc1" in kinds:
-                    slices[item.number] = slices.get(item.number, 0) + self._count_slices(payload)
+                    slices[item.number] += self._count_slices(payload)
                 if b"grid" in kinds:
                     integers = _Integers(payload, 1)
                     side = 4 if integers.next(1) & 1 else 2
                     integers.next(2)  # rows and columns
-                    _check_size(integers.next(side), integers.next(side), self._max_pixels)
+                    check_size(integers.next(side), integers.next(side), self._max_pixels)
             if kinds & {b"av01", b"hvc1"}:
                 continue
-            metadata += size
-            _limit(metadata, METADATA_BYTES_MAX, "bytes of metadata of the file")
+            self._totals.add(size, METADATA_BYTES_MAX, "bytes of metadata of the file")
             if b"Exif" in kinds:
                 _limit(size, EXIF_BYTES_MAX, "bytes of EXIF of the file")
         for track in self._tracks if self._has_av1_track else ():  # not the video behind a phone's photograph
@@ -338,7 +325,6 @@ class _BoxFileCheck:
 
     def _walk(self) -> None:
         """Counts the boxes, and reads those that say where the AV1 data is."""
-        parts = item_tables = sample_tables = 0
         waiting = [(b"", 0, len(self._data))]  # no recursion: boxes can be nested deeper than Python's stack
         while waiting:
             parent, *row = waiting.pop()
@@ -347,17 +333,14 @@ class _BoxFileCheck:
             if parent == b"ipco":
                 _limit(len(self._properties), 0, "second ipco box of the file")
             for kind, start, stop in _boxes(self._data, *row):
-                parts += 1
-                _limit(parts, PARTS_MAX, "boxes of the file")
+                self._totals.add(1, PARTS_MAX, "boxes of the file")
                 version = _Integers(self._data, start).next(1)
                 if kind in (b"meta", b"moov"):
                     _limit(stop - start, METADATA_BYTES_MAX, "bytes of metadata of the file")
                 if kind in _ITEM_TABLES:
-                    item_tables += stop - start
-                    _limit(item_tables, ITEM_TABLE_BYTES_MAX, "bytes of tables of the file")
+                    self._totals.add(stop - start, ITEM_TABLE_BYTES_MAX, "bytes of tables of the file")
                 if parent == b"stbl":
-                    sample_tables += stop - start
-                    _limit(sample_tables, SAMPLE_TABLE_BYTES_MAX, "bytes of sample tables of the file")
+                    self._totals.add(stop - start, SAMPLE_TABLE_BYTES_MAX, "bytes of sample tables of the file")
                     self._read_track(kind, _Integers(self._data, start + 4), self._tracks[-1])
                 if parent == b"ipco":
                     self._properties.append((kind, start, stop))
@@ -379,7 +362,7 @@ class _BoxFileCheck:
             number = integers.next(4 if version > 2 else 2)
             integers.next(2)  # protection
             item_kind = integers.next(4).to_bytes(4, "big")
-            self._kinds.setdefault(number, set()).add(item_kind)
+            self._kinds[number].add(item_kind)
             if item_kind == b"iovl":
                 raise BadInput("payload: pictures that are composed of overlays are not supported")
             if item_kind == b"mime" and any(self._data[integers.position : stop].split(b"\0")[2:]):
@@ -399,7 +382,7 @@ class _BoxFileCheck:
                 size, integers = 4 if version else 2, _Integers(self._data, inner)
                 source = integers.next(size)
                 count = min(integers.next(2), (inner_stop - inner) // size)
-                self._references.append(_Reference(reference, source, [integers.next(size) for _ in range(count)]))
+                self._references.append((reference, source, [integers.next(size) for _ in range(count)]))
 
     def _read_iloc(self, integers: _Integers, version: int) -> None:
         sizes = integers.next(2)
@@ -408,15 +391,13 @@ class _BoxFileCheck:
         long = 4 if version == 2 else 2
         count = integers.next(long)
         _limit(count, PARTS_MAX, "items of the file")
-        extents = 0
         for _ in range(count):
             number = integers.next(long)
             in_idat = version in (1, 2) and integers.next(2) & 15 == 1
             integers.next(2)  # data reference
             item = _Item(number, integers.next(base_size), in_idat, [])
             count = integers.next(2)
-            extents += count
-            _limit(extents, PARTS_MAX, "extents of the file")
+            self._totals.add(count, PARTS_MAX, "extents of the file")
             for _ in range(count):
                 integers.next(index_size)
                 item.extents.append((integers.next(offset_size), integers.next(length_size)))
@@ -449,37 +430,32 @@ class _BoxFileCheck:
             position += 4 + int.from_bytes(payload[position : position + 4], "big")
         return slices
 
-    def _check_hevc(self, slices: dict[int, int], sizes: dict[int, int]) -> None:
+    def _check_hevc(self, slices: Counter[int], sizes: Counter[int]) -> None:
         """Adds up the pixels that libheif decodes and the bytes that pillow-heif copies for each image of the file."""
         areas: dict[int, int] = {}
-        copied = 0
         for number, index in self._associations:
             kind, start, stop = self._properties[index - 1] if 0 < index <= len(self._properties) else (b"", 0, 0)
-            copied += stop - start
+            self._totals.add(stop - start, METADATA_BYTES_MAX, "bytes of metadata of the HEIC")
             if kind == b"ispe":
                 integers = _Integers(self._data, start + 4)
                 areas[number] = max(areas.get(number, 0), integers.next(4) * integers.next(4))
-        parameters = [(start, stop) for kind, start, stop in self._properties if kind == b"hvcC"]
-        _limit(sum(stop - start for start, stop in parameters), TABLE_BYTES_MAX, "bytes of parameters of the HEIC")
-        for start, stop in parameters:
-            self._check_parameters(start, stop)
-        frames = {
-            number: count * max(areas.get(number, self._max_pixels), HEVC_PIXELS_MIN)
-            for number, count in slices.items()
-        }
-        for number, area in areas.items():
-            if number in slices:
-                self._largest = max(self._largest, area)
-        self._pixels += sum(frames.values())
-        for reference in self._references:
-            if reference.kind == b"cdsc":
-                copied += sizes.get(reference.source, 0) * len(reference.targets)
-            if reference.kind == b"dimg":
-                self._pixels += sum(frames.get(target, 0) for target in reference.targets)
-                derived = [number for number in reference.targets if self._kinds.get(number, set()) & _DERIVED]
-                if derived and self._kinds.get(reference.source, set()) & _DERIVED:
+        for kind, start, stop in self._properties:
+            if kind == b"hvcC":
+                self._totals.add(stop - start, TABLE_BYTES_MAX, "bytes of parameters of the HEIC")
+                self._check_parameters(start, stop)
+        frames: Counter[int] = Counter()  # item -> pixels of its slices
+        for number, count in slices.items():
+            frames[number] = count * max(areas.get(number, self._max_pixels), HEVC_PIXELS_MIN)
+            self._largest = max(self._largest, areas.get(number, 0))
+        self._pixels += frames.total()
+        for kind, source, targets in self._references:
+            if kind == b"cdsc":
+                size = sizes[source] * len(targets)
+                self._totals.add(size, METADATA_BYTES_MAX, "bytes of metadata of the HEIC")
+            if kind == b"dimg":
+                self._pixels += sum(frames[target] for target in targets)
+                if self._kinds[source] & _DERIVED and any(self._kinds[target] & _DERIVED for target in targets):
                     raise BadInput("payload: HEIC with grids in grids is not supported")
-        _limit(copied, METADATA_BYTES_MAX, "bytes of metadata of the HEIC")
         _limit(self._pixels, FRAMES_MAX * self._max_pixels, "pixels of all frames of the HEIC")
 
     def _check_parameters(self, start: int, stop: int) -> None:
@@ -497,30 +473,30 @@ class _BoxFileCheck:
 
     def _check_av1(self, payload: memoryview) -> None:
         """Adds the frames of one item or sample to `_pixels`. AV1 specification, section 5.3 to 5.5."""
-        position = frame = 0
-        while position < len(payload):
+        integers, frame = _Integers(payload, 0), 0
+        while integers.position < len(payload):
             self._units += 1
             _limit(self._units, DATA_PARTS_MAX, "AV1 units of the file")
-            header = payload[position]
-            position += 2 if header & 4 else 1  # an extension
-            size = 0
+            header = integers.next(1)
+            integers.next(header >> 2 & 1)  # an extension
             if header & 2:  # the size follows, seven bits a byte
+                size = 0
                 for shift in range(0, 56, 7):
-                    byte = payload[position] if position < len(payload) else 0
-                    size, position = size | (byte & 127) << shift, position + 1
+                    byte = integers.next(1)
+                    size |= (byte & 127) << shift
                     if byte < 128:
                         break
             else:
-                size = len(payload) - position
+                size = len(payload) - integers.position
             if header >> 3 & 15 == 1:
-                width, height = _av1_size(payload[position : position + min(size, 512)])
-                _check_size(width, height, self._max_pixels)
+                width, height = _av1_size(payload[integers.position : integers.position + min(size, 512)])
+                check_size(width, height, self._max_pixels)
                 frame = width * height
                 self._largest = max(self._largest, frame)
             elif header >> 3 & 15 in (3, 6, 7):  # a frame header alone, with its frame, or repeated
                 self._pixels += frame
                 _limit(self._pixels, FRAMES_MAX * self._max_pixels, "pixels of all AV1 frames of the file")
-            position += size
+            integers.position += size
 
 
 def _av1_size(header: memoryview) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ except ImportError:  # optional: there are no wheels for some platforms
     pillow_heif = None
 
 from errors import BackendError, BadInput
-from image_structure import check_structure
+from image_structure import check_size, check_structure
 
 log = logging.getLogger("lumen.preprocess")
 
@@ -37,9 +37,8 @@ BIOCLIP_TENSOR, SIGLIP_TENSOR = "bioclip2_224_image_v1", "siglip2_base_patch16_2
 DRAFT_MARGIN = 2  # scaled JPEG decoding keeps at least so many times the side of the model's input
 STRIP_LINES = 256  # lines of a picture with alpha that are blended at a time
 Image.MAX_IMAGE_PIXELS = None  # disables Pillow's limit; `decode_image` applies the configured one
-PngImagePlugin.MAX_TEXT_MEMORY = (
-    16 << 20
-)  # characters of a PNG's decompressed texts; Pillow's default is four times as much
+# Characters of a PNG's decompressed texts; Pillow's default is four times as much
+PngImagePlugin.MAX_TEXT_MEMORY = 16 << 20
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP") + (("AVIF",) if features.check("avif") else ())
 if pillow_heif is not None:
     # Pictures are decoded one on each thread, and of each the primary image alone.
@@ -91,31 +90,23 @@ class Preprocess:
 
         The SDK's tensors for SigLIP 2 are resized by the bilinear filter, and OpenCLIP's recipe is bicubic.
         """
-        ids = {
-            Preprocess(): BIOCLIP_TENSOR,
-            Preprocess(224, (0.5,) * 3, (0.5,) * 3, resize_mode="squash"): SIGLIP_TENSOR,
-        }
-        return ids.get(self, "")
+        siglip = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash")
+        return {Preprocess(): BIOCLIP_TENSOR, siglip: SIGLIP_TENSOR}.get(self, "")
 
 
 def _of_channels(values: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(map(float, values)) if isinstance(values, Sequence) else (float(values),) * 3
 
 
-Room = Callable[[int], AbstractContextManager[None]]
-
-
-def anyone(pixels: int) -> AbstractContextManager[None]:
-    """No limit on pixels in memory."""
-    return nullcontext()
+Room = Callable[[int], AbstractContextManager[object]]
 
 
 def decode_image(
     data: bytes,
-    recipes: Iterable[Preprocess],
+    recipes: Collection[Preprocess],
     max_pixels: int,
     draft: bool,
-    room: Room = anyone,
+    room: Room = nullcontext,
     sized: Callable[[tuple[int, int]], None] = lambda size: None,
 ) -> dict[Preprocess, Pixels]:
     """Decodes a picture, whose format is detected from its content, for each recipe: uint8 RGB `[size, size, 3]`.
@@ -124,22 +115,17 @@ def decode_image(
     recipe. `room`: a context that is entered with the number of pixels while they are in memory, 4 to 20 bytes each.
     `sized`: called with the width and height as stored, before the EXIF orientation is applied. Raises BadInput.
     """
-    recipes = list(recipes)
+    coded = check_structure(data, max_pixels)
     try:
-        coded = check_structure(data, max_pixels)
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except BadInput:
-        raise
     except Exception as error:  # Pillow raises various exceptions for damaged files
         log.debug("not an image: %r", error)
         if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev") and pillow_heif is None:
             raise BadInput("payload: HEIC; this daemon reads it if pillow-heif is installed") from error
-        raise BadInput(
-            f"payload: not an image that can be read; allowed: whole files of {', '.join(IMAGE_FORMATS)}"
-        ) from error
+        allowed = f"whole files of {', '.join(IMAGE_FORMATS)}"
+        raise BadInput(f"payload: not an image that can be read; allowed: {allowed}") from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise BadInput(f"payload: the image has {width} x {height} pixels; allowed: {max_pixels} in all")
+    check_size(width, height, max_pixels)
     sized((width, height))
     try:
         if draft and image.format in ("JPEG", "MPO"):
@@ -237,20 +223,20 @@ def pixels_from_tensor(payload: bytes, meta: Mapping[str, str], recipe: Preproce
     for key, value in expected.items():
         if meta.get(key) != value:
             raise BadInput(f"meta {key}: {meta.get(key, '')[:80]!r}; allowed: {value!r}")
-    dtype = TENSOR_DTYPES.get(meta.get("lumen.tensor.dtype", ""))
-    if dtype is None:
-        text = meta.get("lumen.tensor.dtype", "")[:80]
-        raise BadInput(f"meta lumen.tensor.dtype: {text!r}; allowed: fp32, fp16")
+    name, text = meta.get("lumen.tensor.dtype", ""), meta.get("lumen.tensor.shape", "")
+    if name not in TENSOR_DTYPES:
+        raise BadInput(f"meta lumen.tensor.dtype: {name[:80]!r}; allowed: fp32, fp16")
     try:
-        text = meta.get("lumen.tensor.shape", "")
         sent: object = json.loads(text) if len(text) < 100 else None
     except (ValueError, RecursionError):
         sent = None
     if sent != shape:
-        raise BadInput(f"meta lumen.tensor.shape: {meta.get('lumen.tensor.shape', '')[:80]!r}; allowed: {shape}")
-    if len(payload) != 3 * recipe.size**2 * dtype.itemsize:
-        raise BadInput(f"payload: {len(payload)} bytes; a tensor {shape} has {3 * recipe.size**2 * dtype.itemsize}")
-    values = np.frombuffer(payload, dtype).reshape(3, recipe.size, recipe.size).astype(np.float32)
+        raise BadInput(f"meta lumen.tensor.shape: {text[:80]!r}; allowed: {shape}")
+    dtype = TENSOR_DTYPES[name]
+    size = 3 * recipe.size**2 * dtype.itemsize
+    if len(payload) != size:
+        raise BadInput(f"payload: {len(payload)} bytes; a tensor {shape} has {size}")
+    values = np.frombuffer(payload, dtype).reshape(shape[1:]).astype(np.float32)
     mean, std = (np.array(x, np.float32)[:, None, None] for x in (recipe.mean, recipe.std))
     with np.errstate(all="ignore"):  # overflow is checked below
         levels = np.rint((values * std + mean) * 255)

@@ -50,22 +50,21 @@ class Models:
     ) -> None:
         """`semantic`: the model of the `semantic_` tasks, "clip" or "bioclip", or "" for none."""
         self.clip, self.bioclip, self.operator_sets, self.semantic = clip, bioclip, operator_sets, semantic
-        self.species: Species | None = None
+        species = sets.get("species")
+        self.species = species if isinstance(species, Species) else None
+        self.scenes = sets.get("scenes")
         self.progress: Progress | None = None  # of species that are not available yet
         self._engine, self._batch_size = engine, batch_size
-        self._stages = {name: self._stage(name, labelset) for name, labelset in sets.items()}
-        self._operator_stage = engine.add(Stage("own sets scoring", self._operator_scorer, batch_size, Stage.SCORING))
-        self._scenes = sets.get("scenes")
-        if isinstance(species := sets.get("species"), Species):
-            self.species = species
+        self._stages = {name: self._stage(name, labelset.answers) for name, labelset in sets.items()}
+        self._stages["own sets"] = self._stage("own sets", _operator_answers)
 
     def replace_classes(self, classes: LabelSet) -> None:
         """Replaces the labels of `clip_classify` while the daemon serves."""
-        self._stages["classes"] = self._stage("classes", classes)
+        self._stages["classes"] = self._stage("classes", classes.answers)
 
     def add_species(self, species: Species) -> None:
         """Adds species while the daemon serves."""
-        self._stages["species"] = self._stage("species", species)
+        self._stages["species"] = self._stage("species", species.answers)
         self.species, self.progress = species, None
 
     def available_species(self) -> Species:
@@ -74,20 +73,13 @@ class Models:
             raise NotReady(f"species are not available yet: {self.progress or 'loading'}")
         return self.species
 
-    def _stage(self, name: str, labelset: LabelSet | Species) -> Stage:
-        return self._engine.add(Stage(f"{name} scoring", self._scorer(labelset), self._batch_size, Stage.SCORING))
+    def _stage(self, name: str, answers: Callable[[Any, list[Any]], Sequence[Any]]) -> Stage:
+        """`answers`: vectors, float32 `[b, dim]`, and the options for each -> one result each."""
 
-    @staticmethod
-    def _operator_scorer(items: list[Any]) -> Sequence[Any]:
-        return [chosen.answer(vector, k, min_score, bias) for vector, chosen, k, min_score, bias in items]
-
-    @staticmethod
-    def _scorer(labelset: LabelSet | Species) -> Callable[[list[Any]], Sequence[Any]]:
         def run(items: list[Any]) -> Sequence[Any]:
-            queries, options = np.stack([vector for vector, _ in items]), [item_options for _, item_options in items]
-            return labelset.answers(queries, options)
+            return answers(np.stack([vector for vector, _ in items]), [options for _, options in items])
 
-        return run
+        return self._engine.add(Stage(f"{name} scoring", run, self._batch_size, Stage.SCORING))
 
     def get(self, name: str) -> Model | None:
         """A model by its name in the task table."""
@@ -113,21 +105,12 @@ class Models:
         there = [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
         return [task for task in there if self.species or not task.only_species]
 
-    @property
-    def scenes(self) -> SceneSet:
-        """The scenes. Only for tasks that are offered."""
-        assert isinstance(self._scenes, SceneSet)
-        return self._scenes
+    def best(self, labelset: str, vector: Any, options: Any) -> Generator[Any, Any, Any]:
+        """Step: the result for one vector from a set by its name; "own sets" are the operator's.
 
-    def best(
-        self, labelset: str, vector: Any, options: tuple[int, float | None] | SpeciesOptions
-    ) -> Generator[Any, Any, Any]:
-        """Step: the k best labels of a built-in set for (k, bias of the scores or None), or the best species."""
+        `options`: as in `LabelSet.answers`, `Species.answers` and `_operator_answers`.
+        """
         return (yield self._stages[labelset], [(vector, options)])[0]
-
-    def best_of_operator_set(self, chosen: OperatorSet, vector: Any, request: Request) -> Generator[Any, Any, Any]:
-        """Step: the best labels of an operator's set, and the score of "none of these"."""
-        return (yield self._operator_stage, [(vector, chosen, request.topk, request.min_score, request.bias)])[0]
 
     def best_of_caller_labels(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
         """Step: the best of the labels in the request."""
@@ -135,6 +118,11 @@ class Models:
         vectors = yield from clip.embed(request.tokens, clip.prompts)
         labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
         return labelset.top(labelset.probabilities(vector[None], [request.bias])[0], min(request.topk, len(labelset)))
+
+
+def _operator_answers(queries: Any, options: list[Any]) -> list[Any]:
+    """Unit rows, and an operator's set with (k, min_score, bias) for each -> what `OperatorSet.answer` returns."""
+    return [chosen.answer(query, *others) for query, (chosen, *others) in zip(queries, options, strict=True)]
 
 
 @dataclass
@@ -171,17 +159,17 @@ class Request:
 def clip_classify(models: Models, request: Request) -> Steps:
     clip = models.model("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
-    if request.chosen_set:
-        best, none = yield from models.best_of_operator_set(request.chosen_set, vector, request)
-        answer = _labels_answer(best, clip, "clip_classification")
-        answer.meta.update(label_set=request.chosen_set.name, none_score=f"{none:.6f}", score=request.score)
-        return answer
-    if request.labels:
+    meta = {"score": request.score}
+    if chosen := request.chosen_set:
+        options = (chosen, request.topk, request.min_score, request.bias)
+        best, none = yield from models.best("own sets", vector, options)
+        meta |= {"label_set": chosen.name, "none_score": f"{none:.6f}"}
+    elif request.labels:
         best = yield from models.best_of_caller_labels(vector, request)
     else:
         best = yield from models.best("classes", vector, (request.topk, request.bias))
     answer = _labels_answer([pair for pair in best if pair[1] >= request.min_score], clip, "clip_classification")
-    answer.meta["score"] = request.score
+    answer.meta.update(meta)
     return answer
 
 
@@ -201,26 +189,22 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 def smart_classify(models: Models, request: Request) -> Steps:
     clip = models.model("clip")
     vector = (yield clip.image, [request.pixels["clip"]])[0]
-    scene = models.scenes.resolve((yield from models.best("scenes", vector, (len(models.scenes), None))))
+    scenes = models.scenes
+    assert isinstance(scenes, SceneSet)
+    scene = scenes.resolve((yield from models.best("scenes", vector, (len(scenes), None))))
     if scene is None:
         return (yield from bioclip_classify(models, request))
     return _labels_answer([scene], clip, "scene_classification")
 
 
-def _embed_image(name: str) -> Callable[[Models, Request], Steps]:
-    def embed(models: Models, request: Request) -> Steps:
-        model = models.model(name)
-        return _embedding_answer((yield model.image, [request.pixels[name]])[0], model, request)
-
-    return embed
+def embed_image(name: str, models: Models, request: Request) -> Steps:
+    model = models.model(name)
+    return _embedding_answer((yield model.image, [request.pixels[name]])[0], model, request)
 
 
-def _embed_text(name: str) -> Callable[[Models, Request], Steps]:
-    def embed(models: Models, request: Request) -> Steps:
-        model = models.model(name)
-        return _embedding_answer((yield from model.embed(request.tokens, model.text))[0], model, request)
-
-    return embed
+def embed_text(name: str, models: Models, request: Request) -> Steps:
+    model = models.model(name)
+    return _embedding_answer((yield from model.embed(request.tokens, model.text))[0], model, request)
 
 
 def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> Answer:
@@ -242,16 +226,11 @@ def _embedding_answer(vector: Any, model: Model, request: Request) -> Answer:
     return Answer("embedding_v1", content, meta)
 
 
-_MIMES = {
-    "AVIF": ("image/avif",),
-    "HEIF": ("image/heic", "image/heif"),
-}  # of formats that Pillow reads only on some machines
-IMAGE_MIMES = (
-    "image/jpeg",
-    "image/png",
-    "image/webp",
-    *(mime for name in preprocess.IMAGE_FORMATS for mime in _MIMES.get(name, ())),
-)
+IMAGE_MIMES: tuple[str, ...] = ("image/jpeg", "image/png", "image/webp")
+if "AVIF" in preprocess.IMAGE_FORMATS:
+    IMAGE_MIMES += ("image/avif",)
+if "HEIF" in preprocess.IMAGE_FORMATS:
+    IMAGE_MIMES += ("image/heic", "image/heif")
 TEXT_MIMES = ("text/plain", "text/markdown", "text/html")
 
 
@@ -282,8 +261,8 @@ TASKS = {
     task.name: task
     for task in (
         Task("clip_classify", clip_classify, ("clip",), "image", topk=5, caller_labels=True),
-        Task("clip_embed", _embed_text("clip"), ("clip",), "text"),
-        Task("clip_image_embed", _embed_image("clip"), ("clip",), "image"),
+        Task("clip_embed", partial(embed_text, "clip"), ("clip",), "text"),
+        Task("clip_image_embed", partial(embed_image, "clip"), ("clip",), "image"),
         Task("smart_classify", smart_classify, ("clip", "bioclip"), "image", topk=3, species=True),
         Task(
             "bioclip_classify",
@@ -295,11 +274,11 @@ TASKS = {
             only_species=True,
             tensor=BIOCLIP_TENSOR,
         ),
-        Task("bioclip_embed", _embed_text("bioclip"), ("bioclip",), "text"),
-        Task("bioclip_image_embed", _embed_image("bioclip"), ("bioclip",), "image", tensor=BIOCLIP_TENSOR),
+        Task("bioclip_embed", partial(embed_text, "bioclip"), ("bioclip",), "text"),
+        Task("bioclip_image_embed", partial(embed_image, "bioclip"), ("bioclip",), "image", tensor=BIOCLIP_TENSOR),
         # Newer photo apps search with these tasks; see LUMEN_SEMANTIC.
-        Task("semantic_image_embed", _embed_image("semantic"), ("semantic",), "image", tensor=SIGLIP_TENSOR),
-        Task("semantic_text_embed", _embed_text("semantic"), ("semantic",), "text"),
+        Task("semantic_image_embed", partial(embed_image, "semantic"), ("semantic",), "image", tensor=SIGLIP_TENSOR),
+        Task("semantic_text_embed", partial(embed_text, "semantic"), ("semantic",), "text"),
     )
 }
 SCORES = ("softmax", "sigmoid")
@@ -308,14 +287,13 @@ TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
 
 def find_task(models: Models, name: str) -> Task:
     """The task that a request names. Raises BadInput, or NotReady if the task will be available later."""
-    available = models.offered()
-    for task in available:
-        if task.name == name:
-            return task
+    available = {task.name: task for task in models.offered()}
+    if name in available:
+        return available[name]
     if name in TASKS and TASKS[name].only_species and models.progress:
         models.available_species()
     reason = "switched off by the daemon's settings" if name in TASKS else "unknown"
-    raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(task.name for task in available)}")
+    raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(available)}")
 
 
 def read_meta(task: Task, request: Request) -> None:
@@ -331,43 +309,29 @@ def read_meta(task: Task, request: Request) -> None:
     if task.topk:
         request.topk = next((_topk(key, meta[key]) for key in TOPK_KEYS if key in meta), task.topk)
     if task.caller_labels:
-        _read_label_meta(request)
+        request.label_set = meta.get("label_set", "")
+        request.score = _one_of("score", meta.get("score", request.score), SCORES)
+        request.min_score = _min_score(meta, 0.0)
+        if "labels" in meta:
+            if request.label_set:
+                raise BadInput("meta label_set: it is given with labels; allowed: one of the two")
+            request.labels = _caller_labels(meta["labels"])
     if task.takes == "text" or request.labels:
-        default = "a photo of a {}." if request.labels else "{}"
-        request.template = meta.get("prompt_template", default)
+        request.template = meta.get("prompt_template", "a photo of a {}." if request.labels else "{}")
         if request.template.count("{}") != 1 or len(request.template) > 1000:
             raise BadInput("meta prompt_template: allowed: a text with one {} in it, of at most 1000 characters")
     if not task.topk:
         kind = meta.get("lumen.output.kind", "") or "json"
-        if kind not in ("json", "tensor"):
-            raise BadInput(f"meta lumen.output.kind: {kind[:80]!r}; allowed: json, tensor")
-        request.as_tensor = kind == "tensor"
+        request.as_tensor = _one_of("lumen.output.kind", kind, ("json", "tensor")) == "tensor"
     if task.species:
-        _read_species_meta(request)
+        request.label_format = _one_of("label_format", meta.get("label_format", request.label_format), LABEL_FORMATS)
+        request.rank = _one_of("rank", meta.get("rank", request.rank), (*RANKS, "auto"))
+        request.min_score = _min_score(meta, MIN_SCORE if request.rank == "auto" else 0.0)
+        if "within" in meta:
+            request.within = _taxa(meta["within"])
 
 
-def _read_label_meta(request: Request) -> None:
-    meta = request.meta
-    request.label_set = meta.get("label_set", "")
-    request.score = _one_of(meta, "score", SCORES, request.score)
-    request.min_score = _min_score(meta, 0.0)
-    if "labels" in meta:
-        if request.label_set:
-            raise BadInput("meta label_set: it is given with labels; allowed: one of the two")
-        request.labels = _caller_labels(meta["labels"])
-
-
-def _read_species_meta(request: Request) -> None:
-    meta = request.meta
-    request.label_format = _one_of(meta, "label_format", LABEL_FORMATS, request.label_format)
-    request.rank = _one_of(meta, "rank", (*RANKS, "auto"), request.rank)
-    request.min_score = _min_score(meta, MIN_SCORE if request.rank == "auto" else 0.0)
-    if "within" in meta:
-        request.within = _taxa(meta["within"])
-
-
-def _one_of(meta: Mapping[str, str], key: str, allowed: Sequence[str], default: str) -> str:
-    value = meta.get(key, default)
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise BadInput(f"meta {key}: {value[:80]!r}; allowed: {', '.join(allowed)}")
     return value
@@ -513,15 +477,9 @@ def _pixels(
 ) -> dict[str, Any]:
     kind = request.meta.get("lumen.input.kind", "") or "raw"
     if kind == "raw":
-        limit = settings.lumen_max_megapixels * 1_000_000
-        pictures = preprocess.decode_image(
-            request.payload,
-            set(recipes.values()),
-            limit,
-            settings.lumen_jpeg_draft,
-            room,
-            partial(setattr, request, "image_size"),
-        )
+        limit, draft = settings.lumen_max_megapixels * 1_000_000, settings.lumen_jpeg_draft
+        sized = partial(setattr, request, "image_size")
+        pictures = preprocess.decode_image(request.payload, set(recipes.values()), limit, draft, room, sized)
         return {name: pictures[recipe] for name, recipe in recipes.items()}
     recipe = recipes[task.models[0]]
     takes_tensors = task.tensor_id(recipe)

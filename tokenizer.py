@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +16,7 @@ from numpy.typing import NDArray
 from errors import BackendError, one_line
 
 Tokens = NDArray[np.int64]  # [n, context_length], padded
-
-
-class TextTokenizer(Protocol):
-    """Texts to token ids, for one text tower."""
-
-    context_length: int
-    highest_id: int  # of the vocabulary; the tower's embedding table must have a row for it
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`. Long texts are cut, and the end token is kept."""
-
-    def to_json(self) -> str:
-        """The content of a `tokenizer.json` for `read_tokenizer`."""
+Clean = Callable[[str], str]
 
 
 # --- cleaning ---------------------------------------------------------------------------------------------------
@@ -54,7 +42,7 @@ def clean_canonicalize(text: str) -> str:
 
 
 # The values of `clean` in OpenCLIP's `tokenizer_kwargs`.
-CLEANERS: dict[str, Callable[[str], str]] = {
+CLEANERS: dict[str, Clean] = {
     "canonicalize": clean_canonicalize,
     "lower": clean_lower,
     "whitespace": clean_whitespace,
@@ -64,7 +52,33 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 # --- tokenizers -------------------------------------------------------------------------------------------------
 
 
-class ClipTokenizer:
+class TextTokenizer:
+    """Texts to token ids, for one text tower. A subclass makes the ids of one text."""
+
+    highest_id: int  # of the vocabulary; the tower's embedding table must have a row for it
+    _tokenizer: Any  # of the library `tokenizers`
+
+    def __init__(self, context_length: int, clean: Clean) -> None:
+        self.context_length, self._clean = context_length, clean
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """int64 `[n, context_length]`. Long texts are cut, and the end token is kept."""
+        tokens = np.zeros((len(texts), self.context_length), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = self._encode(self._clean(text))
+            row[: len(ids)] = ids
+        return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a clean text, at most `context_length`. Zeros follow if there are fewer."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` for `read_tokenizer`. It needs no `tokenizer_config.json`."""
+        return str(self._tokenizer.to_str())
+
+
+class ClipTokenizer(TextTokenizer):
     """CLIP's byte-pair tokenizer. It gives the same ids as OpenCLIP's SimpleTokenizer, at the speed of `tokenizers`.
 
     The normalizer of a CLIP `tokenizer.json` lacks ftfy, so it differs from OpenCLIP for curly quotes, HTML entities,
@@ -73,50 +87,34 @@ class ClipTokenizer:
     """
 
     def __init__(
-        self,
-        vocab: Mapping[str, int],
-        merges: Sequence[tuple[str, str]],
-        context_length: int = 77,
-        clean: Callable[[str], str] = clean_lower,
+        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int, clean: Clean
     ) -> None:
         """Raises ValueError if the vocabulary is not CLIP's."""
         import regex
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        self.context_length, self._clean = context_length, clean
+        super().__init__(context_length, clean)
         self._split = regex.compile(
             r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
             regex.IGNORECASE,
         )
-        self.start, self.end = _special_ids(vocab)
+        self._start, self._end = _special_ids(vocab)
+        self._specials = {"<start_of_text>": self._start, "<end_of_text>": self._end}
         self.highest_id = max(vocab.values())
-        self._specials = {"<start_of_text>": self.start, "<end_of_text>": self.end}
-        bpe = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>")
-        self._bpe = Tokenizer(bpe)
-        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def to_json(self) -> str:
-        return str(self._bpe.to_str())
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`: start, tokens, end, then zeros."""
-        tokens = np.zeros((len(texts), self.context_length), np.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            ids = [self.start, *self._encode(self._clean(text)), self.end][: self.context_length]
-            ids[-1] = self.end
-            row[: len(ids)] = ids
-        return tokens
+        self._tokenizer = Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix="</w>"))
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def _encode(self, text: str) -> list[int]:
+        """Start, tokens, end."""
+        ids = [self._start]
         # Each word has at least one token, so more words than the context length are not needed.
-        words = (match.group() for match in islice(self._split.finditer(text), self.context_length))
-        ids: list[int] = []
-        for word in words:
+        for match in islice(self._split.finditer(text), self.context_length):
+            word = match.group()
             if word in self._specials:
                 ids.append(self._specials[word])
             else:
-                ids.extend(self._bpe.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
-        return ids
+                ids.extend(self._tokenizer.encode([word], is_pretokenized=True, add_special_tokens=False).ids)
+        return [*ids[: self.context_length - 1], self._end]
 
 
 def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
@@ -126,20 +124,18 @@ def _special_ids(vocab: Mapping[str, int]) -> tuple[int, int]:
     raise ValueError("the vocabulary lacks the start and end tokens of CLIP")
 
 
-class HubTokenizer:
+class HubTokenizer(TextTokenizer):
     """A tokenizer of the Hugging Face hub, as OpenCLIP's HFTokenizer uses it: Gemma's, T5's and others.
 
     Its steps are those of the `tokenizer.json`, the tokens at the start and the end of a text included. The padding
     token is named by the `tokenizer_config.json`.
     """
 
-    def __init__(
-        self, content: str, config: Mapping[str, Any], context_length: int, clean: Callable[[str], str]
-    ) -> None:
+    def __init__(self, content: str, config: Mapping[str, Any], context_length: int, clean: Clean) -> None:
         """`content`: that of the `tokenizer.json`. Raises ValueError if it is not one, or if a token is missing."""
         from tokenizers import Tokenizer
 
-        self.context_length, self._clean = context_length, clean
+        super().__init__(context_length, clean)
         try:
             self._tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more specific
@@ -156,15 +152,9 @@ class HubTokenizer:
         side = config.get("truncation_side") or truncation.get("direction", "right")
         self._tokenizer.enable_truncation(context_length, direction=side)
 
-    def to_json(self) -> str:
-        """Padding included, so that no `tokenizer_config.json` is needed."""
-        return str(self._tokenizer.to_str())
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`."""
-        # `encode_batch` would start a thread for each core.
-        rows = [self._tokenizer.encode(self._clean(text)).ids for text in texts]
-        return np.array(rows, np.int64).reshape(len(rows), self.context_length)
+    def _encode(self, text: str) -> list[int]:
+        """Padded to the context length."""
+        return list(self._tokenizer.encode(text).ids)  # `encode_batch` would start a thread for each core
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -196,7 +186,7 @@ def read_tokenizer(path: Path, text_config: Mapping[str, Any], context_length: i
         raise BackendError(f"{path}: no tokenizer.json that can be used ({one_line(error)})") from error
 
 
-def cleaner_of(text_config: Mapping[str, Any], where: object) -> Callable[[str], str]:
+def cleaner_of(text_config: Mapping[str, Any], where: object) -> Clean:
     """The cleaning that a `text_cfg` names, with OpenCLIP's defaults. Raises BackendError, which names `where`."""
     options = dict(text_config.get("tokenizer_kwargs") or {})
     clean = options.get("clean", "whitespace" if text_config.get("hf_tokenizer_name") else "lower")
