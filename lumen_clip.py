@@ -1,8 +1,15 @@
 """lumen-clip: CLIP and BioCLIP-2 over gRPC (`home_native.v1.Inference`), batched across all clients.
 
+The way of one request:
+
+    stream's reader thread     chunks -> one whole Request         (streams: Stream; chunks: Assembler)
+    decode threads             bytes -> pixels or token ids        (intake: Intake; decode_pool; tasks: prepare)
+    the engine's thread        the task's steps, in true batches   (engine: Engine; tasks)
+    inference thread, workers  a batch through a model             (engine: Engine; a backend)
+    stream's own thread        responses, in the requests' order   (streams: Stream)
+
 This file starts, serves and stops. `main()` reads and checks the settings, opens the ports, advertises the daemon as
-loading, loads the models, and then reports to mDNS and systemd that it is ready. docs/internals.md describes the path
-of a request and the threads.
+loading, loads the models, and then reports to mDNS and systemd that it is ready.
 """
 
 from __future__ import annotations

@@ -115,9 +115,11 @@ def decode_image(
     recipe. `room`: a context that is entered with the number of pixels while they are in memory, 4 to 20 bytes each.
     `sized`: called with the width and height as stored, before the EXIF orientation is applied. Raises BadInput.
     """
-    coded = check_structure(data, max_pixels)
     try:
+        coded = check_structure(data, max_pixels)
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except BadInput:
+        raise
     except Exception as error:  # Pillow raises various exceptions for damaged files
         log.debug("not an image: %r", error)
         if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev") and pillow_heif is None:
