@@ -30,7 +30,7 @@ MISBEHAVING = """
 import ctypes, os, sys, time
 sys.path.insert(0, "@ROOT@")
 import numpy as np
-import backends, labels, lumen_clip, preprocess
+import labels, lumen_clip, model_files, preprocess
 from onnx_backend import FolderBackend
 
 decode, encode, fault = preprocess.decode_image, FolderBackend.encode_images, os.environ.get("FAULT")
@@ -60,7 +60,7 @@ def encode_or_worse(backend, pixels):
         if (means.min(axis=1) > 100).any() and fault:
             rows = encode(backend, pixels)
             wrong = {"NaN": rows * np.nan, "zeros": rows * 0, "short rows": rows[:, :-1], "too few rows": rows[:-1]}
-            return wrong[fault] if "rows" in fault else backends.unit_rows(wrong[fault])
+            return wrong[fault] if "rows" in fault else model_files.unit_rows(wrong[fault])
     return encode(backend, pixels)
 
 def tokenize_and_remember(backend, texts):
@@ -470,6 +470,8 @@ def test_what_is_no_vector_is_never_sent_as_one(misbehaving: Callable[..., Node]
         number = re.fullmatch(r"internal error (\w{8}); the daemon's log says more", response.error.message)
         assert number  # and nothing of the shape, the model or a path
     assert f"internal error {number[1]}" in node.log  # by which the operator finds the story
+    reason = "vectors of shape" if "rows" in fault else "a vector that is not finite or has no length"
+    assert reason in node.log
     assert node.stop() == 0
 
 
