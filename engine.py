@@ -221,8 +221,8 @@ class Engine:
         self._new: list[Job] = []
         self._cancelled: set[Flow] = set()  # flows of which a job was cancelled
         self._expected = 0  # requests that wait for their responses, in whatever stage
-        self._peak = 0  # the most requests in progress until RETURN_S after the last response
-        self._returns_until = 0.0  # RETURN_S after the last response, by time.monotonic()
+        # Flow that was answered and has not asked again -> RETURN_S after its response, by time.monotonic()
+        self._returning: dict[Flow, float] = {}
         self._shared_at = 0.0  # when a request last came while another was in progress, by time.monotonic()
         self._workers = self._free_workers = workers
         self._inferring = False  # the inference thread or the background thread runs a batch
@@ -271,15 +271,17 @@ class Engine:
         """Counts a request that is submitted later, when it is prepared. Until its response, background work waits."""
         with self._changed:
             self._expected += 1
+            self._returning.pop(job.flow, None)
             self._shared_at = time.monotonic() if self._expected > 1 else self._shared_at
         job.answer.add_done_callback(partial(self._answered, job.flow))
 
     def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
         with self._changed:
             now = time.monotonic()
-            self._peak = max(self._expected, self._peak if now < self._returns_until else 0)
             self._expected -= 1
-            self._idle_from, self._returns_until = now + IDLE_S, now + RETURN_S
+            self._idle_from = now + IDLE_S
+            self._returning = {other: until for other, until in self._returning.items() if until > now}
+            self._returning[flow] = now + RETURN_S
             if answer.cancelled():
                 self._cancelled.add(flow)
             if answer.cancelled() or not self._expected:
@@ -380,20 +382,19 @@ class Engine:
         return not self._inferring
 
     def _fills(self, stage: Stage) -> bool:
-        """Whether a free worker waits for more pictures: its share is not decoded yet, and no core would be idle.
+        """Whether the last free worker waits until its share of the pictures is decoded: a larger batch is faster.
 
-        A picture in a larger batch takes less time. A core counts as busy if it decodes, if it runs a batch, or if a
-        client was just answered and will ask again. A worker waits no longer than an average picture takes, because
-        what is decoded may belong to others, or may not be a picture.
+        It does while a core decodes, or while a client that was just answered may ask again. It waits no longer than an
+        average picture takes, because what is decoded may belong to others, or may not be a picture.
         """
         now = time.monotonic()
-        returning = max(0, self._peak - self._expected) if now < self._returns_until else 0
-        share = min(stage.size_limit(), -(-(self._expected + returning) // self._workers))
-        busy = self._workers - self._free_workers + self._decoding() + returning
-        if -(-len(stage.queue) // self._free_workers) >= share or busy < self._workers:
+        with self._changed:
+            returns = [until for until in self._returning.values() if until > now]
+        share = min(stage.size_limit(), -(-(self._expected + len(returns)) // self._workers))
+        if self._free_workers > 1 or len(stage.queue) >= share or not (returns or self._decoding()):
             return False
         stage.fills_until = stage.fills_until or now + stage.cost
-        stage.look_again_at = min(stage.fills_until, self._returns_until) if returning else stage.fills_until
+        stage.look_again_at = min(stage.fills_until, max(returns, default=stage.fills_until))
         return now < stage.fills_until
 
     def _is_idle(self) -> bool:

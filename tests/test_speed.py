@@ -206,19 +206,20 @@ def test_pictures_are_shared_out_among_the_cores_that_are_free() -> None:
     made.stop()
 
 
-def test_a_worker_waits_for_its_share_while_the_cores_decode() -> None:
+def test_the_last_free_worker_waits_for_its_share_while_a_core_decodes() -> None:
     """Lost otherwise: full batches when a few apps have one request each, or a picture that waits for files of others
     that take long to decode or are no pictures."""
     sizes: list[int] = []
+    gate = threading.Event()
 
     def run(items: list[Any]) -> list[Any]:
         sizes.append(len(items))
+        assert len(sizes) > 1 or gate.wait(LIMIT_S)  # the first batch occupies a worker
         return items
 
-    decoding = 2
+    decoding = 1
     made = engine.Engine(workers=2, decoding=lambda: decoding)
     stage = made.add(engine.Stage("image", run, 8, engine.Stage.BULK, spread=True))
-    stage.cost = LIMIT_S
     made.start()
 
     def expected() -> engine.Job:
@@ -226,21 +227,26 @@ def test_a_worker_waits_for_its_share_while_the_cores_decode() -> None:
         made.expect(job)
         return job
 
-    jobs = [expected() for _ in range(4)]
+    jobs = [expected() for _ in range(6)]
     submitted(made, stage, jobs[0])
+    wait_until(lambda: sizes == [1])  # while both are free, none waits
+    stage.cost = LIMIT_S
+    submitted(made, stage, jobs[1])
+    submitted(made, stage, jobs[2])
     time.sleep(0.2)
-    assert not sizes
-    for job in jobs[1:3]:
-        submitted(made, stage, job)
-    assert all(job.answer.result(LIMIT_S) for job in jobs[:3])
-    assert sizes[0] == 2 and sum(sizes) == 3
+    assert sizes == [1]
+    submitted(made, stage, jobs[3])
+    assert all(job.answer.result(LIMIT_S) for job in jobs[1:4])
+    assert sizes == [1, 3]
     stage.cost, others = 0.3, [expected() for _ in range(8)]
     began = time.monotonic()
-    submitted(made, stage, jobs[3]).answer.result(LIMIT_S)
+    submitted(made, stage, jobs[4]).answer.result(LIMIT_S)
     assert time.monotonic() - began >= 0.3
-    stage.cost, decoding = LIMIT_S, 1  # a core is idle
+    stage.cost, decoding = LIMIT_S, 0  # and no client was answered just now
+    time.sleep(0.1)
     submitted(made, stage, others.pop()).answer.result(LIMIT_S)
-    assert not any(job.answer.done() for job in others)
+    gate.set()
+    jobs[0].answer.result(LIMIT_S)
     made.stop()
 
 
