@@ -114,8 +114,8 @@ def npu_target(names: str) -> str:
     return next((target for target in NPU_CORES if target in names), "")
 
 
-# Steps of `nice` of the threads that decode, and of those that run pictures. Decoding runs ahead of the workers, so
-# that batches are full. With 5 instead of 9, two to four requests at a time took 2 % longer.
+# Steps of `nice` of the threads that decode, and of those that run pictures: decoding runs ahead, so that batches are
+# full.
 DECODER_NICE, WORKER_NICE = 4, 9
 
 
