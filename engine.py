@@ -73,7 +73,7 @@ class Stage:
         self.kind, self.spread, self.share, self.tower, self.journaled = kind, spread, share, tower, journaled
         self.queue: FairQueue[Entry] = FairQueue(Shares())  # `Engine.add` gives stages of one kind the same shares
         self.cost = FIRST_COST  # core seconds of an item, a moving average
-        self.fills_until = self.look_again_at = 0.0  # by time.monotonic(); see `Engine._fills`
+        self.waits_until = self.look_again_at = 0.0  # by time.monotonic(); see `Engine._waits_for_share`
         self.ran_items, self.ran_s = 0, 0.0  # of all batches: their items, and the seconds that they took
         self.alone_items, self.alone_s = 0, 0.0  # the same of those that began while no request was in progress
         self._fits, self._fits_until = batch_size, 0.0
@@ -192,13 +192,13 @@ Handed = queue.SimpleQueue[Batch | None]  # None ends the thread
 
 
 class Engine:
-    """One inference thread, and a worker for each core. A batch is what arrived while the last one ran; see `_fills`.
+    """One inference thread, and a worker for each core. A batch is what arrived while the last one ran.
 
-    Batches of a stage that is spread run on the workers, so that no core waits for another one. Workers have a lower
-    priority, so a text does not wait for pictures. A stage for a GPU has threads of its own, which feed it. All other
-    batches run one at a time: background batches on a thread with the priority of a worker, the rest on the inference
-    thread. Meanwhile the engine's own thread advances the
-    tasks and forms the next batches.
+    Batches of a stage that is spread run on the workers, so that no core waits for another one. The last free worker
+    may wait for a larger batch; see `_waits_for_share`. Workers have a lower priority, so a text does not wait for
+    pictures. A stage for a GPU has threads of its own, which feed it. All other batches run one at a time: background
+    batches on a thread with the priority of a worker, the rest on the inference thread. Meanwhile the engine's own
+    thread advances the tasks and forms the next batches.
     """
 
     def __init__(
@@ -378,10 +378,10 @@ class Engine:
         if stage.threads:
             return stage.running < stage.threads
         if stage.spread:
-            return self._free_workers > 0 and not self._fills(stage)
+            return self._free_workers > 0 and not self._waits_for_share(stage)
         return not self._inferring
 
-    def _fills(self, stage: Stage) -> bool:
+    def _waits_for_share(self, stage: Stage) -> bool:
         """Whether the last free worker waits until its share of the pictures is decoded: a larger batch is faster.
 
         It does while a core decodes, or while a client that was just answered may ask again. It waits no longer than an
@@ -393,9 +393,9 @@ class Engine:
         share = min(stage.size_limit(), -(-(self._expected + len(returns)) // self._workers))
         if self._free_workers > 1 or len(stage.queue) >= share or not (returns or self._decoding()):
             return False
-        stage.fills_until = stage.fills_until or now + stage.cost
-        stage.look_again_at = min(stage.fills_until, max(returns, default=stage.fills_until))
-        return now < stage.fills_until
+        stage.waits_until = stage.waits_until or now + stage.cost
+        stage.look_again_at = min(stage.waits_until, max(returns, default=stage.waits_until))
+        return now < stage.waits_until
 
     def _is_idle(self) -> bool:
         """Whether no request is in progress, and none has been for IDLE_S."""
@@ -412,7 +412,7 @@ class Engine:
     def _until_next(self) -> float | None:
         """Seconds until a batch may start although nothing happens; None if a batch or a request must end first."""
         free = self._free_workers > 0
-        begin = [stage.look_again_at for stage in self._stages if stage.fills_until and stage.queue and free]
+        begin = [stage.look_again_at for stage in self._stages if stage.waits_until and stage.queue and free]
         if not self._inferring and any(stage.queue for stage in self._stages if stage.kind == Stage.BACKGROUND):
             begin.append(self._background_from if self._is_busy() else min(self._background_from, self._idle_from))
         return max(0.0, min(begin) - time.monotonic()) if begin else None
@@ -457,7 +457,7 @@ class Engine:
             batch.expected.append(stage.cost + step.job.prepared_s)
             batch.entries.append(stage.queue.pop(flow, batch.expected[-1]))
         stage.running += 1
-        stage.fills_until = 0.0
+        stage.waits_until = 0.0
         if stage.threads:
             stage.handed.put(batch)
         elif stage.spread:

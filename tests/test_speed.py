@@ -242,7 +242,7 @@ def test_the_last_free_worker_waits_for_its_share_while_a_core_decodes() -> None
     began = time.monotonic()
     submitted(made, stage, jobs[4]).answer.result(LIMIT_S)
     assert time.monotonic() - began >= 0.3
-    stage.cost, decoding = LIMIT_S, 0  # and no client was answered just now
+    stage.cost, decoding = 2 * LIMIT_S, 0  # and no client was answered just now
     time.sleep(0.1)
     submitted(made, stage, others.pop()).answer.result(LIMIT_S)
     gate.set()
