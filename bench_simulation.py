@@ -42,7 +42,7 @@ def measure(most: int, parts: tuple[float, float], seconds: float, data: Path) -
         program = [str(Path(__file__)), str(cores), *map(str, parts)]
         server = Server("", environment, [*program, "--demo"])
         try:
-            window = watch(server, Clients(server.address, [case], CLIENTS, max(4, cores // 2)), seconds)
+            window = watch(server, Clients(server.address, [case], CLIENTS, max(4, 3 * cores // 2)), seconds)
         finally:
             server.stop()
         core_ms = 1000 * window.core_s / (window.per_s * window.seconds)

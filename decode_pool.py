@@ -81,7 +81,7 @@ class DecodePool:
     def _run_next(self) -> bool:
         """Waits for a payload and decodes it. A separate method, so that an idle thread holds no local variables."""
         with self._changed:
-            while not (self._queue or self._stopping):
+            while not (self._queue.length or self._stopping):
                 self._changed.wait()
             if self._stopping:
                 return False

@@ -354,7 +354,7 @@ class Engine:
         Scoring comes first, because it completes requests. Text comes next, but never twice in a row while pictures
         wait. Within a kind, the fair order decides. Background work comes last; see BACKGROUND_SHARE.
         """
-        ready = [stage for stage in self._stages if stage.queue and self._has_thread(stage)]
+        ready = [stage for stage in self._stages if stage.queue.length and self._has_thread(stage)]
         background = [stage for stage in ready if stage.kind == Stage.BACKGROUND]
         if background and (time.monotonic() >= self._background_from or self._is_idle()):
             return background[0]
@@ -368,7 +368,8 @@ class Engine:
             kind = Stage.BULK if self._text_ran_last else Stage.TEXT
         else:
             kind = min(kinds)
-        chosen = min((stage for stage in ready if stage.kind == kind), key=lambda stage: stage.queue.priority())
+        same = [stage for stage in ready if stage.kind == kind]
+        chosen = same[0] if len(same) == 1 else min(same, key=lambda stage: stage.queue.priority())
         if kind != Stage.SCORING and not (chosen.spread or chosen.threads):  # those do not use the inference thread
             self._text_ran_last = kind == Stage.TEXT
         return chosen
@@ -391,7 +392,7 @@ class Engine:
         with self._changed:
             returns = [until for until in self._returning.values() if until > now]
         share = min(stage.size_limit(), -(-(self._expected + len(returns)) // self._workers))
-        if self._free_workers > 1 or len(stage.queue) >= share or not (returns or self._decoding()):
+        if self._free_workers > 1 or stage.queue.length >= share or not (returns or self._decoding()):
             return False
         stage.waits_until = stage.waits_until or now + stage.cost
         stage.look_again_at = min(stage.waits_until, max(returns, default=stage.waits_until))
@@ -402,7 +403,7 @@ class Engine:
         return not self._is_busy() and time.monotonic() >= self._idle_from
 
     def _is_busy(self) -> bool:
-        waiting = any(stage.queue for stage in self._stages if stage.kind != Stage.BACKGROUND)
+        waiting = any(stage.queue.length for stage in self._stages if stage.kind != Stage.BACKGROUND)
         return bool(self._expected or waiting or self._is_running())
 
     def _is_running(self) -> bool:
@@ -412,8 +413,8 @@ class Engine:
     def _until_next(self) -> float | None:
         """Seconds until a batch may start although nothing happens; None if a batch or a request must end first."""
         free = self._free_workers > 0
-        begin = [stage.look_again_at for stage in self._stages if stage.waits_until and stage.queue and free]
-        if not self._inferring and any(stage.queue for stage in self._stages if stage.kind == Stage.BACKGROUND):
+        begin = [stage.look_again_at for stage in self._stages if stage.waits_until and stage.queue.length and free]
+        if not self._inferring and any(stage.queue.length for stage in self._stages if stage.kind == Stage.BACKGROUND):
             begin.append(self._background_from if self._is_busy() else min(self._background_from, self._idle_from))
         return max(0.0, min(begin) - time.monotonic()) if begin else None
 
@@ -436,12 +437,12 @@ class Engine:
 
     def _is_single(self, stage: Stage) -> bool:
         """Whether the next batch is the item of the only request in progress, and none came beside another just now."""
-        alone = self._expected == 1 and len(stage.queue) == 1 and not self._is_running()
+        alone = self._expected == 1 and stage.queue.length == 1 and not self._is_running()
         return alone and stage.run_single is not None and time.monotonic() > self._shared_at + 2 * stage.cost
 
     def _begin(self, stage: Stage) -> None:
         """Forms a stage's next batch and gives it to the inference thread, a worker or the background thread."""
-        size, queued = stage.size_limit(), len(stage.queue)
+        size, queued = stage.size_limit(), stage.queue.length
         if stage.spread:  # the other workers get their share of what is queued, and of what is still decoded or runs
             size = min(size, -(-queued // self._free_workers), -(-max(self._expected, queued) // self._workers))
         alone = stage.kind == Stage.BACKGROUND and self._is_idle()
@@ -449,7 +450,7 @@ class Engine:
             size = 1  # a text that arrives meanwhile has to wait for it
         batch = Batch(stage, [], [], alone=alone, single=self._is_single(stage))
         largest = 0.0
-        while stage.queue:
+        while stage.queue.length:
             flow, (step, position) = stage.queue.head()
             largest = max(largest, stage.share(step.results[position]))
             if batch.entries and (len(batch.entries) + 1) * largest > size:

@@ -17,13 +17,14 @@ reach the daemon through one connection of a proxy.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Flow = tuple[Hashable, Hashable]  # (connection, stream)
 Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
 T = TypeVar("T")
+P = TypeVar("P", bound=Path)
 
 FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
 COST_WEIGHT = 0.2  # of the last item or batch in the moving average of an item's cost
@@ -58,10 +59,9 @@ class Shares:
 
     def join(self, path: Path) -> None:
         """A flow that was idle has something to do again."""
-        account = self._account(path)
-        account.done = max(account.done, self._parent(path).virtual_time)
+        account, parent = self._account(path), self._account(path[:1]) if len(path) > 1 else self._root
+        account.done = max(account.done, parent.virtual_time)
 
-    @property
     def tolerance(self) -> float:
         """Core seconds by which the work of two flows may differ and still count as equal: half an item's."""
         return min(self._last_expected, self._last) / 2
@@ -69,30 +69,28 @@ class Shares:
     def begin(self, flow: Flow, expected: float) -> None:
         """A flow was chosen, for work that is expected to take so many core seconds."""
         self._last_expected = expected
-        for path in (flow[:1], flow):
-            account, parent = self._account(path), self._parent(path)
+        parent = self._root
+        for account in (self._account(flow[:1]), self._account(flow)):
             parent.virtual_time = max(parent.virtual_time, account.done)
             account.expected += expected
+            parent = account
 
     def end(self, flow: Flow, expected: float, seconds: float) -> None:
         """Work that was begun with `expected` core seconds is done. It took `seconds` core seconds."""
         self._last = seconds
-        for path in (flow[:1], flow):
-            account = self._account(path)
+        for account in (self._account(flow[:1]), self._account(flow)):
             account.expected = max(0.0, account.expected - expected)
             account.done += seconds
 
     def _account(self, path: Path) -> Account:
         account = self._accounts.get(path)
         if account is None:
-            account = self._accounts[path] = Account(self._parent(path).virtual_time)
+            parent = self._account(path[:1]) if len(path) > 1 else self._root
+            account = self._accounts[path] = Account(parent.virtual_time)
             if len(self._accounts) > ACCOUNTS_MAX:
                 self._accounts.popitem(last=False)
         self._accounts.move_to_end(path)
         return account
-
-    def _parent(self, path: Path) -> Account:
-        return self._account(path[:1]) if len(path) > 1 else self._root
 
 
 class FairQueue(Generic[T]):
@@ -106,70 +104,66 @@ class FairQueue(Generic[T]):
     """
 
     def __init__(self, shares: Shares) -> None:
+        self.length = 0  # items
         self._shares = shares
-        self._queued: dict[Hashable, dict[Hashable, deque[T]]] = {}  # connection -> stream -> items
-        self._length = 0
-
-    def __len__(self) -> int:
-        return self._length
+        self._queued: dict[Path, dict[Flow, deque[T]]] = {}  # connection -> stream -> items
 
     def push(self, flow: Flow, item: T) -> None:
-        connection, stream = flow
+        connection = flow[:1]
         if connection not in self._queued:
-            self._shares.join((connection,))
+            self._shares.join(connection)
             self._queued[connection] = {}
         streams = self._queued[connection]
-        if stream not in streams:
+        if flow not in streams:
             self._shares.join(flow)
-            streams[stream] = deque()
-        streams[stream].append(item)
-        self._length += 1
+            streams[flow] = deque()
+        streams[flow].append(item)
+        self.length += 1
 
     def priority(self) -> float:
         """The work of the next connection. The queue with the lowest value is served first. It must not be empty."""
-        return self._shares.work((self._next()[0],))
+        return self._shares.work(self._first(self._queued))
 
     def head(self) -> tuple[Flow, T]:
         """The next item and its flow. The queue must not be empty."""
-        flow = self._next()
-        return flow, self._queued[flow[0]][flow[1]][0]
+        streams = self._queued[self._first(self._queued)]
+        flow = self._first(streams)
+        return flow, streams[flow][0]
 
     def pop(self, flow: Flow, expected: float) -> T:
         """Takes the first item of a flow, whose work is expected to take so many core seconds; see `Shares.end`."""
-        item = self._queued[flow[0]][flow[1]].popleft()
-        self._length -= 1
+        item = self._queued[flow[:1]][flow].popleft()
+        self.length -= 1
         self._tidy(flow)
         self._shares.begin(flow, expected)
         return item
 
     def remove(self, flow: Flow, unwanted: Callable[[T], bool]) -> list[T]:
         """Takes out the items of a flow that are not wanted any more."""
-        items = self._queued.get(flow[0], {}).get(flow[1])
+        items = self._queued.get(flow[:1], {}).get(flow)
         if items is None:
             return []
         removed: list[T] = []
         kept = deque[T]()
         for item in items:
             (removed if unwanted(item) else kept).append(item)
-        self._length -= len(removed)
-        self._queued[flow[0]][flow[1]] = kept
+        self.length -= len(removed)
+        self._queued[flow[:1]][flow] = kept
         self._tidy(flow)
         return removed
 
-    def _next(self) -> Flow:
-        work = self._shares.work
-        connection = self._first(self._queued, lambda connection: work((connection,)))
-        return connection, self._first(self._queued[connection], lambda stream: work((connection, stream)))
-
-    def _first(self, waiting: Iterable[Hashable], work: Callable[[Hashable], float]) -> Hashable:
+    def _first(self, waiting: Mapping[P, object]) -> P:
         """The first of `waiting`, which is in the order of arrival, whose work is nearly the least."""
-        works = {key: work(key) for key in waiting}
-        most = min(works.values()) + self._shares.tolerance
-        return next(key for key, done in works.items() if done <= most)
+        paths = list(waiting)
+        if len(paths) == 1:
+            return paths[0]
+        works = list(map(self._shares.work, paths))
+        most = min(works) + self._shares.tolerance()
+        return next(path for path, work in zip(paths, works, strict=True) if work <= most)
 
     def _tidy(self, flow: Flow) -> None:
-        connection, stream = flow
-        if not self._queued[connection][stream]:
-            del self._queued[connection][stream]
-        if not self._queued[connection]:
-            del self._queued[connection]
+        streams = self._queued[flow[:1]]
+        if not streams[flow]:
+            del streams[flow]
+        if not streams:
+            del self._queued[flow[:1]]

@@ -78,12 +78,13 @@ def _limit(value: int, limit: int, what: str) -> None:
         raise BadInput(f"payload: the {what}: more than {limit:,}, which no real picture has")
 
 
-class _Totals(Counter[str]):
+class _Totals(dict[str, int]):
     """Sums of one file, each under the name that the error gives it."""
 
     def add(self, value: int, limit: int, what: str) -> None:
-        self[what] += value
-        _limit(self[what], limit, what)
+        self[what] = total = self.get(what, 0) + value
+        if total > limit:
+            _limit(total, limit, what)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -120,7 +121,7 @@ def _check_jpeg(data: bytes) -> None:
     """
     totals, position, scans, scans_max = _Totals(), 2, 0, SEQUENTIAL_SCANS_MAX
     while (at := _next_marker(data, position)) + 4 <= len(data):
-        if not scans:
+        if at > position and not scans:
             totals.add(at - position, PADDING_BYTES_MAX, "bytes between the segments of the JPEG")
         totals.add(1, PARTS_MAX, "segments of the JPEG")
         kind, position = data[at + 1], at + 2

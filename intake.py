@@ -46,8 +46,11 @@ class Budget:
 
         Raises Overload if there is not, or if the client has left (`gone`). `has_begun`: the request holds a part.
         """
-        deadline, ticket = time.monotonic() + patience, object()
         with self._changed:
+            if not self._waiting and self._free >= size:
+                self._free -= size
+                return
+            deadline, ticket = time.monotonic() + patience, object()
             self._waiting[ticket] = time.monotonic()
             if has_begun:
                 self._waiting.move_to_end(ticket, last=False)
@@ -69,7 +72,8 @@ class Budget:
     def give(self, size: int) -> None:
         with self._changed:
             self._free += size
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     @property
     def used(self) -> int:

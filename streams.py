@@ -68,7 +68,7 @@ class Stream:
         self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_progress: set[Job] = set()
-        self._window = threading.Semaphore(max(WINDOW, 2 * models.images_at_once()))
+        self._window, self._window_size = threading.Semaphore(WINDOW), WINDOW
         self._assembler = Assembler(self._intake.request_bytes_max)
         self._queueing = threading.Lock()  # guards the order of `_jobs`
         self._closed = False  # `_jobs` contains a Closing
@@ -215,6 +215,10 @@ class Stream:
 
     def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
         """Adds a job to the queue of responses and starts it. With `error` the request has failed already."""
+        wider = 2 * self._models.images_at_once() - self._window_size  # the tuning may have found larger batches
+        if wider > 0:
+            self._window.release(wider)
+            self._window_size += wider
         self._window.acquire()
         job = self._intake.job(correlation_id, self._flow, request)
         with self._queueing:

@@ -34,6 +34,8 @@ TAXA_MAX = 10_000  # names in `within`
 LABEL_COST = 4096  # bytes of a caller's label, in addition to its text: token ids and a vector
 TEXT_BYTES_MAX = 65_536  # bytes of a text. A tower reads at most 77 tokens; this limits the time for cleaning.
 
+Answers = Callable[[Any, list[Any]], Sequence[Any]]  # vectors, float32 [b, dim], and options for each -> results
+
 
 class Models:
     """The models and label sets that the tasks use. `clip` or `bioclip` is None if its backend is "none"."""
@@ -60,7 +62,7 @@ class Models:
 
     def replace_classes(self, classes: LabelSet) -> None:
         """Replaces the labels of `clip_classify` while the daemon serves."""
-        self._stages["classes"] = self._stage("classes", classes.answers)
+        self._stages["classes"].run = _running(classes.answers)
 
     def add_species(self, species: Species) -> None:
         """Adds species while the daemon serves."""
@@ -73,13 +75,8 @@ class Models:
             raise NotReady(f"species are not available yet: {self.progress or 'loading'}")
         return self.species
 
-    def _stage(self, name: str, answers: Callable[[Any, list[Any]], Sequence[Any]]) -> Stage:
-        """`answers`: vectors, float32 `[b, dim]`, and the options for each -> one result each."""
-
-        def run(items: list[Any]) -> Sequence[Any]:
-            return answers(np.stack([vector for vector, _ in items]), [options for _, options in items])
-
-        return self._engine.add(Stage(f"{name} scoring", run, self._batch_size, Stage.SCORING))
+    def _stage(self, name: str, answers: Answers) -> Stage:
+        return self._engine.add(Stage(f"{name} scoring", _running(answers), self._batch_size, Stage.SCORING))
 
     def get(self, name: str) -> Model | None:
         """A model by its name in the task table."""
@@ -102,8 +99,10 @@ class Models:
 
     def offered(self) -> list[Task]:
         """The tasks that are available now."""
-        there = [task for task in TASKS.values() if all(self.get(name) for name in task.models)]
-        return [task for task in there if self.species or not task.only_species]
+        return [task for task in TASKS.values() if self.offers(task)]
+
+    def offers(self, task: Task) -> bool:
+        return all(self.get(name) for name in task.models) and bool(self.species or not task.only_species)
 
     def best(self, labelset: str, vector: Any, options: Any) -> Generator[Any, Any, Any]:
         """Step: the result for one vector from a set by its name; "own sets" are the operator's.
@@ -118,6 +117,11 @@ class Models:
         vectors = yield from clip.embed(request.tokens, clip.prompts)
         labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
         return labelset.top(labelset.probabilities(vector[None], [request.bias])[0], min(request.topk, len(labelset)))
+
+
+def _running(answers: Answers) -> Callable[[list[Any]], Sequence[Any]]:
+    """What a stage runs: each item is a vector with its options."""
+    return lambda items: answers(np.stack([vector for vector, _ in items]), [options for _, options in items])
 
 
 def _operator_answers(queries: Any, options: list[Any]) -> list[Any]:
@@ -287,13 +291,14 @@ TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
 
 def find_task(models: Models, name: str) -> Task:
     """The task that a request names. Raises BadInput, or NotReady if the task will be available later."""
-    available = {task.name: task for task in models.offered()}
-    if name in available:
-        return available[name]
-    if name in TASKS and TASKS[name].only_species and models.progress:
+    task = TASKS.get(name)
+    if task and models.offers(task):
+        return task
+    if task and task.only_species and models.progress:
         models.available_species()
-    reason = "switched off by the daemon's settings" if name in TASKS else "unknown"
-    raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {', '.join(available)}")
+    reason = "switched off by the daemon's settings" if task else "unknown"
+    available = ", ".join(task.name for task in models.offered())
+    raise BadInput(f"task: {name[:80]!r} is {reason}; allowed: {available}")
 
 
 def read_meta(task: Task, request: Request) -> None:
@@ -416,8 +421,7 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
     """
     if task.takes == "text":
         return 0
-    sides = (models.model(name).backend.preprocess.size for name in task.models)
-    pixels = sum(3 * side * side for side in sides)
+    pixels = sum(3 * models.model(name).backend.preprocess.size ** 2 for name in task.models)
     everything = len(models.species or ()) if request.within else 0
     rows = everything if request.rows is None else len(request.rows)
     return pixels + 8 * rows + sum(4 * len(label) + LABEL_COST for label in request.labels)

@@ -442,7 +442,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:
 
 def queued(daemon: Any, name: str = "") -> int:
     """Items that wait for a batch, in all stages or in those whose name ends so."""
-    return sum(len(stage.queue) for stage in daemon.engine._stages if stage.name.endswith(name))
+    return sum(stage.queue.length for stage in daemon.engine._stages if stage.name.endswith(name))
 
 
 # --- pictures and text ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import model_files
 import onnx_backend
 import streams
 from gen import ml_service_pb2 as pb
-from tests.kit import LIMIT_S, RED, encoded, one, picture, queued, wait_until
+from tests.kit import LIMIT_S, RED, Turnstile, encoded, one, picture, queued, wait_until
 
 
 def test_eight_clients_are_one_forward_pass_when_the_thread_is_busy(watched: Any) -> None:
@@ -200,3 +201,29 @@ def test_a_client_that_never_reads_loses_its_stream(watched: Any, monkeypatch: p
     with pytest.raises(grpc.RpcError) as error:
         list(call)
     assert error.value.code() is grpc.StatusCode.CANCELLED
+
+
+def test_a_stream_that_is_open_already_gets_the_window_of_a_larger_batch(watched: Any) -> None:
+    """Lost otherwise: most of a GPU, for an import that began while the first start was still tuning."""
+    backend, stub = watched
+    backend.gate = turnstile = Turnstile()
+    models = backend.daemon.serving()
+    sent = queue.SimpleQueue[Any]()
+    request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED, (64, 64))))
+
+    def in_progress() -> int:
+        return int(backend.daemon.engine._expected)
+
+    for _ in range(200):
+        sent.put(request)
+    call = stub.Infer(iter(sent.get, None), timeout=LIMIT_S)
+    try:
+        wait_until(lambda: in_progress() == streams.WINDOW)
+        models.clip.image.batch_size = 64
+        turnstile.release()  # the stream goes on, and learns of it
+        assert next(call).result
+        wait_until(lambda: in_progress() == 2 * 64)
+    finally:
+        sent.put(None)
+        call.cancel()
+        turnstile.set()

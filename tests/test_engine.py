@@ -196,7 +196,7 @@ def test_a_free_worker_leaves_pictures_for_the_others(start: Start) -> None:
         submit(to, image, ["running"])
         wait_until(lambda: len(sizes) == count)  # noqa: B023
     waiting = [submit(to, image, ["queued"]) for _ in range(4)]
-    wait_until(lambda: len(image.queue) == 4)
+    wait_until(lambda: image.queue.length == 4)
     gate.release()
     wait_until(lambda: len(sizes) == 5)
     assert sizes == [1, 1, 1, 1, 2]  # its share of the seven that are in progress

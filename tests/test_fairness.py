@@ -150,4 +150,4 @@ def test_accounts_of_clients_that_left_are_dropped() -> None:
         queue.push((number, number), number)
         queue.pop((number, number), 0.1)
         shares.end((number, number), 0.1, 0.1)
-    assert len(shares._accounts) <= ACCOUNTS_MAX and len(queue) == 0 and not queue._queued
+    assert len(shares._accounts) <= ACCOUNTS_MAX and queue.length == 0 and not queue._queued

@@ -57,7 +57,7 @@ def held(daemon: Any) -> dict[str, int]:
     """What requests hold of all that is bounded; empty if nothing."""
     intake, engine = daemon.intake, daemon.engine
     counts = {name: getattr(intake, name).used for name in ("payloads", "prepared", "pixels")}
-    counts |= {stage.name: len(stage.queue) for stage in engine._stages} | {"decoders": len(intake.decoders._queue)}
+    counts |= {stage.name: stage.queue.length for stage in engine._stages} | {"decoders": intake.decoders._queue.length}
     counts |= {
         "in progress": engine._expected,
         "counted": daemon.traffic._queue,
