@@ -151,12 +151,10 @@ class HostRow:
     def __len__(self) -> int:
         return len(self._values)
 
-    def probabilities(
-        self, logit_scale: np.float32, inside: NDArray[Any] | None = None, bias: float | None = None
-    ) -> HostRow:
-        """Of cosines, which it may overwrite. `inside`: the only rows that count. `bias`: see `LabelSet`."""
+    def probabilities(self, logit_scale: np.float32, inside: NDArray[Any] | None = None) -> HostRow:
+        """The softmax of cosines, which it may overwrite. `inside`: the only rows that count."""
         values = self._values if inside is None else self._values[inside]
-        return HostRow(to_probabilities(values, logit_scale, bias))
+        return HostRow(to_probabilities(values, logit_scale, None))
 
     def sums(self, starts: NDArray[Any]) -> HostRow:
         """The sums of spans, each from one of `starts` to the next. The first of them is 0."""
@@ -261,10 +259,10 @@ class LabelSet:
         """float32 `[b, dim]` unit rows and a (k, bias) for each -> its k best labels; see `probabilities` and `top`."""
         if not self._held:
             rows = self.probabilities(queries, [bias for _, bias in options])
-            return [self.top(row, min(k, len(self))) for row, (k, _) in zip(rows, options, strict=True)]
+            return [self.top(row, k) for row, (k, _) in zip(rows, options, strict=True)]
         with self._held.scoring():
             return [
-                top(row.probabilities(self._logit_scale, bias=bias), min(k, len(self)), self.names.__getitem__)
+                top(row.probabilities(self._logit_scale, bias=bias), k, self.names.__getitem__)
                 for row, (k, bias) in zip(self._held.rows(queries), options, strict=True)
             ]
 
@@ -302,15 +300,14 @@ def top(probabilities: Row, k: int, label_of: Callable[[int], str]) -> list[tupl
     candidates = k
     while True:
         candidates = min(2 * candidates + 8, len(probabilities))
-        for i, probability in zip(*probabilities.best(candidates), strict=True):
-            found.setdefault(label_of(int(i)), score(probability))
-        if len(found) >= k or candidates == len(probabilities):
-            return list(found.items())[:k]
-
-
-def score(probability: np.floating[Any]) -> float:
-    """A probability as a number from 0 to 1. Sums in float32 may be slightly above 1."""
-    return min(max(float(probability), 0.0), 1.0)
+        positions, values = probabilities.best(candidates)
+        scores = values.clip(0, 1).tolist()  # sums in float32 may be slightly above 1
+        for position, score in zip(positions.tolist(), scores, strict=True):
+            found.setdefault(label_of(position), score)
+            if len(found) == k:
+                return list(found.items())
+        if candidates == len(probabilities):
+            return list(found.items())
 
 
 def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
