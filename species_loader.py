@@ -185,8 +185,7 @@ class SpeciesLoader:
 
     def _computed(self, encode: Encode, tell: label_cache.Progress) -> Species:
         path, backend = tree_of_life.names_file(self._source, self._data_dir), self._model.backend
-        names, found = tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell)
-        return Species(names, found, backend.logit_scale, backend.hold_rows(found.vecs))
+        return self._species(tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell))
 
     def _published(self, tell: label_cache.Progress) -> Species:
         backend = self._model.backend
@@ -196,9 +195,8 @@ class SpeciesLoader:
         return self._species(found)
 
     def _species(self, found: TextVectors) -> Species:
-        assert found.names is not None
         backend = self._model.backend
-        return Species(found.names, found, backend.logit_scale, backend.hold_rows(found.vecs))
+        return Species(found, backend.logit_scale, backend.hold_rows(found.vecs))
 
     def _unload_text(self) -> None:
         """Unloads the text tower on the background thread, while the inference thread runs no batch."""

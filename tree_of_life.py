@@ -199,7 +199,7 @@ def open_folder(
         found = label_cache.load(folder / label_cache.FILE, note=note, quick=quick)
     except (OSError, DamagedCache) as error:
         raise SettingError(f"{file} cannot be used ({error})") from error
-    if found is None or found.names is None or found.depth is None or found.meta is None:
+    if not found or not len(found.depth):
         raise SettingError(f"{file} has no lineages; `tree_of_life.py build` makes such files")
     return found
 
@@ -208,7 +208,6 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
     """The vectors of the operator's folder, which need not be ours to write: `note` remembers that its checksums were
     read. Raises SettingError, also if they are not those of the model."""
     found = open_folder(folder, note)
-    assert found.meta is not None
     if found.vecs.shape[1] != dim:
         text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
     elif not belongs(found, encode):
@@ -221,11 +220,10 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
 def kept(folder: Path, wanted: dict[str, Any], encode: Encode) -> TextVectors | None:
     """The vectors that an earlier start kept, if their meta contains `wanted` and they belong to this model."""
     found = label_cache.load_or_none(folder / label_cache.FILE, wanted)
-    return found if found and found.names is not None and found.depth is not None and belongs(found, encode) else None
+    return found if found and len(found.depth) and belongs(found, encode) else None
 
 
 def belongs(found: TextVectors, encode: Encode) -> bool:
-    assert found.names is not None and found.meta is not None
     floor = PUBLISHED_COSINE if found.meta["recipe"] == PUBLISHED else label_cache.PROBE_COSINE
     return label_cache.fits(found.vecs, found.names, RECIPE, encode, floor)
 
@@ -235,12 +233,11 @@ def belongs(found: TextVectors, encode: Encode) -> bool:
 
 def computed(
     folder: Path, path: Path, model_id: str, dim: int, encode: Encode, progress: label_cache.Progress
-) -> tuple[Sequence[str], TextVectors]:
+) -> TextVectors:
     """Computes the vectors of a label file and saves them in `folder` with the names. Raises LabelError."""
     names = sorted(lineages_of(path))
     key = CacheKey(model_id, RECIPE.name, machine.sha256_of(path), len(names), dim)
-    found = label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
-    return found.names or names, found
+    return label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
 
 
 # --- a set that is published ------------------------------------------------------------------------------------
@@ -311,13 +308,10 @@ def _names_in_order(building: Path, count: int) -> NDArray[np.int32]:
         if len(lineages) != count:
             raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
         order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
-        text, offsets = bytearray(), np.zeros(count + 1, np.int64)
-        for row, column in enumerate(order, 1):
-            text += lineages[column].encode()
-            offsets[row] = len(text)
+        names = Names.of([lineages[column] for column in order])
         del lineages
         with machine.replacing(path) as file:
-            np.savez(file, order=order, offsets=offsets, text=np.frombuffer(text, np.uint8))
+            np.savez(file, order=order, offsets=names.offsets, text=names.text)
     with np.load(path, allow_pickle=False) as kept:
         return np.asarray(kept["order"])
 
@@ -392,13 +386,12 @@ def build(options: argparse.Namespace) -> TextVectors:
     model = ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
     backend = backends.create_backend(model)
     encode = encoder_of(backend)
-    return computed(options.to, path, backend.model_id, backend.dim, encode, lambda done, total: None)[1]
+    return computed(options.to, path, backend.model_id, backend.dim, encode, lambda done, total: None)
 
 
 def info(folder: Path) -> list[str]:
     """Describes the content of a folder, for people. Raises SettingError."""
     found = open_folder(folder, setting="")
-    assert found.meta and found.depth is not None
     size = (folder / label_cache.FILE).stat().st_size
     lines = [f"{name}: {value}" for name, value in found.meta.items()]
     taxa_of = (f"{np.count_nonzero(found.depth <= rank):,} {name}" for rank, name in enumerate(species.RANKS))
@@ -409,7 +402,6 @@ def verify(folder: Path) -> list[str]:
     """Reads a folder completely. Returns what is wrong with it. Raises SettingError."""
     (folder / label_cache.NOTE).unlink(missing_ok=True)
     found = open_folder(folder, setting="")  # which reads the checksums
-    assert found.names is not None and found.depth is not None and found.meta
     wrong = []
     for start in range(0, len(found.vecs), label_cache.BLOCK):
         rows = found.vecs[start : start + label_cache.BLOCK].astype(np.float32)
