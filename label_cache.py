@@ -8,8 +8,7 @@ mapped. Processes then share its pages, and the kernel can drop them when memory
     names     UTF-8, without separators, and `offsets`, int64 [n + 1]; only of lineages
     depth     uint8 [n], only of lineages: the first rank in which a row differs from the previous one
 
-Nothing is unpickled. Files are written under a temporary name and then renamed, so a kill at any moment leaves the old
-file or the new one.
+Nothing is unpickled. A kill at any moment leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -68,12 +67,6 @@ class Names(Sequence[str]):
             offsets[end] = len(text)
         return cls(np.frombuffer(text, np.uint8), offsets)
 
-    def only(self, these: NDArray[np.bool_]) -> Names:
-        """The names for which `these`, bool `[n]`, is true."""
-        lengths = np.diff(self.offsets)
-        text = self.text[np.repeat(these, lengths)]
-        return Names(text, np.concatenate([[0], np.cumsum(lengths[these])]))
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -125,8 +118,7 @@ def save(
 ) -> None:
     """Writes `text_vectors.npz`, and a copy of its meta as JSON for people. Raises OSError.
 
-    `rows`: blocks of unit rows, `[key.count, key.dim]` together; only one block is in memory at a time. `more` is added
-    to the meta. One rename makes the file visible.
+    `rows`: blocks of unit rows, `[key.count, key.dim]` together; only one is in memory at a time. `more`: for the meta.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".text_vectors.*.tmp"):  # of killed processes; another process may be writing newer ones
@@ -137,9 +129,9 @@ def save(
     with replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
         _add_blocks(archive, "vecs", dtype, (key.count, key.dim), rows)
         if depth is not None:
-            kept = names if isinstance(names, Names) else Names.of(names)
-            _add(archive, "offsets", kept.offsets)
-            _add(archive, "names", kept.text)
+            stored = Names.of(names)
+            _add(archive, "offsets", stored.offsets)
+            _add(archive, "names", stored.text)
             _add(archive, "depth", depth)
         _add(archive, "meta", np.frombuffer(meta, np.uint8))
     replace_file(folder / "text_vectors.meta.json", meta)
@@ -172,7 +164,7 @@ def _add_blocks(
     with archive.open(info, "w", force_zip64=True) as member:
         member.write(header.getvalue())
         for block in blocks:
-            member.write(np.ascontiguousarray(block, dtype).tobytes())
+            member.write(np.ascontiguousarray(block, dtype).data)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,6 @@
-"""The operator's label sets, `labels/NAME.txt` and `NAME.json`, and the scenes of `smart_classify`.
+"""The operator's label sets, `labels/NAME.txt` and `NAME.json`, and the scenes between which `smart_classify` chooses.
 
-A separate thread reads new and changed files. The engine encodes their prompts in the background. Until the new version
-of a set is ready, or if it is invalid, the previous version is used. The table of sets is replaced as a whole, so
-requests read it without a lock.
-
-Scenes are the classes between which `smart_classify` chooses. Their table says which of them go to BioCLIP. It is
-SCENES, or a file of the same form.
+Until the vectors of a new or changed file are computed, or if it is invalid, the previous version of its set is used.
 """
 
 from __future__ import annotations
@@ -94,7 +89,7 @@ class ChoiceSet(LabelSet):
 def read_set(path: Path, templates: Sequence[str]) -> Choices:
     """Reads a label set. With `none` prompts, its last name is NONE. Raises LabelError, whose text contains no path.
 
-    `templates` make the prompts of labels without prompts, if the file has no templates.
+    `templates`: for labels without prompts, if the file has no templates.
     """
     text = _text_of(path)
     if path.suffix != ".txt":
@@ -219,7 +214,7 @@ class OperatorSets:
     def __init__(self, folder: Path, cache: Path, backend: Backend, templates: Sequence[str]) -> None:
         """`cache`: the folder that keeps the vectors of the backend's model."""
         self._folder, self._cache, self._backend, self._templates = folder, cache, backend, templates
-        self._states: Mapping[str, State] = {}  # replaced, never changed
+        self._states: Mapping[str, State] = {}  # replaced and never changed, so requests read it without a lock
         self._reload = threading.Event()
 
     def get(self, name: str) -> OperatorSet:

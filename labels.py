@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import LabelError, SettingError
+from errors import DaemonError, LabelError, SettingError
 from machine import WORKER_NICE, cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
 from torch_device import DeviceRow, DeviceRows
@@ -69,10 +69,7 @@ def class_names(data_dir: Path, own: str, say: Say) -> list[str]:
     and LabelError for ImageNet's.
     """
     if own:
-        try:
-            return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
-        except LabelError as error:
-            raise SettingError(str(error)) from error
+        return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list, SettingError)
     path = data_dir / "clip" / "imagenet_class_names.json"
     repo, filename = "huggingface/label-files", "imagenet-1k-id2label.json"
     if path.is_file():
@@ -96,12 +93,14 @@ def _parse_imagenet(content: Any) -> list[str]:
     return _parse_list([content[str(i)] for i in range(1000)])
 
 
-def read_names(path: Path, complaint: str, parse: Callable[[Any], list[str]]) -> list[str]:
-    """Raises LabelError, which begins with the complaint."""
+def read_names(
+    path: Path, complaint: str, parse: Callable[[Any], list[str]], kind: type[DaemonError] = LabelError
+) -> list[str]:
+    """Raises an error of the kind, which begins with the complaint."""
     try:
         return parse(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, RecursionError) as error:
-        raise LabelError(f"{complaint} ({str(error)[:200]})") from error
+        raise kind(f"{complaint} ({str(error)[:200]})") from error
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------
