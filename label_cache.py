@@ -71,7 +71,7 @@ class Names(Sequence[str]):
         return len(self.offsets) - 1
 
     def __getitem__(self, at: int) -> str:  # type: ignore[override]  # nothing takes slices of them
-        if not 0 <= at < len(self):
+        if not 0 <= at < len(self.offsets) - 1:
             raise IndexError(at)
         return self.text[self.offsets[at] : self.offsets[at + 1]].tobytes().decode("utf-8")
 

@@ -317,7 +317,7 @@ def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """
     maxima = np.maximum.reduceat(values, np.arange(0, len(values), TOP_BLOCK))
     if count >= len(maxima):
-        return np.argpartition(-values, count - 1)[:count]
+        return (-values).argpartition(count - 1)[:count]
     return np.flatnonzero(values >= np.partition(maxima, -count)[-count])
 
 
