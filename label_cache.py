@@ -5,11 +5,10 @@ mapped. Processes then share its pages, and the kernel can drop them when memory
 
     vecs      float32 [n, dim], or float16 if that would exceed HALF_PRECISION_BYTES; rows of unit length
     meta      JSON with what the vectors depend on; see `CacheKey`
-    names     UTF-8, without separators, and `offsets`, int64 [n + 1]; only if the set contains its names
+    names     UTF-8, without separators, and `offsets`, int64 [n + 1]; only of lineages
     depth     uint8 [n], only of lineages: the first rank in which a row differs from the previous one
 
-Nothing is unpickled. Files are written under a temporary name and then renamed, so a kill at any moment leaves the old
-file or the new one.
+Nothing is unpickled. A kill at any moment leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,38 +61,29 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Names:
-        encoded = [name.encode() for name in names]
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-
-    def only(self, these: NDArray[np.bool_]) -> Names:
-        """The names for which `these`, bool `[n]`, is true."""
-        lengths = np.diff(self.offsets)
-        text = self.text[np.repeat(these, lengths)]
-        return Names(text, np.concatenate([[0], np.cumsum(lengths[these])]))
+        text, offsets = bytearray(), np.zeros(len(names) + 1, np.int64)
+        for end, name in enumerate(names, 1):
+            text += name.encode()
+            offsets[end] = len(text)
+        return cls(np.frombuffer(text, np.uint8), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[str]: ...
-    def __getitem__(self, at: int | slice) -> str | list[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not 0 <= at < len(self):
+    def __getitem__(self, at: int) -> str:  # type: ignore[override]  # nothing takes slices of them
+        if not 0 <= at < len(self.offsets) - 1:
             raise IndexError(at)
         return self.text[self.offsets[at] : self.offsets[at + 1]].tobytes().decode("utf-8")
 
 
 @dataclass(frozen=True)
 class TextVectors:
-    """The vectors of a label set, and the other members of their file."""
+    """The vectors of a label set, and the rest of its file. Only lineages have `names` and `depth`."""
 
     vecs: NDArray[Any]  # float32 or float16 [n, dim]
-    names: Names | None = None
-    depth: NDArray[np.uint8] | None = None
-    meta: dict[str, Any] | None = None
+    names: Sequence[str] = ()
+    depth: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,14 +112,13 @@ def save(
     folder: Path,
     key: CacheKey,
     rows: Iterable[NDArray[Any]],
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = (),
     depth: NDArray[np.uint8] | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
     """Writes `text_vectors.npz`, and a copy of its meta as JSON for people. Raises OSError.
 
-    `rows`: blocks of unit rows, `[key.count, key.dim]` together; only one block is in memory at a time. `more` is added
-    to the meta. One rename makes the file visible.
+    `rows`: blocks of unit rows, `[key.count, key.dim]` together; only one is in memory at a time. `more`: for the meta.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".text_vectors.*.tmp"):  # of killed processes; another process may be writing newer ones
@@ -139,11 +128,10 @@ def save(
     meta = json.dumps({**key.meta(), "dtype": str(dtype), **(more or {})}, indent=2).encode()
     with replacing(folder / FILE) as file, zipfile.ZipFile(file, "w") as archive:
         _add_blocks(archive, "vecs", dtype, (key.count, key.dim), rows)
-        if names is not None:
-            kept = names if isinstance(names, Names) else Names.of(names)
-            _add(archive, "offsets", kept.offsets)
-            _add(archive, "names", kept.text)
         if depth is not None:
+            stored = Names.of(names)
+            _add(archive, "offsets", stored.offsets)
+            _add(archive, "names", stored.text)
             _add(archive, "depth", depth)
         _add(archive, "meta", np.frombuffer(meta, np.uint8))
     replace_file(folder / "text_vectors.meta.json", meta)
@@ -176,7 +164,7 @@ def _add_blocks(
     with archive.open(info, "w", force_zip64=True) as member:
         member.write(header.getvalue())
         for block in blocks:
-            member.write(np.ascontiguousarray(block, dtype).tobytes())
+            member.write(np.ascontiguousarray(block, dtype).data)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -219,16 +207,14 @@ def meta_of(path: Path) -> dict[str, Any]:
 def _text_vectors(arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> TextVectors:
     count, dim = int(meta["count"]), int(meta["dim"])
     vecs = checked(arrays["vecs"], count, dim)
-    names = None
-    if "names" in arrays:
-        text, offsets = arrays["names"], arrays["offsets"]
-        if offsets.shape != (count + 1,) or offsets[0] or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
-            raise DamagedCache("the offsets of its names")
-        names = Names(text, offsets)
-    depth = arrays.get("depth")
-    if depth is not None and (depth.shape != (count,) or depth.dtype != np.uint8):
+    if "depth" not in arrays:
+        return TextVectors(vecs, meta=meta)
+    text, offsets, depth = arrays["names"], arrays["offsets"], arrays["depth"]
+    if offsets.shape != (count + 1,) or offsets[0] or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
+        raise DamagedCache("the offsets of its names")
+    if depth.shape != (count,) or depth.dtype != np.uint8:
         raise DamagedCache(f"depth of shape {depth.shape}")
-    return TextVectors(vecs, names, depth, meta)
+    return TextVectors(vecs, Names(text, offsets), depth, meta)
 
 
 def _array(file: IO[bytes], path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -308,7 +294,7 @@ def cached_vectors(
     `depth`: for lineages; see `species.depths`. The file then contains the names as well.
     """
     found = load_or_none(folder / FILE, key.meta())
-    if found is not None and fits(found.vecs, names, recipe, encode):
+    if found and (depth is None or len(found.depth)) and fits(found.vecs, names, recipe, encode):
         return found
     for old in older:
         vecs = _npz_rows(old, "vecs", range(key.count, key.count + 1), key.dim)
@@ -320,15 +306,17 @@ def cached_vectors(
         blocks = _build(names, recipe, encode, key, folder, progress)
     if not is_large(key.count, key.dim):
         blocks = [np.concatenate(list(blocks))]
+    lineages: dict[str, Any] = {} if depth is None else {"names": names, "depth": depth}
     try:
-        save(folder, key, blocks, None if depth is None else names, depth)
+        save(folder, key, blocks, **lineages)
+        shutil.rmtree(folder / ".building", ignore_errors=True)  # also the parts of other keys, which are obsolete
+        if found := load(folder / FILE, key.meta()):  # None if another process has replaced it
+            return found
     except OSError as error:
         log.warning("cannot keep the text vectors in %s (%s); the next start computes them again", folder, error)
-        if is_large(key.count, key.dim):
-            blocks = _build(names, recipe, encode, key, folder, progress)
-        return TextVectors(np.concatenate(list(blocks)), depth=depth)
-    shutil.rmtree(folder / ".building", ignore_errors=True)  # also the parts of other keys, which are obsolete
-    return load(folder / FILE, key.meta()) or TextVectors(np.concatenate(list(blocks)), depth=depth)
+    if is_large(key.count, key.dim):
+        blocks = _build(names, recipe, encode, key, folder, progress)
+    return TextVectors(np.concatenate(list(blocks)), **lineages)
 
 
 def load_or_none(path: Path, wanted: Mapping[str, Any]) -> TextVectors | None:
@@ -352,12 +340,12 @@ def _build(
     from tqdm import tqdm
 
     log.info("computing the text vectors of %d labels (%s)", len(names), recipe.name)
-    shards = _Shards(folder / ".building", key)
+    digest = hashlib.sha256(json.dumps(key.meta()).encode()).hexdigest()[:16]
     with tqdm(total=len(names), desc="text vectors", unit="label", disable=None) as bar:  # None: on a terminal only
         for start in range(0, len(names), SHARD_LABELS):
-            shard = names[start : start + SHARD_LABELS]
+            shard, path = names[start : start + SHARD_LABELS], folder / ".building" / f"{digest}-{start}.npz"
             rows, done = np.empty((len(shard), key.dim), np.float32), 0
-            kept = shards.load(start, len(shard))
+            kept = _npz_rows(path, "rows", range(1, len(shard) + 1), key.dim)
             if kept is not None and fits(kept, shard[: len(kept)], recipe, encode):
                 done = len(kept)
                 rows[:done] = kept
@@ -373,32 +361,17 @@ def _build(
                         progress(start + done, len(names))
                 finally:  # also if an exception interrupts the shard
                     if done and len(names) > SHARD_LABELS:
-                        shards.save(start, rows[:done])
+                        _save_shard(path, rows[:done])
             yield rows
 
 
-class _Shards:
-    """Parts of a cache that is being built. Each is a file, complete or absent."""
-
-    def __init__(self, folder: Path, key: CacheKey) -> None:
-        self._folder, self._dim = folder, key.dim
-        self._name = hashlib.sha256(json.dumps(key.meta()).encode()).hexdigest()[:16]
-        self._warned = False
-
-    def load(self, start: int, count: int) -> NDArray[Any] | None:
-        """The rows of a shard that were saved, up to `count`, or None if there are none."""
-        return _npz_rows(self._folder / f"{self._name}-{start}.npz", "rows", range(1, count + 1), self._dim)
-
-    def save(self, start: int, rows: NDArray[Any]) -> None:
-        path = self._folder / f"{self._name}-{start}.npz"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                np.savez(file, rows=rows)
-        except OSError as error:
-            if not self._warned:
-                log.warning("cannot keep what is computed in %s (%s); if stopped, it begins again", self._folder, error)
-            self._warned = True
+def _save_shard(path: Path, rows: NDArray[Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, rows=rows)
+    except OSError as error:
+        log.warning("cannot keep what is computed in %s (%s); if stopped, it begins again", path.parent, error)
 
 
 def fits(

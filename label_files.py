@@ -1,11 +1,6 @@
-"""The operator's label sets, `labels/NAME.txt` and `NAME.json`, and the scenes of `smart_classify`.
+"""The operator's label sets, `labels/NAME.txt` and `NAME.json`, and the scenes between which `smart_classify` chooses.
 
-A separate thread reads new and changed files. The engine encodes their prompts in the background. Until the new version
-of a set is ready, or if it is invalid, the previous version is used. The table of sets is replaced as a whole, so
-requests read it without a lock.
-
-Scenes are the classes between which `smart_classify` chooses. Their table says which of them go to BioCLIP. It is
-SCENES, or a file of the same form.
+Until the vectors of a new or changed file are computed, or if it is invalid, the previous version of its set is used.
 """
 
 from __future__ import annotations
@@ -25,8 +20,9 @@ from numpy.typing import NDArray
 
 import label_cache
 from errors import LabelError, SettingError
+from label_cache import CacheKey
 from labels import LabelSet, Recipe
-from model_files import Encode, Vectors
+from model_files import Backend, Encode, Vectors
 
 log = logging.getLogger("lumen.label_files")
 
@@ -60,6 +56,7 @@ class Choices:
 
     names: tuple[str, ...]
     rows: tuple[tuple[tuple[str, ...], ...], ...]  # the rows of each name, in the order of `names`
+    threshold: float = 0.0  # labels with a lower score are left out, unless the request has its own limit
 
     def texts(self) -> list[str]:
         """One text for each row, in order, in the form that PROMPTS reads."""
@@ -86,47 +83,13 @@ class ChoiceSet(LabelSet):
         return found
 
 
-@dataclass(frozen=True)
-class Maker:
-    """Makes vectors of prompts, for one model, and keeps them under `folder`."""
-
-    folder: Path
-    model_id: str
-    dim: int
-    logit_scale: float
-
-    def cached(self, name: str, choices: Choices, encode: Encode) -> NDArray[Any] | None:
-        """float32 `[rows, dim]` from the cache `name`, if it fits."""
-        texts, key = self._key(choices)
-        found = label_cache.load_or_none(self.folder / name / label_cache.FILE, key.meta())
-        return found.vecs if found and label_cache.fits(found.vecs, texts, PROMPTS, encode) else None
-
-    def vectors(self, name: str, choices: Choices, encode: Encode, progress: label_cache.Progress) -> NDArray[Any]:
-        """float32 `[rows, dim]`, from the cache `name` or computed and kept there."""
-        texts, key = self._key(choices)
-        return label_cache.cached_vectors(self.folder / name, texts, PROMPTS, encode, key, progress=progress).vecs
-
-    def _key(self, choices: Choices) -> tuple[list[str], label_cache.CacheKey]:
-        texts = choices.texts()
-        return texts, label_cache.CacheKey.of(texts, PROMPTS, self.model_id, self.dim)
-
-
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SetFile:
-    """What a file says. With `none` prompts the last name is NONE."""
+def read_set(path: Path, templates: Sequence[str]) -> Choices:
+    """Reads a label set. With `none` prompts, its last name is NONE. Raises LabelError, whose text contains no path.
 
-    choices: Choices
-    threshold: float
-
-
-def read_set(path: Path, templates: Sequence[str]) -> SetFile:
-    """Reads a label set. `templates` make the prompts of labels without prompts, if the file has no templates.
-
-    A text file has a label on each line. Blank lines and lines that begin with # are ignored. Raises LabelError, whose
-    text names neither the file nor its folder.
+    `templates`: for labels without prompts, if the file has no templates.
     """
     text = _text_of(path)
     if path.suffix != ".txt":
@@ -166,7 +129,7 @@ def parse_json(text: str) -> Any:
         raise LabelError(f"it is not JSON ({str(error)[:100]})") from None
 
 
-def _checked(content: Any, templates: Sequence[str]) -> SetFile:
+def _checked(content: Any, templates: Sequence[str]) -> Choices:
     if not isinstance(content, dict) or "labels" not in content or not content.keys() <= set(KEYS):
         odd = sorted(content.keys() - set(KEYS)) if isinstance(content, dict) else []
         text = f"{odd[0][:80]!r} is not a key; " if odd else ""
@@ -195,7 +158,7 @@ def _checked(content: Any, templates: Sequence[str]) -> SetFile:
         raise LabelError(f"it has {len(all_rows)} labels and prompts; allowed: {ROWS_MAX}")
     if (count := sum(map(len, all_rows))) > PROMPTS_MAX:
         raise LabelError(f"it has {count} texts; allowed: {PROMPTS_MAX}")
-    return SetFile(Choices(names, tuple(map(tuple, rows))), float(threshold))
+    return Choices(names, tuple(map(tuple, rows)), float(threshold))
 
 
 def texts_in(content: Any, key: str, most: int) -> tuple[str, ...]:
@@ -214,10 +177,10 @@ def texts_in(content: Any, key: str, most: int) -> tuple[str, ...]:
 class OperatorSet(ChoiceSet):
     """A label set of the operator."""
 
-    def __init__(self, name: str, file: SetFile, vectors: NDArray[Any], logit_scale: float) -> None:
-        super().__init__(file.choices, vectors, logit_scale)
-        self.name, self.threshold = name, file.threshold
-        self.content = hash(file)  # takes less memory than the texts
+    def __init__(self, name: str, choices: Choices, vectors: NDArray[Any], logit_scale: float) -> None:
+        super().__init__(choices, vectors, logit_scale)
+        self.name, self.threshold = name, choices.threshold
+        self.content = hash(choices)  # takes less memory than the texts
         self.size = len(self.names) - (self.names[-1] == NONE)
 
     def answer(
@@ -228,7 +191,7 @@ class OperatorSet(ChoiceSet):
         `bias`: see `LabelSet.probabilities`.
         """
         row = self.probabilities(query[None], [bias])[0]
-        best = self.top(row, min(k + 1, len(self)))
+        best = self.top(row, k + 1)
         found = itertools.takewhile(lambda pair: pair[0] != NONE and pair[1] >= min_score, best)
         return list(found)[:k], float(row[-1]) if self.names[-1] == NONE else 0.0
 
@@ -248,9 +211,10 @@ class State:
 class OperatorSets:
     """The sets that a folder's files make: read at the start, and again when `reload` is called."""
 
-    def __init__(self, folder: Path, maker: Maker, templates: Sequence[str]) -> None:
-        self._folder, self._maker, self._templates = folder, maker, templates
-        self._states: Mapping[str, State] = {}  # replaced, never changed
+    def __init__(self, folder: Path, cache: Path, backend: Backend, templates: Sequence[str]) -> None:
+        """`cache`: the folder that keeps the vectors of the backend's model."""
+        self._folder, self._cache, self._backend, self._templates = folder, cache, backend, templates
+        self._states: Mapping[str, State] = {}  # replaced and never changed, so requests read it without a lock
         self._reload = threading.Event()
 
     def get(self, name: str) -> OperatorSet:
@@ -347,17 +311,19 @@ class OperatorSets:
                 raise _Reloaded
             self._note(name, f"its text vectors are being computed: {done} of {total}")
 
-        file = read_set(paths[0], self._templates)
+        choices = read_set(paths[0], self._templates)
         current = self._current(name)
-        if current and current.content == hash(file):
+        if current and current.content == hash(choices):
             return current
-        vectors = self._maker.cached(name, file.choices, encode)
-        if vectors is None:
+        texts, cache = choices.texts(), self._cache / name
+        key = CacheKey.of(texts, PROMPTS, self._backend.model_id, self._backend.dim)
+        found = label_cache.load_or_none(cache / label_cache.FILE, key.meta())
+        if not found or not label_cache.fits(found.vecs, texts, PROMPTS, encode):
             self._note(name, "its text vectors are being computed")
             if not compute:
                 return None
-            vectors = self._maker.vectors(name, file.choices, encode, progress)
-        made = OperatorSet(name, file, vectors, self._maker.logit_scale)
+            found = label_cache.cached_vectors(cache, texts, PROMPTS, encode, key, progress=progress)
+        made = OperatorSet(name, choices, found.vecs, self._backend.logit_scale)
         log.info("label set %s: %d labels", name, made.size)
         return made
 

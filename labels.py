@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import LabelError, SettingError
+from errors import DaemonError, LabelError, SettingError
 from machine import WORKER_NICE, cache_of_a_core, lower_thread_priority, usable_cores
 from model_files import Encode, Say, Vectors, fetch_file
 from torch_device import DeviceRow, DeviceRows
@@ -69,10 +69,7 @@ def class_names(data_dir: Path, own: str, say: Say) -> list[str]:
     and LabelError for ImageNet's.
     """
     if own:
-        try:
-            return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list)
-        except LabelError as error:
-            raise SettingError(str(error)) from error
+        return read_names(Path(own), f"CLIP_LABELS={own}: allowed: a JSON list of names", _parse_list, SettingError)
     path = data_dir / "clip" / "imagenet_class_names.json"
     repo, filename = "huggingface/label-files", "imagenet-1k-id2label.json"
     if path.is_file():
@@ -96,12 +93,14 @@ def _parse_imagenet(content: Any) -> list[str]:
     return _parse_list([content[str(i)] for i in range(1000)])
 
 
-def read_names(path: Path, complaint: str, parse: Callable[[Any], list[str]]) -> list[str]:
-    """Raises LabelError, which begins with the complaint."""
+def read_names(
+    path: Path, complaint: str, parse: Callable[[Any], list[str]], kind: type[DaemonError] = LabelError
+) -> list[str]:
+    """Raises an error of the kind, which begins with the complaint."""
     try:
         return parse(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, RecursionError) as error:
-        raise LabelError(f"{complaint} ({str(error)[:200]})") from error
+        raise kind(f"{complaint} ({str(error)[:200]})") from error
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------
@@ -151,12 +150,10 @@ class HostRow:
     def __len__(self) -> int:
         return len(self._values)
 
-    def probabilities(
-        self, logit_scale: np.float32, inside: NDArray[Any] | None = None, bias: float | None = None
-    ) -> HostRow:
-        """Of cosines, which it may overwrite. `inside`: the only rows that count. `bias`: see `LabelSet`."""
+    def probabilities(self, logit_scale: np.float32, inside: NDArray[Any] | None = None) -> HostRow:
+        """The softmax of cosines, which it may overwrite. `inside`: the only rows that count."""
         values = self._values if inside is None else self._values[inside]
-        return HostRow(to_probabilities(values, logit_scale, bias))
+        return HostRow(to_probabilities(values, logit_scale, None))
 
     def sums(self, starts: NDArray[Any]) -> HostRow:
         """The sums of spans, each from one of `starts` to the next. The first of them is 0."""
@@ -261,10 +258,10 @@ class LabelSet:
         """float32 `[b, dim]` unit rows and a (k, bias) for each -> its k best labels; see `probabilities` and `top`."""
         if not self._held:
             rows = self.probabilities(queries, [bias for _, bias in options])
-            return [self.top(row, min(k, len(self))) for row, (k, _) in zip(rows, options, strict=True)]
+            return [self.top(row, k) for row, (k, _) in zip(rows, options, strict=True)]
         with self._held.scoring():
             return [
-                top(row.probabilities(self._logit_scale, bias=bias), min(k, len(self)), self.names.__getitem__)
+                top(row.probabilities(self._logit_scale, bias=bias), k, self.names.__getitem__)
                 for row, (k, bias) in zip(self._held.rows(queries), options, strict=True)
             ]
 
@@ -302,15 +299,14 @@ def top(probabilities: Row, k: int, label_of: Callable[[int], str]) -> list[tupl
     candidates = k
     while True:
         candidates = min(2 * candidates + 8, len(probabilities))
-        for i, probability in zip(*probabilities.best(candidates), strict=True):
-            found.setdefault(label_of(int(i)), score(probability))
-        if len(found) >= k or candidates == len(probabilities):
-            return list(found.items())[:k]
-
-
-def score(probability: np.floating[Any]) -> float:
-    """A probability as a number from 0 to 1. Sums in float32 may be slightly above 1."""
-    return min(max(float(probability), 0.0), 1.0)
+        positions, values = probabilities.best(candidates)
+        scores = values.clip(0, 1).tolist()  # sums in float32 may be slightly above 1
+        for position, score in zip(positions.tolist(), scores, strict=True):
+            found.setdefault(label_of(position), score)
+            if len(found) == k:
+                return list(found.items())
+        if candidates == len(probabilities):
+            return list(found.items())
 
 
 def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
@@ -321,7 +317,7 @@ def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """
     maxima = np.maximum.reduceat(values, np.arange(0, len(values), TOP_BLOCK))
     if count >= len(maxima):
-        return np.argpartition(-values, count - 1)[:count]
+        return (-values).argpartition(count - 1)[:count]
     return np.flatnonzero(values >= np.partition(maxima, -count)[-count])
 
 

@@ -50,7 +50,7 @@ from discovery import Advertiser
 from engine import Engine
 from errors import BackendError, LabelError, SettingError, unreadable
 from journal import Journal
-from label_files import PROMPTS, Maker, OperatorSets, SceneSet, read_scenes
+from label_files import PROMPTS, OperatorSets, SceneSet, read_scenes
 from labels import LabelSet
 from machine import clock
 from model import Model
@@ -305,10 +305,8 @@ def load_models(settings: Settings, engine: Engine, say: Say) -> Loaded:
             if "bioclip" in settings.models():
                 vectors = labels.label_vectors(scenes.choices.texts(), PROMPTS, encode)
                 sets["scenes"] = SceneSet(scenes, vectors, backend.logit_scale)
-            maker = Maker(folder / "labels", backend.model_id, backend.dim, backend.logit_scale)
-            operator_sets = OperatorSets(
-                settings.lumen_data_dir / "labels", maker, labels.TEMPLATES[settings.clip_templates]
-            )
+            templates = labels.TEMPLATES[settings.clip_templates]
+            operator_sets = OperatorSets(settings.lumen_data_dir / "labels", folder / "labels", backend, templates)
             operator_sets.read(encode, compute=False)
             continue
         loader = SpeciesLoader(options.labels, model, folder, settings.lumen_data_dir, engine)

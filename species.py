@@ -231,14 +231,11 @@ class Found:
 class Species:
     """Species with their text vectors. Scores are the softmax of logit scale x cosine over all rows that count."""
 
-    def __init__(
-        self, names: Sequence[str], vectors: TextVectors, logit_scale: float, held: DeviceRows | None = None
-    ) -> None:
-        """`names`: sorted lineages. `held`: the vectors on a GPU, which then computes the scores."""
-        depth = vectors.depth if vectors.depth is not None else depths(names)
-        self.names, self.tree = names, Tree(names, depth)
+    def __init__(self, vectors: TextVectors, logit_scale: float, held: DeviceRows | None = None) -> None:
+        """`vectors`: of sorted lineages. `held`: the same on a GPU, which then computes the scores."""
+        self.names, self.tree = vectors.names, Tree(vectors.names, vectors.depth)
         self._cosines, self._logit_scale = held or Cosines(vectors.vecs), np.float32(logit_scale)
-        self._twins = int((depth > SPECIES).sum())  # rows of species that have another row
+        self._twins = int((vectors.depth > SPECIES).sum())  # rows of species that have another row
 
     def __len__(self) -> int:
         return len(self.names)

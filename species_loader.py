@@ -1,7 +1,6 @@
 """Loads species in the background, while the daemon already serves everything else.
 
-Computing the vectors of a tree of life can take days on a board. The engine computes them in small batches, while
-no request is in progress, and otherwise for a twentieth of the time. `Models` receives them when they are complete.
+Computing the vectors of a tree of life can take days on a board.
 """
 
 from __future__ import annotations
@@ -37,20 +36,14 @@ TEN_M, TWO_HUNDRED_M = tree_of_life.SOURCES
 class SpeciesLoader:
     """Finds, fetches or computes the label set of `BIOCLIP_LABELS` for a model.
 
-    Without a source it uses what is kept for the model, be it computed or published. If nothing is, it begins to
-    compute TreeOfLife-10M. After MEASURE_S it estimates how long the rest takes. If that is QUICK_S or more, it uses
-    TreeOfLife-200M instead, provided that the model is BioCLIP-2 and that disk and memory allow. Computed labels are
-    kept in either case. If the download fails, computing goes on, and the download is tried again after RETRY_S, then
-    after twice as long each time.
+    docs/species-and-labels.md, "Where the species come from", says how it chooses if that is empty.
     """
 
     def __init__(self, source: str, model: Model, folder: Path, data_dir: Path, engine: Engine) -> None:
-        """`folder` keeps the vectors of this model. Published ones are in a subfolder, so that neither replace the
-        others."""
+        """`folder` is for the vectors of this model. Published ones have a subfolder, so that both can be kept."""
         self._published_folder = folder / tree_of_life.PUBLISHED
         self._source, self._model, self._folder, self._data_dir, self._engine = source, model, folder, data_dir, engine
         self._through_engine = model.encoder(engine)
-        self._unload = engine.add(Stage("bioclip unload", self._let_go, 1, Stage.BACKGROUND))
 
     def at_once(self, say: Say) -> Species | None:
         """The species, if they are kept or few; before the inference thread runs.
@@ -62,15 +55,16 @@ class SpeciesLoader:
             note = self._folder / label_cache.NOTE
             return self._species(tree_of_life.ready_made(Path(self._source), backend.dim, encode, note))
         if self._source in ("", TWO_HUNDRED_M):
-            if found := self._kept_200m(encode):
-                return self._species(found)
+            for folder in (self._published_folder, self._folder):  # an earlier version kept them in the latter
+                if found := tree_of_life.kept(folder, self._wanted_200m(), encode):
+                    return self._species(found)
             if self._source:
                 return None
         path = tree_of_life.names_file(self._source, self._data_dir, say)
         wanted = self._wanted(RECIPE.name, machine.sha256_of(path))
         if found := tree_of_life.kept(self._folder, wanted, encode):
             return self._species(found)
-        if len(tree_of_life.lineages_of_source(self._source, path)) > label_cache.SHARD_LABELS:
+        if len(tree_of_life.lineages_of(path, own=self._source not in ("", TEN_M))) > label_cache.SHARD_LABELS:
             return None
         doing = f"computing text vectors for {backend.model_id}"
         return self._computed(encode, lambda done, total: say(f"{doing}: {done} of {total} labels"))
@@ -98,13 +92,6 @@ class SpeciesLoader:
 
         log.info("%s is not available yet; everything else is served meanwhile", progress.name)
         threading.Thread(target=load, name="species", daemon=True).start()
-
-    def _kept_200m(self, encode: Encode) -> TextVectors | None:
-        for folder in (self._published_folder, self._folder):  # an earlier version kept them in the latter
-            is_published = label_cache.meta_of(folder / label_cache.FILE).get("recipe") == tree_of_life.PUBLISHED
-            if is_published and (found := tree_of_life.kept(folder, self._wanted_200m(), encode)):
-                return found
-        return None
 
     def _load(self, progress: Progress) -> Species:
         if self._source == TWO_HUNDRED_M:
@@ -185,8 +172,7 @@ class SpeciesLoader:
 
     def _computed(self, encode: Encode, tell: label_cache.Progress) -> Species:
         path, backend = tree_of_life.names_file(self._source, self._data_dir), self._model.backend
-        names, found = tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell)
-        return Species(names, found, backend.logit_scale, backend.hold_rows(found.vecs))
+        return self._species(tree_of_life.computed(self._folder, path, backend.model_id, backend.dim, encode, tell))
 
     def _published(self, tell: label_cache.Progress) -> Species:
         backend = self._model.backend
@@ -196,25 +182,26 @@ class SpeciesLoader:
         return self._species(found)
 
     def _species(self, found: TextVectors) -> Species:
-        assert found.names is not None
         backend = self._model.backend
-        return Species(found.names, found, backend.logit_scale, backend.hold_rows(found.vecs))
+        return Species(found, backend.logit_scale, backend.hold_rows(found.vecs))
 
     def _unload_text(self) -> None:
         """Unloads the text tower on the background thread, while the inference thread runs no batch."""
 
+        def unload(items: list[Any]) -> list[Any]:
+            self._model.backend.unload_text()
+            return items
+
+        stage = self._engine.add(Stage("bioclip unload", unload, 1, Stage.BACKGROUND))
+
         def steps() -> Steps:
-            yield self._unload, [None]
+            yield stage, [None]
             return Answer("", b"", {})
 
         job = Job("", "", 0)
         job.steps = steps()
         self._engine.submit(job)
         job.answer.result()
-
-    def _let_go(self, items: list[Any]) -> list[None]:
-        self._model.backend.unload_text()
-        return [None for _ in items]
 
 
 class _TooSlow(Exception):

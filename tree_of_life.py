@@ -1,13 +1,12 @@
 """Where the names and vectors of species come from: TreeOfLife on the hub, or the operator's file or folder.
 
-`TreeOfLife-10M` contains names, whose vectors the model has to compute. `TreeOfLife-200M` contains vectors as well.
-They are stored by dimension, and are transposed to rows while they are downloaded. In both cases the result is
-`text_vectors.npz` with the names (see `label_cache`). A start that finds this file reads nothing else.
+The result is always `text_vectors.npz` with the names; see `label_cache`. A start that finds it reads nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ import label_cache
 import machine
 import species
 from errors import BackendError, DamagedCache, LabelError, SettingError, one_line, unreadable
-from label_cache import CacheKey, Names, TextVectors
+from label_cache import CacheKey, TextVectors
 from model_files import Encode, Say, encoder_of, fetch_file, quiet
 from settings import DATA_DIR, SPECIES_SOURCES, ModelOptions
 from species import RECIPE
@@ -61,26 +60,25 @@ class Progress:
         self.begin(source)
 
     def begin(self, source: str) -> None:
-        self.name, self._total = source, 0
-        self._seen: deque[tuple[float, int]] = deque()
+        self.name = source
+        self._seen: deque[tuple[float, int, int]] = deque()  # time, done, total
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self._seen.append((now, done))
+        self._seen.append((now, done, total))
         while self._seen[0][0] < now - ETA_WINDOW_S:
             self._seen.popleft()
-        self._total = total
         if now - self._said > STATUS_S:
             self._said = now
             self._say(f"serving; {self}")
 
     def __str__(self) -> str:
-        name, total, seen = self.name, self._total, self._seen
+        name, seen = self.name, self._seen
         if self.failure:
             return f"{name}: {self.failure}"
-        if not (total and seen):
+        if not seen:
             return f"{name}: beginning"
-        (since, first), (now, last) = seen[0], seen[-1]
+        (since, first, _), (now, last, total) = seen[0], seen[-1]
         text = f"{name}: {last:,} of {total:,} {'MB' if name == SOURCES[1] else 'labels'}"
         if last <= first or now - since < 1:
             return text
@@ -116,7 +114,7 @@ def count_own(source: str) -> int | None:
     try:
         if is_folder(source):
             return len(open_folder(Path(source), quick=True).vecs)
-        return len(lineages_of_source(source, names_file(source, DATA_DIR)))
+        return len(lineages_of(names_file(source, DATA_DIR), own=True))
     except PermissionError as error:
         raise unreadable(error) from error
 
@@ -138,28 +136,20 @@ def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:
     return path
 
 
-def lineages_of_source(source: str, path: Path) -> list[str]:
-    """Those of a source's label file. Raises SettingError if the file is the operator's own, else LabelError."""
-    try:
-        return lineages_of(path)
-    except LabelError as error:
-        if source and source not in SOURCES:
-            raise SettingError(f"BIOCLIP_LABELS={error}") from error
-        raise
+def lineages_of(path: Path, own: bool = False) -> list[str]:
+    """The lineages of a JSON list of `[[kingdom, ..., epithet], common name]`, in the file's order.
 
-
-def lineages_of(path: Path) -> list[str]:
-    """The lineages of a JSON list of `[[kingdom, ..., epithet], common name]`, in the file's order. Raises LabelError.
-
-    The file is parsed row by row, because 867,455 rows as one object would take half a gigabyte.
+    The file is parsed row by row, because 867,455 rows as one object would take half a gigabyte. Raises LabelError, or
+    SettingError if it is the operator's `own`.
     """
+    kind, name = (SettingError, f"BIOCLIP_LABELS={path}") if own else (LabelError, path)
     try:
         found = [species.lineage(index, row) for index, row in enumerate(_rows(path))]
     except (OSError, ValueError, RecursionError) as error:
-        complaint = f"{path}: not a JSON list of [[kingdom, ..., species], common name]"
-        raise LabelError(f"{complaint} ({str(error)[:200]})") from error
+        complaint = f"{name}: not a JSON list of [[kingdom, ..., species], common name]"
+        raise kind(f"{complaint} ({str(error)[:200]})") from error
     if not found:
-        raise LabelError(f"{path}: an empty list")
+        raise kind(f"{name}: an empty list")
     return found
 
 
@@ -199,7 +189,7 @@ def open_folder(
         found = label_cache.load(folder / label_cache.FILE, note=note, quick=quick)
     except (OSError, DamagedCache) as error:
         raise SettingError(f"{file} cannot be used ({error})") from error
-    if found is None or found.names is None or found.depth is None or found.meta is None:
+    if not found or not len(found.depth):
         raise SettingError(f"{file} has no lineages; `tree_of_life.py build` makes such files")
     return found
 
@@ -208,7 +198,6 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
     """The vectors of the operator's folder, which need not be ours to write: `note` remembers that its checksums were
     read. Raises SettingError, also if they are not those of the model."""
     found = open_folder(folder, note)
-    assert found.meta is not None
     if found.vecs.shape[1] != dim:
         text = f"vectors of {found.vecs.shape[1]} dimensions, and the model's have {dim}"
     elif not belongs(found, encode):
@@ -220,12 +209,14 @@ def ready_made(folder: Path, dim: int, encode: Encode, note: Path) -> TextVector
 
 def kept(folder: Path, wanted: dict[str, Any], encode: Encode) -> TextVectors | None:
     """The vectors that an earlier start kept, if their meta contains `wanted` and they belong to this model."""
-    found = label_cache.load_or_none(folder / label_cache.FILE, wanted)
-    return found if found and found.names is not None and found.depth is not None and belongs(found, encode) else None
+    path = folder / label_cache.FILE
+    if not wanted.items() <= label_cache.meta_of(path).items():
+        return None
+    found = label_cache.load_or_none(path, wanted)
+    return found if found and len(found.depth) and belongs(found, encode) else None
 
 
 def belongs(found: TextVectors, encode: Encode) -> bool:
-    assert found.names is not None and found.meta is not None
     floor = PUBLISHED_COSINE if found.meta["recipe"] == PUBLISHED else label_cache.PROBE_COSINE
     return label_cache.fits(found.vecs, found.names, RECIPE, encode, floor)
 
@@ -235,12 +226,11 @@ def belongs(found: TextVectors, encode: Encode) -> bool:
 
 def computed(
     folder: Path, path: Path, model_id: str, dim: int, encode: Encode, progress: label_cache.Progress
-) -> tuple[Sequence[str], TextVectors]:
+) -> TextVectors:
     """Computes the vectors of a label file and saves them in `folder` with the names. Raises LabelError."""
     names = sorted(lineages_of(path))
     key = CacheKey(model_id, RECIPE.name, machine.sha256_of(path), len(names), dim)
-    found = label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
-    return found.names or names, found
+    return label_cache.cached_vectors(folder, names, RECIPE, encode, key, (), progress, species.depths(names))
 
 
 # --- a set that is published ------------------------------------------------------------------------------------
@@ -283,9 +273,9 @@ def published(folder: Path, model_id: str, progress: label_cache.Progress) -> Te
         hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
         with hub.open(f"datasets/{REPO_200M}@{REVISION_200M}/{FILE_200M}.npy", "rb", cache_type="none") as source:
             dim, count = _npy_shape(source)
-            order = _names_in_order(building, count)
+            names, order = _names_in_order(building, count)
             used = _panels(building, source, dim, order, progress)
-        return _assemble(folder, building, model_id, dim, used)
+        return _assemble(folder, model_id, dim, list(itertools.compress(names, used)), used)
     except LabelError:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
@@ -302,24 +292,17 @@ def _npy_shape(source: Any) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _names_in_order(building: Path, count: int) -> NDArray[np.int32]:
-    """Saves the sorted lineages as `names.npz`. Returns the column of each, int32 `[count]`."""
-    path = building / "names.npz"
-    if not path.exists():
-        target, source = building / "names.json", f"{FILE_200M}.json"
-        lineages = fetch_file(target, REPO_200M, source, quiet, REVISION_200M, check=lineages_of)
-        if len(lineages) != count:
-            raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
-        order = np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
-        text, offsets = bytearray(), np.zeros(count + 1, np.int64)
-        for row, column in enumerate(order, 1):
-            text += lineages[column].encode()
-            offsets[row] = len(text)
-        del lineages
-        with machine.replacing(path) as file:
-            np.savez(file, order=order, offsets=offsets, text=np.frombuffer(text, np.uint8))
-    with np.load(path, allow_pickle=False) as kept:
-        return np.asarray(kept["order"])
+def _names_in_order(building: Path, count: int) -> tuple[list[str], NDArray[np.int32]]:
+    """The sorted lineages, and the column of each, int32 `[count]`."""
+    path, source = building / "names.json", f"{FILE_200M}.json"
+    try:
+        lineages = lineages_of(path)
+    except LabelError:  # it has not been downloaded yet, or is damaged
+        lineages = fetch_file(path, REPO_200M, source, quiet, REVISION_200M, check=lineages_of)
+    if len(lineages) != count:
+        raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
+    order = sorted(range(count), key=lineages.__getitem__)
+    return [lineages[column] for column in order], np.array(order, np.int32)
 
 
 def _panels(
@@ -348,9 +331,9 @@ def _panels(
     return used
 
 
-def _assemble(folder: Path, building: Path, model_id: str, dim: int, used: NDArray[np.bool_]) -> TextVectors:
-    with np.load(building / "names.npz", allow_pickle=False) as kept:
-        names = Names(kept["text"], kept["offsets"]).only(used)
+def _assemble(folder: Path, model_id: str, dim: int, names: list[str], used: NDArray[np.bool_]) -> TextVectors:
+    """Writes the file from the panels. `names`: of the rows that are used."""
+    building = _building(folder)
     panels = [np.load(building / f"panel-{first}.npy", mmap_mode="r") for first in range(0, dim, PANEL_DIMS)]
 
     def blocks() -> Iterator[NDArray[np.float32]]:
@@ -392,13 +375,12 @@ def build(options: argparse.Namespace) -> TextVectors:
     model = ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
     backend = backends.create_backend(model)
     encode = encoder_of(backend)
-    return computed(options.to, path, backend.model_id, backend.dim, encode, lambda done, total: None)[1]
+    return computed(options.to, path, backend.model_id, backend.dim, encode, lambda done, total: None)
 
 
 def info(folder: Path) -> list[str]:
     """Describes the content of a folder, for people. Raises SettingError."""
     found = open_folder(folder, setting="")
-    assert found.meta and found.depth is not None
     size = (folder / label_cache.FILE).stat().st_size
     lines = [f"{name}: {value}" for name, value in found.meta.items()]
     taxa_of = (f"{np.count_nonzero(found.depth <= rank):,} {name}" for rank, name in enumerate(species.RANKS))
@@ -409,7 +391,6 @@ def verify(folder: Path) -> list[str]:
     """Reads a folder completely. Returns what is wrong with it. Raises SettingError."""
     (folder / label_cache.NOTE).unlink(missing_ok=True)
     found = open_folder(folder, setting="")  # which reads the checksums
-    assert found.names is not None and found.depth is not None and found.meta
     wrong = []
     for start in range(0, len(found.vecs), label_cache.BLOCK):
         rows = found.vecs[start : start + label_cache.BLOCK].astype(np.float32)

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_wordings_of_a_label_are_averaged_and_things_under_it_added(tmp_path: Pa
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
     file = label_files.read_set(tmp_path / "a.json", ["unused {}"])
-    texts = file.choices.texts()
+    texts = file.texts()
     own = label_files.OperatorSet("a", file, labels.label_vectors(texts, label_files.PROMPTS, Texts()), 5.0)
     dog, cat, car, my_car, tree, sea = Texts()(["a dog", "a cat", "car", "my car", "a tree", "a sea"])
     rows = np.array([dog, cat, (car + my_car) / np.linalg.norm(car + my_car), tree, sea])
@@ -104,9 +105,8 @@ class Folder:
     def __init__(self, folder: Path, texts: Texts | None = None) -> None:
         self.files, self.texts = folder / "labels", texts or Texts()
         self.files.mkdir(exist_ok=True)
-        self.sets = label_files.OperatorSets(
-            self.files, label_files.Maker(folder / "cache", "model", 16, 5.0), ["a {}."]
-        )
+        model: Any = SimpleNamespace(model_id="model", dim=16, logit_scale=5.0)
+        self.sets = label_files.OperatorSets(self.files, folder / "cache", model, ["a {}."])
 
     def write(self, name: str, content: str) -> None:
         save(self.files / name, content)
@@ -293,9 +293,8 @@ def test_a_long_label_set_is_computed_without_anybody_waiting(watched: Any, tmp_
     backend, stub = watched
     clip = backend.daemon._models.clip
     folder = Folder(tmp_path)
-    folder.sets = label_files.OperatorSets(
-        folder.files, label_files.Maker(tmp_path / "c", "tiny", 64, 100.0), ["a {}."]
-    )
+    model: Any = SimpleNamespace(model_id="tiny", dim=64, logit_scale=100.0)
+    folder.sets = label_files.OperatorSets(folder.files, tmp_path / "c", model, ["a {}."])
     folder.write("many.txt", "\n".join(f"thing {i}" for i in range(320)))
     with concurrent.futures.ThreadPoolExecutor(3) as clients:
         backend.gate = backend.text_gate = turnstile = Turnstile()

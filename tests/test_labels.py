@@ -194,7 +194,7 @@ class TreeOfLife:
         assert self.stored and self.stored.names
         held = device.hold(self.stored.vecs) if device else None
         assert (held is None) == (device is None)
-        self.species = species.Species(self.stored.names, self.stored, self.SCALE, held)
+        self.species = species.Species(self.stored, self.SCALE, held)
 
     def queries(self, count: int) -> Any:
         rng = np.random.default_rng(5)
@@ -365,7 +365,7 @@ def test_a_taxon_or_a_list_of_names_is_all_that_is_chosen_from(
 
 def test_a_long_list_of_names_is_resolved_once(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: seconds of the interpreter for each picture of an import with a list of 10,000 names."""
-    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr, arg-type]
+    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr]
     tree.within(["Animalia"])  # makes the index of names, which is made once
     names = [" ".join(name.split("/")[5:7]) for name in stored_tree.names[:9000]] + [f"none {i}" for i in range(1000)]
 
@@ -388,7 +388,7 @@ def test_lists_of_names_are_not_confused_and_do_not_pile_up(
     stored_tree: TreeOfLife, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lost otherwise: the species of another client's garden, or the memory of a board, list by list."""
-    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr, arg-type]
+    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr]
     lists = [[f"G{i}", f"F{i % 7}"] for i in range(200)] + [["G1 e1"], ["G1", "e1"], ["G1", " e1"]]
     fresh = [species.Tree(tree._names, tree._depth).within(names) for names in lists[-3:]]
     for _ in range(2):
@@ -412,7 +412,7 @@ def test_lists_of_names_are_not_confused_and_do_not_pile_up(
 
 def test_threads_that_bring_one_list_get_one_result(stored_tree: TreeOfLife) -> None:
     """Lost otherwise: the same second of work in each decode thread at once, or a wrong row among them."""
-    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr, arg-type]
+    tree = species.Tree(stored_tree.stored.names, stored_tree.stored.depth)  # type: ignore[union-attr]
     names = [f"G{i}" for i in range(500)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: tree.within(names if i % 2 else names[:250])[0], range(64)))

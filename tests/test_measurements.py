@@ -282,7 +282,7 @@ def test_scoring_of_a_tree_of_life_at_true_size(tree: tuple[Path, CacheKey]) -> 
     before, started = anonymous_mb(), time.perf_counter()
     stored = label_cache.load(path, key.meta())
     assert stored and stored.names
-    known = species.Species(stored.names, stored, LOGIT_SCALE)
+    known = species.Species(stored, LOGIT_SCALE)
     ready = time.perf_counter() - started
     print(f"\n{key.count:,} x {key.dim}, {stored.vecs.nbytes / 1e9:.2f} GB: ready in {ready:.2f} s")
     rng = np.random.default_rng(1)
