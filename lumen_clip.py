@@ -1,15 +1,8 @@
 """lumen-clip: CLIP and BioCLIP-2 over gRPC (`home_native.v1.Inference`), batched across all clients.
 
-The way of one request:
-
-    stream's reader thread     chunks -> one whole Request         (streams: Stream; chunks: Assembler)
-    decode threads             bytes -> pixels or token ids        (intake: Intake; decode_pool; tasks: prepare)
-    the engine's thread        the task's steps, in true batches   (engine: Engine; tasks)
-    inference thread, workers  a batch through a model             (engine: Engine; a backend)
-    stream's own thread        responses, in the requests' order   (streams: Stream)
-
 This file starts, serves and stops. `main()` reads and checks the settings, opens the ports, advertises the daemon as
-loading, loads the models, and then reports to mDNS and systemd that it is ready.
+loading, loads the models, and then reports to mDNS and systemd that it is ready. docs/internals.md describes the path
+of a request through the other files.
 """
 
 from __future__ import annotations
@@ -36,8 +29,6 @@ from typing import NoReturn
 if __name__ == "__main__" and importlib.util.find_spec("grpc") is None:  # usually another Python than intended
     print(f"lumen-clip: grpcio is not installed for {sys.executable}; run .venv/bin/python", file=sys.stderr)
     sys.exit(2)
-
-from google.protobuf import empty_pb2
 
 import backends
 import label_cache
@@ -191,9 +182,14 @@ def handle_signals(events: Events, journal: Journal, terminal: Terminal) -> None
     threading.Thread(target=read, name="signals", daemon=True).start()
 
 
-def complain(error: Exception) -> None:
-    """One line for the operator; in the journal, which names us by itself, of an error's priority."""
+def complain(error: Exception) -> int:
+    """Prints one line for the operator; -> the exit status, 2 for what the operator has to change.
+
+    In the journal, which names us by itself, the line has an error's priority. lumen-clip.service does not start the
+    daemon again after a 2.
+    """
     print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
+    return 2 if isinstance(error, SettingError) else 1
 
 
 def notify(state: str) -> None:
@@ -204,14 +200,12 @@ def notify(state: str) -> None:
 
 
 def run_doctor(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
     try:
         import doctor
     except ImportError:
         print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
         return 2
-    settings, findings = doctor.read_settings(environment)
-    return doctor.report(findings + doctor.examine(doctor.Setup(settings, options.host, options.port)))
+    return doctor.run(environment, options.host, options.port)
 
 
 def check(settings: Settings) -> None:
@@ -383,11 +377,6 @@ def _seconds_of(names: Sequence[str], recipe: labels.Recipe, encode: Encode) -> 
     return (time.monotonic() - began) * len(names) / len(few)
 
 
-def exit_status(error: BaseException) -> int:
-    """2 for what the operator has to change: lumen-clip.service does not start the daemon again then."""
-    return 2 if isinstance(error, SettingError) else 1
-
-
 # --- serve ------------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +385,7 @@ def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: Specie
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    advertiser.set_ready(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
+    advertiser.set_ready(daemon.GetCapabilities(None, None).runtime)
     threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
     machine.trim_memory()
     gc.freeze()  # what stays need not be looked through again and again
@@ -487,8 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drain_immich = serve_immich(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
-        complain(error)
-        return exit_status(error)
+        return complain(error)
     journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
@@ -500,12 +488,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(event, signal.Signals):
         log.info("stopped while loading")
         _leave(0)
+    if isinstance(event, SettingError | BackendError | LabelError):
+        _leave(complain(event))
     if isinstance(event, BaseException):
-        if isinstance(event, SettingError | BackendError | LabelError):
-            complain(event)
-        else:
-            log.critical("loading the models failed", exc_info=event)
-        _leave(exit_status(event))
+        log.critical("loading the models failed", exc_info=event)
+        _leave(1)
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events, terminal):
         log.critical("%s; the process ends, so that a supervisor can start it again", trouble)

@@ -8,7 +8,6 @@ import hashlib
 import os
 import resource
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -126,23 +125,6 @@ def lower_thread_priority(steps: int) -> None:
     """
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + steps)
-
-
-def group_of(path: Path) -> str:
-    """The name of a file's group, or its number if it has no name here."""
-    try:
-        return path.group()
-    except KeyError:
-        return str(path.stat().st_gid)
-
-
-def is_read_only(folder: Path) -> bool:
-    """Root may write anywhere, but not on a disk that is mounted read-only; this leaves nothing behind."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return False
-    except OSError:
-        return True
 
 
 @contextmanager
