@@ -226,8 +226,7 @@ def npu_library(setup: Setup) -> Iterator[Finding]:
         yield FINE, f"rknn-toolkit-lite2 {package.version if package else 'of unknown version'}"
     found = [path for name in ("lib", "lib64") if (path := setup.root / "usr" / name / "librknnrt.so").is_file()]
     if not found:
-        text = "librknnrt.so is not in /usr/lib; copy it there from rknn-toolkit2's rknpu2/runtime"
-        yield setup.npu_severity(), text
+        yield setup.npu_severity(), "librknnrt.so is not in /usr/lib; copy it there from rknn-toolkit2's rknpu2/runtime"
         return
     version = _search(found[0], rb"librknnrt version: (\d+\.\d+\.\d+)")
     yield FINE, f"librknnrt {version or 'of unknown version'} ({found[0]})"
@@ -275,8 +274,10 @@ def npu_nodes(setup: Setup) -> Iterator[Finding]:
 
 
 def runtimes(setup: Setup) -> Iterator[Finding]:
-    on_onnx, on_torch = setup.models("onnxrt", "rknn"), setup.models("torch")
-    for module in ["onnxruntime"] * bool(on_onnx) + ["open_clip", "torch"] * bool(on_torch):
+    on_onnx = setup.models("onnxrt", "rknn")
+    wanted = ["onnxruntime"] if on_onnx else []
+    wanted += ["open_clip", "torch"] if setup.models("torch") else []
+    for module in wanted:
         if importlib.util.find_spec(module) is None:
             file = "requirements.txt" if module != "onnxruntime" else "requirements-edge.txt"
             yield FAILURE, f"{module} is not installed; pip install -r {file}"
@@ -472,9 +473,7 @@ def immich(setup: Setup) -> Iterator[Finding]:
 def discovery(setup: Setup) -> Iterator[Finding]:
     if not setup.settings.clip_mdns_type:
         yield NOTE, "off"
-        return
-    address = setup.settings.advertise_ip or advertised_ip(setup.host)
-    if address:
+    elif address := setup.settings.advertise_ip or advertised_ip(setup.host):
         yield FINE, f"{setup.settings.clip_mdns_name} will be announced at {address}"
     else:
         yield WARNING, "no address that others could reach; set ADVERTISE_IP to be found"

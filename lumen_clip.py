@@ -126,17 +126,15 @@ class Terminal:
     """The terminal that the daemon was started in, if any. When it closes, the daemon must stop."""
 
     def __init__(self) -> None:
-        self._present = self._is_open()
-        self._missing = 0  # how many times in a row `look` has not found it
+        self._missing = 0 if self._is_open() else 2  # how many times in a row it was not found
 
     def look(self) -> None:
         """Call this every few seconds: a daemon that has outlived its terminal does not stop because of it any more."""
         self._missing = 0 if self._is_open() else self._missing + 1
-        self._present = self._present and self._missing < 2
 
     def has_closed(self) -> bool:
         """Whether the terminal has closed since it was last looked for."""
-        return self._present and not self._is_open()
+        return self._missing < 2 and not self._is_open()
 
     @staticmethod
     def _is_open() -> bool:

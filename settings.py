@@ -195,10 +195,6 @@ class ModelOptions:
     # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
     labels: str = _setting("", path=lambda text: "" if text in SPECIES_SOURCES else text, idle=_SERVED)
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            object.__setattr__(self, "model", DEFAULT_MODELS[self.name])
-
     def error(self, variable: str, value: str, text: str) -> SettingError:
         """The error for a value that the operator has to change."""
         return SettingError(self.line(variable, value, text))
@@ -280,8 +276,9 @@ class Settings:
         _warn_of_unknown(environment)
         shared = _read(cls, "", environment)
         common = {"max_batch_size": shared.get("batch_size", 0), "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
+        common["model"] = DEFAULT_MODELS["CLIP"]
         clip = ModelOptions("CLIP", **common | _read(ModelOptions, "CLIP_", environment))
-        common["backend"] = clip.backend
+        common |= {"backend": clip.backend, "model": DEFAULT_MODELS["BIOCLIP"]}
         bioclip = ModelOptions("BIOCLIP", **common | _read(ModelOptions, "BIOCLIP_", environment))
         settings = cls(clip, bioclip, **shared)
         if not settings.models():
