@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +118,16 @@ class Advertiser:
         from zeroconf import NonUniqueNameException, ServiceInfo
 
         infos = [ServiceInfo(kind, f"{self._instance}.{kind}") for kind in self._settings.clip_mdns_type]
-
-        async def probe() -> Any:
-            checks = (self._zeroconf.async_check_service(info, allow_name_change=False) for info in infos)
-            return await asyncio.gather(*checks, return_exceptions=True)
-
-        results = asyncio.run_coroutine_threadsafe(probe(), self._zeroconf.loop).result(PROBE_TIMEOUT_S)
-        for info, error in zip(infos, results, strict=True):
-            if isinstance(error, NonUniqueNameException):
+        checks = [self._zeroconf.async_check_service(info, allow_name_change=False) for info in infos]
+        probes = [asyncio.run_coroutine_threadsafe(check, self._zeroconf.loop) for check in checks]
+        for info, probe in zip(infos, probes, strict=True):
+            try:
+                probe.result(PROBE_TIMEOUT_S)
+            except NonUniqueNameException:
                 # After a crash, a sleep proxy or an mDNS reflector may still answer with this daemon's old records.
                 info.request(self._zeroconf, QUERY_TIMEOUT_MS)
                 if info.properties.get(b"uuid") != self._uuid.encode():
                     return True
-            elif error:
-                raise error
         return False
 
     def _publish(self, address: str) -> None:
@@ -195,12 +192,10 @@ def advertised_ip(host: str, interfaces: Path = INTERFACES) -> str | None:
         for ip in adapter.ips
         if ip.is_IPv4 and not ipaddress.ip_address(str(ip.ip)).is_loopback
     ]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("224.0.0.251", 5353))  # the mDNS group: the kernel chooses the interface that it would use
-            preferred = str(probe.getsockname()[0])
-        except OSError:  # no route
-            preferred = ""
+    preferred = ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):  # there may be no route
+        probe.connect(("224.0.0.251", 5353))  # the mDNS group: the kernel chooses the interface that it would use
+        preferred = str(probe.getsockname()[0])
 
     def rank(name: str, address: str) -> tuple[bool, ...]:  # equal ranks: the interface that the system lists first
         path = interfaces / name
@@ -237,12 +232,10 @@ def _read(path: Path) -> str:
 
 
 def is_local_address(address: str) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.bind((address, 0))
+        return True
+    return False
 
 
 def kept_uuid(data_dir: Path) -> str:

@@ -11,7 +11,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import json
-import logging
+import logging.handlers
 import mmap
 import os
 import platform
@@ -19,6 +19,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -32,12 +33,15 @@ import labels
 import machine
 import onnx_backend
 import security
+import torch_backend
 import tree_of_life
-from errors import DaemonError, SettingError
+from discovery import advertised_ip
+from errors import DaemonError, SettingError, unreadable
 from label_files import read_scenes
 from model_files import quiet
-from settings import HERE, ModelOptions, Settings
+from settings import DATA_DIR, HERE, SPECIES_SOURCES, ModelOptions, Settings
 
+DEVICE_TREE = "proc/device-tree/compatible"
 OLDEST_DRIVER = (0, 9, 8)  # immich's floor; older ones fail at `submit` on some cores
 # Resident memory of a model while it loads and runs, as a multiple of the size of its files. Measured for ViT-B-32,
 # whose buffers are as large as its weights: 1.4 (torch) to 2.1 (int8).
@@ -45,22 +49,35 @@ MEMORY_FACTOR = 2
 WEIGHTS = (".onnx", ".data", ".rknn", ".safetensors", ".bin", ".pt")
 FINE, NOTE, WARNING, FAILURE = "ok", "--", "!", "FAIL"
 # Programs that print the version of a runtime, each run in a separate process. onnxruntime also prints its providers.
-# open_clip prints a second line: as JSON, the devices that the settings lead to, and the reasons for refusing models.
 PROBES = {
     "onnxruntime": "import onnxruntime as m; print(m.__version__, *m.get_available_providers())",
     "torch": "import torch as m; print(m.__version__)",
-    "open_clip": "import sys; sys.path.insert(0, sys.argv[1]); import torch_backend as m; m.describe(sys.argv[2])",
+    "open_clip": "import sys; sys.path.insert(0, sys.argv[1]); import doctor; doctor.describe_torch(sys.argv[2])",
 }
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the system says things about itself."""
+def describe_torch(models: str) -> None:
+    """For PROBES: prints OpenCLIP's version, and as JSON the devices of models and why they are refused.
 
-    proc: Path = Path("/proc")
-    sys: Path = Path("/sys")
-    dev: Path = Path("/dev")
-    libraries: tuple[Path, ...] = (Path("/usr/lib"), Path("/usr/lib64"))
+    `models`: a JSON list of options.
+    """
+    import open_clip
+    import torch
+
+    report: dict[str, Any] = {"gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    for options in (ModelOptions(**values) for values in json.loads(models)):
+        device, refusals = "", []
+        try:
+            device = str(torch_backend.chosen_device(options).torch_device)
+        except SettingError as error:
+            refusals.append(str(error))
+        try:
+            torch_backend.is_repository(options) or torch_backend.find_weights(options)
+        except (SettingError, OSError) as error:
+            refusals.append(str(error))
+        report[options.name] = {"device": device, "refusals": refusals}
+    print(open_clip.__version__)
+    print(json.dumps(report))
 
 
 @dataclass
@@ -70,31 +87,36 @@ class Setup:
     settings: Settings
     host: str
     port: int
-    places: Places = field(default_factory=Places)
+    root: Path = Path("/")  # of the files in which the system describes itself
     probes: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)  # that have run, by module
 
-    def models(self) -> list[ModelOptions]:
-        return list(self.settings.models().values())
+    def models(self, *backends: str) -> list[ModelOptions]:
+        """The models that are served, or those of them with one of these backends."""
+        return [model for model in self.settings.models().values() if not backends or model.backend in backends]
 
-    def uses(self, backend: str) -> bool:
-        return any(model.backend == backend for model in self.models())
+    def board_names(self) -> list[str]:
+        """The names in the device tree, such as `rockchip,rk3588`; [] if it cannot be read."""
+        return [name for name in _text(self.root / DEVICE_TREE).split("\0") if name]
+
+    def npu_target(self, model: ModelOptions) -> str:
+        """The chip whose programs a model runs, or "" if it is not known."""
+        return model.rknn_target or machine.npu_target(" ".join(self.board_names()))
 
     def probe(self, module: str) -> subprocess.CompletedProcess[str]:
         """The result of one of PROBES, which runs once."""
         if module not in self.probes:
             kept = ("name", "backend", "model", "device", "precision")
-            models = [{key: getattr(model, key) for key in kept} for model in self.models() if model.backend == "torch"]
+            models = [{key: getattr(model, key) for key in kept} for model in self.models("torch")]
             command = [sys.executable, "-c", PROBES[module], str(HERE), json.dumps(models)]
             self.probes[module] = subprocess.run(command, capture_output=True, text=True, timeout=120)
         return self.probes[module]
 
     def torch_report(self) -> dict[str, Any]:
         """The result of OpenCLIP's probe for the settings, or {} if it does not run."""
-        if not self.uses("torch") or importlib.util.find_spec("open_clip") is None:
+        if not self.models("torch") or importlib.util.find_spec("open_clip") is None:
             return {}
         run = self.probe("open_clip")
-        report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
-        return report
+        return dict(json.loads(run.stdout.splitlines()[-1])) if run.returncode == 0 else {}
 
     def refusals(self, model: ModelOptions) -> list[str]:
         """Why the start refuses what a model's settings name, as far as that is known without a download."""
@@ -125,13 +147,12 @@ class Setup:
         folder = self.folder(model)
         if folder is None:
             return []
-        files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+        files = [folder] if folder.is_file() else folder.rglob("*")
+        weights = [path for path in files if path.suffix in WEIGHTS and path.is_file()]
         if model.backend == "rknn":
-            target = model.rknn_target or machine.npu_target(_text(self.places.proc / "device-tree" / "compatible"))
-            files = [path for path in files if "textual" in path.parts or f"rknpu/{target}/" in path.as_posix()]
-        else:
-            files = [path for path in files if "rknpu" not in path.parts]
-        return [path for path in files if path.suffix in WEIGHTS]
+            program = f"rknpu/{self.npu_target(model)}/"
+            return [path for path in weights if "textual" in path.parts or program in path.as_posix()]
+        return [path for path in weights if "rknpu" not in path.parts]
 
     def to_download(self) -> list[str]:
         """What is not here yet and comes from the hub."""
@@ -145,18 +166,13 @@ class Setup:
                 missing.append(f"{model.upper()}'s labels")
         return missing
 
-    def has_onnx(self, model: ModelOptions) -> bool:
-        folder = self.folder(model)
-        return bool(model.onnx_image) or bool(folder and (folder / "visual" / "model.onnx").is_file())
-
     def npu_severity(self) -> str:
-        """The severity of a finding that prevents the use of the NPU."""
-        on_npu = [model for model in self.models() if model.backend == "rknn"]
-        if not on_npu:
-            return NOTE
-        # A model that is still to be downloaded brings its ONNX tower along.
-        has_other = all(self.has_onnx(model) or self.folder(model) is None for model in on_npu)
-        return WARNING if has_other else FAILURE
+        """The severity of a finding that prevents the use of the NPU: FAILURE if a model has no ONNX tower instead."""
+        for model in self.models("rknn"):
+            folder = self.folder(model)  # None: the download brings an ONNX tower along
+            if folder and not (model.onnx_image or (folder / "visual" / "model.onnx").is_file()):
+                return FAILURE
+        return WARNING
 
 
 Finding = tuple[str, str]  # mark, text
@@ -167,36 +183,34 @@ Line = tuple[str, str, str]  # what, mark, text
 
 
 def board(setup: Setup) -> Iterator[Finding]:
-    path = setup.places.proc / "device-tree" / "compatible"
-    names = path.read_bytes().decode("ascii", "replace").strip("\0").split("\0") if path.exists() else []
+    names = setup.board_names()
     target = machine.npu_target(" ".join(names))
-    named = {model.rknn_target for model in setup.models() if model.backend == "rknn" and model.rknn_target}
+    named = {model.rknn_target for model in setup.models("rknn") if model.rknn_target}
     if target:
         cores = machine.NPU_CORES[target]
         yield FINE, f"{', '.join(names)}: runs programs for {target}, on {cores} NPU core{'s' * (cores > 1)}"
     elif named:
         yield FINE, f"{', '.join(sorted(named))}, as CLIP_RKNN_TARGET or BIOCLIP_RKNN_TARGET says"
-    elif not setup.uses("rknn"):
+    elif not setup.models("rknn"):
         yield NOTE, f"{', '.join(names) or platform.machine()}: no Rockchip NPU, and no model uses one"
     elif names:
         yield setup.npu_severity(), f"{', '.join(names)}: no Rockchip NPU that we know; set CLIP_BACKEND=onnxrt"
     else:
-        text = f"{path} is not readable; in a container: --security-opt systempaths=unconfined, or set CLIP_RKNN_TARGET"
-        yield setup.npu_severity(), text
+        remedy = "in a container: --security-opt systempaths=unconfined, or set CLIP_RKNN_TARGET"
+        yield setup.npu_severity(), f"{setup.root / DEVICE_TREE} is not readable; {remedy}"
 
 
 def npu_driver(setup: Setup) -> Iterator[Finding]:
     for path in ("kernel/debug/rknpu/version", "module/rknpu/version"):
-        version = _text(setup.places.sys / path)
-        if match := re.search(r"(\d+)\.(\d+)\.(\d+)", version):
+        if match := re.search(r"(\d+)\.(\d+)\.(\d+)", _text(setup.root / "sys" / path)):
             if tuple(map(int, match.groups())) >= OLDEST_DRIVER:
                 yield FINE, match[0]
             else:
                 yield setup.npu_severity(), f"{match[0]} is too old; 0.9.8 and later work: update the vendor's kernel"
             return
-    if _nodes(setup.places):
+    if _nodes(setup.root):
         yield FINE, "there, of unknown version (its number is in /sys/kernel/debug/rknpu/version, for root)"
-    elif (setup.places.dev / "accel").exists():
+    elif (setup.root / "dev" / "accel").exists():
         text = "mainline's rocket driver; Rockchip's library wants the vendor's kernel (5.10 or 6.1)"
         yield setup.npu_severity(), text
     else:
@@ -208,22 +222,19 @@ def npu_library(setup: Setup) -> Iterator[Finding]:
         remedy = "it has wheels for aarch64 and Python up to 3.12: pip install -r requirements-edge.txt there"
         yield FAILURE, f"rknn-toolkit-lite2 is not installed; {remedy}, or set CLIP_BACKEND=onnxrt"
     else:
-        yield FINE, f"rknn-toolkit-lite2 {_version('rknn-toolkit-lite2')}"
-    found = [path for folder in setup.places.libraries if (path := folder / "librknnrt.so").is_file()]
+        package = next(iter(importlib.metadata.distributions(name="rknn-toolkit-lite2")), None)
+        yield FINE, f"rknn-toolkit-lite2 {package.version if package else 'of unknown version'}"
+    found = [path for name in ("lib", "lib64") if (path := setup.root / "usr" / name / "librknnrt.so").is_file()]
     if not found:
-        text = "librknnrt.so is not in /usr/lib; copy it there from rknn-toolkit2's rknpu2/runtime"
-        yield setup.npu_severity(), text
+        yield setup.npu_severity(), "librknnrt.so is not in /usr/lib; copy it there from rknn-toolkit2's rknpu2/runtime"
         return
     version = _search(found[0], rb"librknnrt version: (\d+\.\d+\.\d+)")
     yield FINE, f"librknnrt {version or 'of unknown version'} ({found[0]})"
 
 
 def npu_programs(setup: Setup) -> Iterator[Finding]:
-    on_npu = [model for model in setup.models() if model.backend == "rknn"]
-    board_names = _text(setup.places.proc / "device-tree" / "compatible")
-    for model in on_npu:
-        target = model.rknn_target or machine.npu_target(board_names)
-        folder = setup.folder(model)
+    for model in setup.models("rknn"):
+        target, folder = setup.npu_target(model), setup.folder(model)
         path = Path(model.rknn_model) if model.rknn_model else None
         if path is None and folder is not None and target:
             path = folder / "visual" / "rknpu" / target / "model.rknn"
@@ -243,49 +254,53 @@ def npu_programs(setup: Setup) -> Iterator[Finding]:
 
 
 def npu_nodes(setup: Setup) -> Iterator[Finding]:
-    nodes = _nodes(setup.places)
+    nodes = _nodes(setup.root)
     if not nodes:
         text = "no device node of the NPU in /dev/dri; in a container: --device /dev/dri (never link /dev/rknpu to one)"
         yield setup.npu_severity(), text
     for node in nodes:
         if os.access(node, os.R_OK | os.W_OK):
             yield FINE, f"{node} can be read and written"
-        else:
-            yield setup.npu_severity(), f"{node} is not accessible; {_group_remedy(node)}"
+            continue
+        remedy = "it is not in /dev; in a container: --device /dev/dri"
+        if node.exists():
+            try:
+                group = node.group()
+            except KeyError:  # it has no name here
+                group = str(node.stat().st_gid)
+            remedy = f"add the daemon's user to the group {group}: usermod -aG {group} USER"
+            remedy += f" (systemd: SupplementaryGroups={group})"
+        yield setup.npu_severity(), f"{node} is not accessible; {remedy}"
 
 
 def runtimes(setup: Setup) -> Iterator[Finding]:
-    wanted = {"onnxruntime"} if setup.uses("onnxrt") or setup.uses("rknn") else set()
-    wanted |= {"torch", "open_clip"} if setup.uses("torch") else set()
-    for module in sorted(wanted):
+    on_onnx = setup.models("onnxrt", "rknn")
+    wanted = ["onnxruntime"] if on_onnx else []
+    wanted += ["open_clip", "torch"] if setup.models("torch") else []
+    for module in wanted:
         if importlib.util.find_spec(module) is None:
             file = "requirements.txt" if module != "onnxruntime" else "requirements-edge.txt"
             yield FAILURE, f"{module} is not installed; pip install -r {file}"
             continue
         run = setup.probe(module)
         if run.returncode < 0:
-            text = f"importing {module} ends with signal {-run.returncode}; the processor lacks a feature, see CPU"
-            yield FAILURE, text
+            cause = "the processor lacks a feature, see CPU"
+            yield FAILURE, f"importing {module} ends with signal {-run.returncode}; {cause}"
         elif run.returncode:
             last = (run.stderr.strip().splitlines() or ["no message"])[-1]
             yield FAILURE, f"{module} cannot be imported ({last[:200]}); install it again"
         else:
             version, *providers = run.stdout.splitlines()[0].split()
             yield FINE, f"{module} {version}" + (f": {', '.join(providers)}" if providers else "")
-            for model in setup.models():
-                if module == "onnxruntime" and model.backend != "torch":
-                    yield from _refusal(onnx_backend.wanted_providers, model, providers)
-
-
-def _refusal(check: Callable[..., Any], *arguments: Any) -> Iterator[Finding]:
-    try:
-        check(*arguments)
-    except DaemonError as error:  # the start ends with it
-        yield FAILURE, str(error)
+            for model in on_onnx if module == "onnxruntime" else []:
+                try:
+                    onnx_backend.wanted_providers(model, providers)
+                except SettingError as error:
+                    yield FAILURE, str(error)
 
 
 def gpu(setup: Setup) -> Iterator[Finding]:
-    names = machine.nvidia_gpus(setup.places.proc / "driver" / "nvidia" / "gpus")
+    names = machine.nvidia_gpus(setup.root / "proc" / "driver" / "nvidia" / "gpus")
     there, devices = names or "no NVIDIA GPU", setup.torch_report()
     for model in setup.models():
         setting = f"{model.name}_{'DEVICE' if model.backend == 'torch' else 'ORT_PROVIDERS'}"
@@ -310,10 +325,8 @@ def gpu(setup: Setup) -> Iterator[Finding]:
 
 
 def processor(setup: Setup) -> Iterator[Finding]:
-    lines = _text(setup.places.proc / "cpuinfo").splitlines()
-    flags = {
-        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()
-    }
+    lines = re.findall(r"^(?:flags|Features).*?:(.*)", _text(setup.root / "proc" / "cpuinfo"), re.MULTILINE)
+    flags = " ".join(lines).split()
     machine = platform.machine()
     # What runs only slowly without, and what the wheels of x86-64 were seen to need.
     wanted = {"x86_64": ("avx", "avx2", "fma"), "aarch64": ("asimd", "asimddp", "fphp")}.get(machine, ())
@@ -323,7 +336,7 @@ def processor(setup: Setup) -> Iterator[Finding]:
     missing = [flag for flag in wanted if flag not in flags]
     if not missing:
         yield FINE, f"{machine} with {', '.join(wanted)}"
-    elif machine == "x86_64" and setup.uses("torch") and "avx2" in missing:
+    elif machine == "x86_64" and setup.models("torch") and "avx2" in missing:
         yield WARNING, f"{machine} without {', '.join(missing)}; torch may die of SIGILL: CLIP_BACKEND=onnxrt"
     else:
         yield WARNING, f"{machine} without {', '.join(missing)}; it works, only slower"
@@ -336,24 +349,18 @@ def cores(setup: Setup) -> Iterator[Finding]:
 
 
 def memory(setup: Setup) -> Iterator[Finding]:
-    proc, sys_folder = setup.places.proc, setup.places.sys
-    groups = machine.control_groups(sys_folder / "fs" / "cgroup", proc / "self" / "cgroup")
-    have, total = machine.memory(groups, proc / "meminfo")
+    groups = machine.control_groups(setup.root / "sys" / "fs" / "cgroup", setup.root / "proc" / "self" / "cgroup")
+    have, total = machine.memory(groups, setup.root / "proc" / "meminfo")
     if not total:
         yield NOTE, "the system does not say how much is available"
         return
-    need, unknown = 0, []
-    for model in setup.models():
-        if setup.folder(model) is None:
-            unknown.append(model.name)
-        need += sum(path.stat().st_size for path in setup.weights(model))
+    need = MEMORY_FACTOR * sum(path.stat().st_size for model in setup.models() for path in setup.weights(model))
     text = f"{have / 1e9:.1f} GB available"
-    if unknown:
+    if unknown := [model.name for model in setup.models() if setup.folder(model) is None]:
         text += f"; the memory for {' and '.join(unknown)} is known after the download"
-    if need * MEMORY_FACTOR > have:
-        yield WARNING, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB; an int8 export needs less"
-    else:
-        yield FINE, f"{text}, the models need about {need * MEMORY_FACTOR / 1e9:.1f} GB" if need else text
+    if need:
+        text += f", the models need about {need / 1e9:.1f} GB"
+    yield (WARNING, f"{text}; an int8 export needs less") if need > have else (FINE, text)
 
 
 def cache(setup: Setup) -> Iterator[Finding]:
@@ -366,12 +373,14 @@ def cache(setup: Setup) -> Iterator[Finding]:
     for what in missing:
         yield NOTE, f"{what} will be downloaded"
     existing = next(path for path in (data, *data.absolute().parents) if path.exists())
-    if os.access(existing, os.W_OK) and not machine.is_read_only(existing):
-        yield FINE, f"{data} can be written"
-    elif not missing:
-        yield WARNING, f"{data} cannot be written; what is computed is computed again at each start"
-    else:
-        yield FAILURE, f"{data} cannot be written, and something is to be downloaded; set LUMEN_DATA_DIR"
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # the disk may be read-only for root as well; leaves nothing behind
+            yield FINE, f"{data} can be written"
+    except OSError:
+        if missing:
+            yield FAILURE, f"{data} cannot be written, and something is to be downloaded; set LUMEN_DATA_DIR"
+        else:
+            yield WARNING, f"{data} cannot be written; what is computed is computed again at each start"
 
 
 def hub(setup: Setup) -> Iterator[Finding]:
@@ -407,10 +416,17 @@ def classes(setup: Setup) -> Iterator[Finding]:
 
 def species(setup: Setup) -> Iterator[Finding]:
     source, served = setup.settings.bioclip.labels, "bioclip" in setup.settings.models()
-    if served and (count := tree_of_life.count_own(source)) is not None:
-        yield FINE, f"{source}: {count:,} species"
-    else:
+    if not served or source in ("", *SPECIES_SOURCES):
         yield NOTE, source or "chosen at the start" if served else "none: BioCLIP is not served"
+        return
+    try:
+        if tree_of_life.is_folder(source):  # `tree_of_life.py verify` reads the checksums of a large one
+            count = len(tree_of_life.open_folder(Path(source), quick=True).vecs)
+        else:
+            count = len(tree_of_life.lineages_of(tree_of_life.names_file(source, DATA_DIR), own=True))
+        yield FINE, f"{source}: {count:,} species"
+    except PermissionError as error:
+        yield FAILURE, str(unreadable(error))
 
 
 def tls(setup: Setup) -> Iterator[Finding]:
@@ -455,13 +471,9 @@ def immich(setup: Setup) -> Iterator[Finding]:
 
 
 def discovery(setup: Setup) -> Iterator[Finding]:
-    from discovery import advertised_ip
-
     if not setup.settings.clip_mdns_type:
         yield NOTE, "off"
-        return
-    address = setup.settings.advertise_ip or advertised_ip(setup.host)
-    if address:
+    elif address := setup.settings.advertise_ip or advertised_ip(setup.host):
         yield FINE, f"{setup.settings.clip_mdns_name} will be announced at {address}"
     else:
         yield WARNING, "no address that others could reach; set ADVERTISE_IP to be found"
@@ -509,7 +521,7 @@ def examine(setup: Setup) -> list[Line]:
     """Never raises: what cannot be checked says so."""
     lines: list[Line] = []
     for name, check in CHECKS:
-        if name.startswith("NPU") and not setup.uses("rknn"):
+        if name.startswith("NPU") and not setup.models("rknn"):
             continue
         with _warnings_in(lines, name):
             try:
@@ -525,21 +537,23 @@ def examine(setup: Setup) -> list[Line]:
 @contextmanager
 def _warnings_in(lines: list[Line], name: str) -> Iterator[None]:
     """Adds what our loggers warn of to the lines, and keeps it out of the log."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append((name, WARNING, record.getMessage()))
-
-    ours, listener = logging.getLogger("lumen"), Listener(logging.WARNING)
+    ours, listener = logging.getLogger("lumen"), logging.handlers.BufferingHandler(sys.maxsize)
     level, ours.propagate = ours.level, False
     ours.addHandler(listener)
     ours.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        lines += [(name, WARNING, record.getMessage()) for record in listener.buffer]
         ours.removeHandler(listener)
         ours.setLevel(level)
         ours.propagate = True
+
+
+def run(environment: Mapping[str, str], host: str, port: int) -> int:
+    """Checks everything and prints the findings; -> the exit status of `report`."""
+    settings, findings = read_settings(environment)
+    return report(findings + examine(Setup(settings, host, port)))
 
 
 def report(findings: list[Line]) -> int:
@@ -565,13 +579,6 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
-
-
 def _search(path: Path, pattern: bytes) -> str:
     """The first group of the first match in a large file, or ""."""
     if not path.stat().st_size:
@@ -581,18 +588,11 @@ def _search(path: Path, pattern: bytes) -> str:
         return match[1].decode("ascii", "replace") if match else ""
 
 
-def _nodes(places: Places) -> list[Path]:
+def _nodes(root: Path) -> list[Path]:
     """The NPU's device nodes: those of DRM by their driver's name, for their numbers vary, or the older one."""
     nodes = []
-    for entry in sorted((places.sys / "class" / "drm").glob("*")):
+    for entry in sorted((root / "sys" / "class" / "drm").glob("*")):
         if "DRIVER=RKNPU" in _text(entry / "device" / "uevent").upper():
-            nodes.append(places.dev / "dri" / entry.name)
-    older = places.dev / "rknpu"
+            nodes.append(root / "dev" / "dri" / entry.name)
+    older = root / "dev" / "rknpu"
     return nodes or ([older] if older.exists() else [])
-
-
-def _group_remedy(node: Path) -> str:
-    if not node.exists():
-        return "it is not in /dev; in a container: --device /dev/dri"
-    name = machine.group_of(node)
-    return f"add the daemon's user to the group {name}: usermod -aG {name} USER (systemd: SupplementaryGroups={name})"

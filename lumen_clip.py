@@ -37,8 +37,6 @@ if __name__ == "__main__" and importlib.util.find_spec("grpc") is None:  # usual
     print(f"lumen-clip: grpcio is not installed for {sys.executable}; run .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
-from google.protobuf import empty_pb2
-
 import backends
 import label_cache
 import labels
@@ -135,17 +133,15 @@ class Terminal:
     """The terminal that the daemon was started in, if any. When it closes, the daemon must stop."""
 
     def __init__(self) -> None:
-        self._present = self._is_open()
-        self._missing = 0  # how many times in a row `look` has not found it
+        self._missing = 0 if self._is_open() else 2  # how many times in a row it was not found
 
     def look(self) -> None:
         """Call this every few seconds: a daemon that has outlived its terminal does not stop because of it any more."""
         self._missing = 0 if self._is_open() else self._missing + 1
-        self._present = self._present and self._missing < 2
 
     def has_closed(self) -> bool:
         """Whether the terminal has closed since it was last looked for."""
-        return self._present and not self._is_open()
+        return self._missing < 2 and not self._is_open()
 
     @staticmethod
     def _is_open() -> bool:
@@ -191,9 +187,14 @@ def handle_signals(events: Events, journal: Journal, terminal: Terminal) -> None
     threading.Thread(target=read, name="signals", daemon=True).start()
 
 
-def complain(error: Exception) -> None:
-    """One line for the operator; in the journal, which names us by itself, of an error's priority."""
+def complain(error: Exception) -> int:
+    """Prints one line for the operator; -> the exit status, 2 for what the operator has to change.
+
+    In the journal, which names us by itself, the line has an error's priority. lumen-clip.service does not start the
+    daemon again after a 2.
+    """
     print("<3>" if logs.stderr_is_journal() else "lumen-clip: ", error, sep="", file=sys.stderr)
+    return 2 if isinstance(error, SettingError) else 1
 
 
 def notify(state: str) -> None:
@@ -204,14 +205,12 @@ def notify(state: str) -> None:
 
 
 def run_doctor(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Says line by line what the configuration depends on; -> 1 if it cannot run here."""
     try:
         import doctor
     except ImportError:
         print("lumen-clip: --doctor: doctor.py is not here; copy it beside lumen_clip.py", file=sys.stderr)
         return 2
-    settings, findings = doctor.read_settings(environment)
-    return doctor.report(findings + doctor.examine(doctor.Setup(settings, options.host, options.port)))
+    return doctor.run(environment, options.host, options.port)
 
 
 def check(settings: Settings) -> None:
@@ -381,11 +380,6 @@ def _seconds_of(names: Sequence[str], recipe: labels.Recipe, encode: Encode) -> 
     return (time.monotonic() - began) * len(names) / len(few)
 
 
-def exit_status(error: BaseException) -> int:
-    """2 for what the operator has to change: lumen-clip.service does not start the daemon again then."""
-    return 2 if isinstance(error, SettingError) else 1
-
-
 # --- serve ------------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +388,7 @@ def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: Specie
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    advertiser.set_ready(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
+    advertiser.set_ready(daemon.GetCapabilities(None, None).runtime)
     threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
     machine.trim_memory()
     gc.freeze()  # what stays need not be looked through again and again
@@ -485,8 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drain_immich = serve_immich(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
-        complain(error)
-        return exit_status(error)
+        return complain(error)
     journal.open(settings.lumen_data_dir)
     log.info("listening on %s port %d; loading models", options.host, port)
     load_in_background(daemon, events.put)
@@ -498,12 +491,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(event, signal.Signals):
         log.info("stopped while loading")
         _leave(0)
+    if isinstance(event, SettingError | BackendError | LabelError):
+        _leave(complain(event))
     if isinstance(event, BaseException):
-        if isinstance(event, SettingError | BackendError | LabelError):
-            complain(event)
-        else:
-            log.critical("loading the models failed", exc_info=event)
-        _leave(exit_status(event))
+        log.critical("loading the models failed", exc_info=event)
+        _leave(1)
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events, terminal):
         log.critical("%s; the process ends, so that a supervisor can start it again", trouble)

@@ -8,7 +8,6 @@ import hashlib
 import os
 import resource
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 NPU_CORES = {"rk3562": 1, "rk3566": 1, "rk3568": 1, "rk3576": 2, "rk3588": 3}
 DEVICE_TREE = Path("/proc/device-tree/compatible")
+LIBC = ctypes.CDLL(None)  # mallopt and malloc_trim are glibc's own: musl and macOS do not have them
 
 
 def control_groups(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
@@ -128,23 +128,6 @@ def lower_thread_priority(steps: int) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + steps)
 
 
-def group_of(path: Path) -> str:
-    """The name of a file's group, or its number if it has no name here."""
-    try:
-        return path.group()
-    except KeyError:
-        return str(path.stat().st_gid)
-
-
-def is_read_only(folder: Path) -> bool:
-    """Root may write anywhere, but not on a disk that is mounted read-only; this leaves nothing behind."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return False
-    except OSError:
-        return True
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file that replaces `path` when the body ends without an exception; complete and on the disk."""
@@ -181,9 +164,8 @@ def use_one_heap() -> None:
     `malloc_trim` returns free memory at the end of the main heap only. A second heap grew to 50 MB in half an hour of
     hostile load, hardly any of it in use. `bench.py` shows no cost of sharing one heap.
     """
-    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if option and "MALLOC_ARENA_MAX" not in os.environ:
-        option(-8, 1)  # M_ARENA_MAX
+    if hasattr(LIBC, "mallopt") and "MALLOC_ARENA_MAX" not in os.environ:
+        LIBC.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def trim_memory() -> None:
@@ -194,9 +176,8 @@ def trim_memory() -> None:
     malloc keeps (M_MMAP_THRESHOLD) would cost as much for each photograph.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:  # missing in musl
-        trim(0)
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:

@@ -130,12 +130,9 @@ def _with_models(*names: str) -> Callable[[Settings], str]:
     return lambda settings: ", ".join(f"{n.upper()}_BACKEND=none" for n in names if n not in settings.models())
 
 
-def _with_mdns(settings: Settings) -> str:
-    return "" if settings.clip_mdns_type else "CLIP_MDNS_TYPE=off"
-
-
-def _with_immich(settings: Settings) -> str:
-    return "" if settings.lumen_immich_port else "LUMEN_IMMICH_PORT=0"
+def _unless_off(name: str, off: str) -> Callable[[Settings], str]:
+    """Has no effect if another setting has the value `off`, whose parsed form is false."""
+    return lambda settings: "" if getattr(settings, name) else f"{name.upper()}={off}"
 
 
 # --- fields -----------------------------------------------------------------------------------------------------
@@ -158,6 +155,7 @@ def _setting(
 _SERVED = _with_backend("torch", "onnxrt", "rknn")
 _ONNX = _with_backend("onnxrt", "rknn")  # with rknn for texts, and for images where the NPU is refused
 _RKNN = _with_backend("rknn")
+_WITH_MDNS = _unless_off("clip_mdns_type", "off")
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,6 @@ class ModelOptions:
     # What the model classifies into. CLIP: a JSON list of names; empty: ImageNet-1k. BioCLIP: see `species_loader`.
     labels: str = _setting("", path=lambda text: "" if text in SPECIES_SOURCES else text, idle=_SERVED)
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            object.__setattr__(self, "model", DEFAULT_MODELS[self.name])
-
     def error(self, variable: str, value: str, text: str) -> SettingError:
         """The error for a value that the operator has to change."""
         return SettingError(self.line(variable, value, text))
@@ -235,11 +229,11 @@ class Settings:
     # The service types that are announced by mDNS. "off" makes the daemon invisible to apps that search for it.
     clip_mdns_type: tuple[str, ...] = _setting(("_homenative-node._tcp.local.", "_lumen._tcp.local."), _mdns_types)
     # The instance name, by which people recognize the daemon in an app's list.
-    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name, idle=_with_mdns)
+    clip_mdns_name: str = _setting("CLIP-Image-Processor", _mdns_name, idle=_WITH_MDNS)
     # The identity that is announced. Empty: created once and kept in the data folder. A container may lose that folder.
-    clip_mdns_uuid: str = _setting("", idle=_with_mdns)
+    clip_mdns_uuid: str = _setting("", idle=_WITH_MDNS)
     # The IPv4 address that is announced. Empty: chosen by the daemon. Set it if a container's address is not reachable.
-    advertise_ip: str = _setting("", _ipv4, idle=_with_mdns)
+    advertise_ip: str = _setting("", _ipv4, idle=_WITH_MDNS)
     # Models, caches and label sets, several gigabytes. Another folder starts with downloads.
     lumen_data_dir: Path = _setting(DATA_DIR, Path, path=str)
     # Whether a JPEG may be decoded at a fraction of its size, in about half of the time. 0: always at full size.
@@ -268,7 +262,7 @@ class Settings:
     lumen_immich_port: int = _setting(0, _number(0, 65535))
     # immich's own service, for its requests that are no smart search: faces and texts in pictures. Without it they are
     # refused, and immich then takes the daemon for unhealthy and sends its searches elsewhere.
-    lumen_immich_fallback: str = _setting("", _address, idle=_with_immich)
+    lumen_immich_fallback: str = _setting("", _address, idle=_unless_off("lumen_immich_port", "0"))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -282,8 +276,9 @@ class Settings:
         _warn_of_unknown(environment)
         shared = _read(cls, "", environment)
         common = {"max_batch_size": shared.get("batch_size", 0), "data_dir": shared.get("lumen_data_dir", DATA_DIR)}
+        common["model"] = DEFAULT_MODELS["CLIP"]
         clip = ModelOptions("CLIP", **common | _read(ModelOptions, "CLIP_", environment))
-        common["backend"] = clip.backend
+        common |= {"backend": clip.backend, "model": DEFAULT_MODELS["BIOCLIP"]}
         bioclip = ModelOptions("BIOCLIP", **common | _read(ModelOptions, "BIOCLIP_", environment))
         settings = cls(clip, bioclip, **shared)
         if not settings.models():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import model_files
-from errors import SettingError, one_line
+from errors import one_line
 from machine import sha256_of, usable_cores
 from model_files import Say, Vectors, fetch_repository, quiet, split_model, unit_rows
 from preprocess import Pixels, Preprocess
@@ -78,30 +77,6 @@ def find_weights(options: ModelOptions) -> tuple[str, str, Mapping[str, Any]]:
         text = f"{tag!r} is neither a file nor a tag of {arch}; tags: {tags}"
         raise options.error("MODEL", options.model, text)
     return arch, tag, config
-
-
-def describe(models: str) -> None:
-    """Prints OpenCLIP's version, and what torch and OpenCLIP make of the options of models, both as JSON.
-
-    For `doctor.py`, in a process of its own.
-    """
-    import open_clip
-    import torch
-
-    report: dict[str, Any] = {"gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
-    for options in (ModelOptions(**values) for values in json.loads(models)):
-        device, refusals = "", []
-        try:
-            device = str(chosen_device(options).torch_device)
-        except SettingError as error:
-            refusals.append(str(error))
-        try:
-            is_repository(options) or find_weights(options)
-        except (SettingError, OSError) as error:
-            refusals.append(str(error))
-        report[options.name] = {"device": device, "refusals": refusals}
-    print(open_clip.__version__)
-    print(json.dumps(report))
 
 
 class TorchBackend:

@@ -26,7 +26,7 @@ import backends
 import label_cache
 import machine
 import species
-from errors import BackendError, DamagedCache, LabelError, SettingError, one_line, unreadable
+from errors import BackendError, DamagedCache, LabelError, SettingError, one_line
 from label_cache import CacheKey, TextVectors
 from model_files import Encode, Say, encoder_of, fetch_file, quiet
 from settings import DATA_DIR, SPECIES_SOURCES, ModelOptions
@@ -102,21 +102,6 @@ def check_own(source: str) -> None:
     """Raises SettingError if the source is the operator's own file or folder and is missing, without reading it."""
     if source and source not in SOURCES and not is_folder(source):
         names_file(source, DATA_DIR)
-
-
-def count_own(source: str) -> int | None:
-    """How many species the operator's own file or folder has, or None if the source is the hub's.
-
-    The checksums of a large folder are not read; `verify` does that. Raises SettingError.
-    """
-    if not source or source in SOURCES:
-        return None
-    try:
-        if is_folder(source):
-            return len(open_folder(Path(source), quick=True).vecs)
-        return len(lineages_of(names_file(source, DATA_DIR), own=True))
-    except PermissionError as error:
-        raise unreadable(error) from error
 
 
 def names_file(source: str, data_dir: Path, say: Say = quiet) -> Path:

@@ -22,9 +22,8 @@ from tests.npu_double import with_program
 from tests.test_metrics import free_port
 
 
-def a_board(folder: Path, **changes: str) -> doctor.Places:
-    """An RK3588 board with everything right, as far as its files say, but for the `changes`."""
-    places = doctor.Places(folder / "proc", folder / "sys", folder / "dev", (folder / "lib",))
+def a_board(folder: Path, **changes: str) -> Path:
+    """The root folder of an RK3588 board with everything right, as far as its files say, but for the `changes`."""
     files = {
         "proc/device-tree/compatible": "radxa,rock-5b\0rockchip,rk3588\0",
         "proc/cpuinfo": "Features : fp asimd asimddp fphp\nflags : avx avx2 fma\n",
@@ -34,13 +33,13 @@ def a_board(folder: Path, **changes: str) -> doctor.Places:
         "sys/class/drm/renderD128/device/uevent": "DRIVER=panthor\n",
         "dev/dri/renderD129": "",
         "dev/dri/renderD128": "",
-        "lib/librknnrt.so": "\x7fELF" + "x" * 5000 + "librknnrt version: 2.3.2 (429f97ae6b@2025-04-09)",
+        "usr/lib/librknnrt.so": "\x7fELF" + "x" * 5000 + "librknnrt version: 2.3.2 (429f97ae6b@2025-04-09)",
     }
     for name, content in {**files, **changes}.items():
         if content != "missing":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(content)
-    return places
+    return folder
 
 
 HEALTHY_BOARD = {
@@ -56,7 +55,7 @@ HEALTHY_BOARD = {
 FAULTY_BOARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "healthy": ({}, {}),
     "no library": (
-        {"lib/librknnrt.so": "missing"},
+        {"usr/lib/librknnrt.so": "missing"},
         {"NPU library": "! librknnrt.so is not in /usr/lib; copy it there.*"},
     ),
     "old driver": (
@@ -129,24 +128,23 @@ def test_the_doctor_names_the_fault_of_a_board(
 
 def test_no_file_of_the_machine_stops_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost otherwise: the one tool for a machine on which everything else fails."""
-    nothing = doctor.Places(tmp_path / "a", tmp_path / "b", tmp_path / "c", (tmp_path / "d",))
+    nothing = tmp_path / "nothing"
     garbage = tmp_path / "garbage"
     for name in ("proc/device-tree/compatible", "proc/cpuinfo", "proc/meminfo", "sys/module/rknpu/version"):
         (garbage / name).parent.mkdir(parents=True, exist_ok=True)
         (garbage / name).write_bytes(bytes(range(256)) * 8)
     (garbage / "sys/class/drm").mkdir(parents=True)
     (garbage / "sys/class/drm/renderD128").touch()
-    (garbage / "lib").mkdir()
-    (garbage / "lib/librknnrt.so").touch()
-    odd = doctor.Places(garbage / "proc", garbage / "sys", garbage / "dev", (garbage / "lib",))
-    for places in (nothing, odd):
+    (garbage / "usr/lib").mkdir(parents=True)
+    (garbage / "usr/lib/librknnrt.so").touch()
+    for root in (nothing, garbage):
         for backend in ("onnxrt", "rknn"):
             settings = settings_of(clip_backend=backend, clip_model="x:y", lumen_data_dir=tmp_path / "e" / "f")
-            found = doctor.examine(doctor.Setup(settings, "127.0.0.1", 0, places))
+            found = doctor.examine(doctor.Setup(settings, "127.0.0.1", 0, root))
             checks = {name for name, _ in doctor.CHECKS if backend == "rknn" or not name.startswith("NPU")}
             assert {name for name, _, _ in found} == checks
             assert not [text for _, _, text in found if "could not be checked" in text]
-    monkeypatch.setattr(doctor, "_nodes", lambda places: 1 / 0)
+    monkeypatch.setattr(doctor, "_nodes", lambda root: 1 / 0)
     settings = settings_of(clip_backend="rknn", clip_model="x:y", lumen_data_dir=tmp_path)
     found = doctor.examine(doctor.Setup(settings, "127.0.0.1", 0, nothing))
     assert ("NPU nodes", "!", "could not be checked (ZeroDivisionError: division by zero)") in found
@@ -363,12 +361,10 @@ def test_the_doctor_tells_whether_a_gpu_is_used(
 ) -> None:
     """Lost otherwise: a graphics card that idles while a library is embedded a hundred times more slowly."""
     if gpus:
-        (tmp_path / "driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
-        (tmp_path / "driver/nvidia/gpus/0000:01:00.0/information").write_text(f"Model: \t\t {gpus}\nIRQ: 7\n")
+        (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+        (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0/information").write_text(f"Model: \t\t {gpus}\nIRQ: 7\n")
     run = subprocess.CompletedProcess([], 0 if said else 1, f"3.3.0\n{json.dumps(said)}\n", "")
-    setup = doctor.Setup(
-        settings_of(**settings, bioclip_backend="none"), "", 0, doctor.Places(tmp_path), {"open_clip": run}
-    )
+    setup = doctor.Setup(settings_of(**settings, bioclip_backend="none"), "", 0, tmp_path, {"open_clip": run})
     assert list(doctor.gpu(setup)) == [expected]
 
 
