@@ -21,10 +21,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Flow = tuple[Hashable, Hashable]  # (connection, stream)
-Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
+Flow = tuple[Hashable, ...]  # (connection, stream); the accounts and queues also have (connection,)
 T = TypeVar("T")
-P = TypeVar("P", bound=Path)
 
 FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
 COST_WEIGHT = 0.2  # of the last item or batch in the moving average of an item's cost
@@ -48,16 +46,15 @@ class Shares:
     def __init__(self) -> None:
         self._root = Account()
         self._last_expected = self._last = 0.0  # core seconds of the last work
-        self._accounts: OrderedDict[Path, Account] = OrderedDict()
+        self._accounts: OrderedDict[Flow, Account] = OrderedDict()
 
-    def work(self, path: Path) -> float:
+    def work(self, path: Flow) -> float:
         """Core seconds received, on the scale of the virtual time of the level above."""
-        account = self._accounts.get(path)  # a lookup that does not touch the order costs half
-        if account is None:
-            account = self._account(path)
+        # A lookup that does not touch the order costs half.
+        account = self._accounts.get(path) or self._account(path)
         return account.done + account.expected
 
-    def join(self, path: Path) -> None:
+    def join(self, path: Flow) -> None:
         """A flow that was idle has something to do again."""
         account, parent = self._account(path), self._account(path[:1]) if len(path) > 1 else self._root
         account.done = max(account.done, parent.virtual_time)
@@ -82,7 +79,7 @@ class Shares:
             account.expected = max(0.0, account.expected - expected)
             account.done += seconds
 
-    def _account(self, path: Path) -> Account:
+    def _account(self, path: Flow) -> Account:
         account = self._accounts.get(path)
         if account is None:
             parent = self._account(path[:1]) if len(path) > 1 else self._root
@@ -106,7 +103,7 @@ class FairQueue(Generic[T]):
     def __init__(self, shares: Shares) -> None:
         self.length = 0  # items
         self._shares = shares
-        self._queued: dict[Path, dict[Flow, deque[T]]] = {}  # connection -> stream -> items
+        self._queued: dict[Flow, dict[Flow, deque[T]]] = {}  # connection -> stream -> items
 
     def push(self, flow: Flow, item: T) -> None:
         connection = flow[:1]
@@ -152,7 +149,7 @@ class FairQueue(Generic[T]):
         self._tidy(flow)
         return removed
 
-    def _first(self, waiting: Mapping[P, object]) -> P:
+    def _first(self, waiting: Mapping[Flow, object]) -> Flow:
         """The first of `waiting`, which is in the order of arrival, whose work is nearly the least."""
         paths = list(waiting)
         if len(paths) == 1:

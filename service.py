@@ -192,8 +192,8 @@ class Daemon:
         if not any(task.tensor_id(models.model("semantic").backend.preprocess) for task in apart):
             apart = []
         for name in ("clip", "bioclip"):
-            if models.get(name):
-                offered = [task for task in models.offered() if models.name_of(task.models[0]) == name]
+            if model := models.get(name):
+                offered = [task for task in models.offered() if models.get(task.models[0]) is model]
                 yield self._capability(name, models, (name,), [task for task in offered if task not in apart])
         if apart:
             yield self._capability("siglip", models, (models.semantic,), apart)
