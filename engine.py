@@ -24,7 +24,6 @@ import orjson
 import machine
 from errors import BadInput
 from fair_queue import COST_WEIGHT, FIRST_COST, FairQueue, Flow, Shares
-from logs import Traffic
 from machine import clock
 
 log = logging.getLogger("lumen.engine")
@@ -37,7 +36,6 @@ BACKGROUND_SHARE = 0.05  # of the time, for background work while requests wait,
 # Seconds after the last answer until background work may use the whole machine, because many clients make short pauses
 IDLE_S = 1.0
 RETURN_S = 0.006  # seconds from a response to the next request of a client that waits for each of its responses
-
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
@@ -76,7 +74,7 @@ class Stage:
     queue: FairQueue[Entry] = field(init=False)  # `Engine.add` gives stages of one kind the same shares
     pool: Pool = field(init=False)  # the threads that run its batches
     cost: float = FIRST_COST  # core seconds of an item, a moving average
-    waits_until: float = 0.0  # by time.monotonic(), as `look_again_at`; see `Engine._waits_for_share`
+    waits_until: float = 0.0  # by time.monotonic(), as `look_again_at`; see `Engine._waits`
     look_again_at: float = 0.0
     ran_items: int = 0  # in all batches
     ran_s: float = 0.0  # that they took
@@ -131,6 +129,10 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     prepared_s: float = 0.0  # core seconds of its preparation that its flow has not been charged for yet
     steps: Steps | None = None
+    # Of the current `yield`: each element is the item first, then its result. The job continues with the last of them.
+    results: Any = None
+    missing: int = 0  # how many are not there yet
+    error: Exception | None = None  # one of them
     answer: futures.Future[Answer] = field(default_factory=futures.Future)
 
     def finish(self, result: Answer | Exception) -> None:
@@ -171,17 +173,7 @@ def forget_locals(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-class _Step:
-    """One `yield` of a task. The job continues when the last of its items has its result."""
-
-    def __init__(self, job: Job, items: Sequence[Any]) -> None:
-        self.job = job
-        self.results = list(items)  # each element is the item first, then its result
-        self.missing = len(items)
-        self.error: Exception | None = None
-
-
-Entry = tuple[_Step, int]  # an item: its step, and its position there
+Entry = tuple[Job, int]  # an item: its position in `Job.results`
 
 
 @dataclass
@@ -209,13 +201,13 @@ class Engine:
     def __init__(
         self,
         holding: Callable[[Sequence[str]], AbstractContextManager[object]] = nullcontext,
-        traffic: Traffic | None = None,
+        count_batch: Callable[[str, int], None] = lambda stage, items: None,
         workers: int = 1,
         decoding: Callable[[], int] = lambda: 0,
     ) -> None:
         """`holding`: a context for each batch, called with the digests of its payloads if its stage is journaled.
         `decoding`: how many cores decode pictures at the moment."""
-        self._holding, self._decoding, self._traffic = holding, decoding, traffic or Traffic()
+        self._holding, self._count_batch, self._decoding = holding, count_batch, decoding
         self._began: dict[int, float] = {}  # thread -> when its batch or its pass began, by `machine.clock`
         self.failures = Counter[str]()  # tower -> how many batches in a row failed completely
         self._changed = threading.Condition()
@@ -311,26 +303,28 @@ class Engine:
                 thread.join(max(0.0, until - time.monotonic()))
 
     def _loop(self) -> None:
-        thread = threading.get_ident()
-        while True:
-            with self._changed:
-                if not (self._new or self._ended or self._cancelled or self._stopping):
-                    self._changed.wait(self._until_next())
-                if self._stopping:
-                    return
-            self._began[thread] = clock.now()
+        while not self._stopping:
             self._pass()
-            del self._began[thread]
 
     def _pass(self) -> None:
         """Advances tasks and starts batches. A separate method, so that an idle engine holds no local variables."""
         with self._changed:
+            if not (self._new or self._ended or self._cancelled or self._stopping):
+                self._changed.wait(self._until_next())
+            if self._stopping:
+                return
             new, self._new = self._new, []
             ended, self._ended = self._ended, []
             cancelled, self._cancelled = self._cancelled, set()
-        self._sweep(cancelled)
+        thread = threading.get_ident()
+        self._began[thread] = clock.now()
+        for flow in cancelled:
+            for stage in self._stages:
+                for job, position in stage.queue.remove(flow, lambda entry: entry[0].answer.cancelled()):
+                    job.results[position] = None  # the pixels, for example
+                    job.discard()
         for job in new:
-            self._advance(job, None)
+            self._advance(job)
         for batch in ended:
             self._account_for(batch)
             if batch.stage.kind != Stage.TEXT:
@@ -340,14 +334,7 @@ class Engine:
             if batch.stage.kind == Stage.TEXT:
                 self._settle(batch)
         self._begin_all()
-
-    def _sweep(self, flows: set[Flow]) -> None:
-        """Removes the items of cancelled jobs from the queues, with their pixels."""
-        for flow in flows:
-            for stage in self._stages:
-                for step, position in stage.queue.remove(flow, lambda entry: entry[0].job.answer.cancelled()):
-                    step.results[position] = None
-                    step.job.discard()
+        del self._began[thread]
 
     def _begin_all(self) -> None:
         while stage := self._choose():
@@ -358,8 +345,7 @@ class Engine:
 
         A text never runs twice in a row while prompts or pictures wait. Within a kind, the fair order decides.
         """
-        free = [stage for stage in self._stages if stage.queue.length and stage.pool.free]
-        ready = [stage for stage in free if not self._waits_for_share(stage)]
+        ready = [stage for stage in self._stages if stage.queue.length and stage.pool.free and not self._waits(stage)]
         kinds = {stage.kind for stage in ready}
         if Stage.BACKGROUND in kinds and (time.monotonic() >= self._background_from or self._is_idle()):
             kind = Stage.BACKGROUND
@@ -374,7 +360,7 @@ class Engine:
             self._text_ran_last = kind == Stage.TEXT
         return chosen
 
-    def _waits_for_share(self, stage: Stage) -> bool:
+    def _waits(self, stage: Stage) -> bool:
         """Whether the last free worker waits until its share of the pictures is decoded: a larger batch is faster.
 
         It does while a core decodes, or while a client that was just answered may ask again. It waits no longer than an
@@ -405,22 +391,23 @@ class Engine:
             begin.append(self._background_from if busy else min(self._background_from, self._idle_from))
         return max(0.0, min(begin) - time.monotonic()) if begin else None
 
-    def _advance(self, job: Job, results: list[Any] | None, error: Exception | None = None) -> None:
+    def _advance(self, job: Job) -> None:
         """Runs a task until its next step or its end."""
+        results, error, job.results, job.error = job.results, job.error, None, None
         if job.answer.cancelled():
             job.discard()
             return
         assert job.steps is not None  # set before submit()
         try:
-            stage, items = job.steps.throw(error) if error else job.steps.send(results)  # type: ignore[arg-type]
+            stage, items = job.steps.throw(error) if error else job.steps.send(results)
         except StopIteration as end:
             job.finish(end.value)
         except Exception as failure:
             job.finish(failure)
         else:
-            step = _Step(job, items)
-            for position in range(len(items)):
-                stage.queue.push(job.flow, (step, position))
+            job.results, job.missing = list(items), len(items)
+            for position in range(job.missing):
+                stage.queue.push(job.flow, (job, position))
 
     def _is_single(self, stage: Stage) -> bool:
         """Whether the next batch is the item of the only request in progress, and none came beside another just now."""
@@ -438,11 +425,11 @@ class Engine:
         batch = Batch(stage, [], [], alone=alone, single=self._is_single(stage))
         largest = 0.0
         while stage.queue.length:
-            flow, (step, position) = stage.queue.head()
-            largest = max(largest, stage.share(step.results[position]))
+            flow, (job, position) = stage.queue.head()
+            largest = max(largest, stage.share(job.results[position]))
             if batch.entries and (len(batch.entries) + 1) * largest > size:
                 break
-            batch.expected.append(stage.cost + step.job.prepared_s)
+            batch.expected.append(stage.cost + job.prepared_s)
             batch.entries.append(stage.queue.pop(flow, batch.expected[-1]))
         stage.waits_until = 0.0
         stage.pool.free -= 1
@@ -460,10 +447,9 @@ class Engine:
 
     def _run(self, batch: Batch) -> None:
         stage, thread, started = batch.stage, threading.get_ident(), time.monotonic()
-        items = [step.results[position] for step, position in batch.entries]
-        digests = list(dict.fromkeys(step.job.digest for step, _ in batch.entries)) if stage.journaled else []
+        items = [job.results[position] for job, position in batch.entries]
         self._began[thread] = clock.now()
-        with self._holding(digests):
+        with self._holding([job.digest for job, _ in batch.entries] if stage.journaled else []):
             run = stage.run_single if batch.single else None
             batch.results = self._results(stage, items, run or stage.run)
         del self._began[thread]
@@ -482,29 +468,29 @@ class Engine:
         seconds = cost * count / cores
         if stage.kind == Stage.BACKGROUND:
             self._background_from = time.monotonic() + seconds * (1 / BACKGROUND_SHARE - 1)
-        for (step, _), expected in zip(batch.entries, batch.expected, strict=True):
-            self._shares[stage.kind].end(step.job.flow, expected, cost + step.job.prepared_s)
-            step.job.prepared_s = 0.0
+        for (job, _), expected in zip(batch.entries, batch.expected, strict=True):
+            self._shares[stage.kind].end(job.flow, expected, cost + job.prepared_s)
+            job.prepared_s = 0.0
         stage.cost += COST_WEIGHT * (cost - stage.cost)
         stage.ran_items += count
         stage.ran_s += seconds
         if batch.alone:
             stage.alone_items += count
             stage.alone_s += seconds
-        self._traffic.count_batch(stage.name, count)
+        self._count_batch(stage.name, count)
         if stage.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)
             self.failures[stage.tower] = self.failures[stage.tower] + 1 if failed else 0
 
     def _settle(self, batch: Batch) -> None:
         """Gives the results of a finished batch to its tasks, and advances them."""
-        for (step, position), result in zip(batch.entries, batch.results, strict=True):
+        for (job, position), result in zip(batch.entries, batch.results, strict=True):
             if isinstance(result, Exception):
-                step.error = result
-            step.results[position] = result
-            step.missing -= 1
-            if not step.missing:
-                self._advance(step.job, step.results, step.error)
+                job.error = result
+            job.results[position] = result
+            job.missing -= 1
+            if not job.missing:
+                self._advance(job)
 
     @staticmethod
     def _results(stage: Stage, items: list[Any], run: Run) -> Sequence[Any]:

@@ -51,10 +51,11 @@ class Models:
         semantic: str = "",
     ) -> None:
         """`semantic`: the model of the `semantic_` tasks, "clip" or "bioclip", or "" for none."""
-        self.clip, self.bioclip, self.operator_sets, self.semantic = clip, bioclip, operator_sets, semantic
-        loaded = {"clip": clip, "bioclip": bioclip}
-        loaded["semantic"] = loaded.get(semantic)
-        self._loaded = {name: model for name, model in loaded.items() if model}  # by their names in the task table
+        self.clip, self.operator_sets, self.semantic = clip, operator_sets, semantic
+        # The loaded models by their names in the task table. Those of the tasks in `offered()` are among them.
+        self.loaded = {name: model for name, model in (("clip", clip), ("bioclip", bioclip)) if model}
+        if semantic in self.loaded:
+            self.loaded["semantic"] = self.loaded[semantic]
         species = sets.get("species")
         self.species = species if isinstance(species, Species) else None
         self.scenes = sets.get("scenes")
@@ -83,24 +84,16 @@ class Models:
     def _stage(self, name: str, answers: Answers) -> Stage:
         return self._engine.add(Stage(f"{name} scoring", _running(answers), self._batch_size, Stage.SCORING))
 
-    def get(self, name: str) -> Model | None:
-        """A model by its name in the task table."""
-        return self._loaded.get(name)
-
-    def model(self, name: str) -> Model:
-        """The same for a model that is loaded, as those of tasks in `offered()` are."""
-        return self._loaded[name]
-
     def images_at_once(self) -> int:
         """The number of images in all batches that run at the same time, for the model with more of them."""
-        return max([model.image.batch_size * model.backend.workers for model in self._loaded.values()], default=1)
+        return max([model.image.batch_size * model.backend.workers for model in self.loaded.values()], default=1)
 
     def offered(self) -> list[Task]:
         """The tasks that are available now."""
         return [task for task in TASKS.values() if self.offers(task)]
 
     def offers(self, task: Task) -> bool:
-        return set(task.models) <= self._loaded.keys() and bool(self.species or not task.only_species)
+        return set(task.models) <= self.loaded.keys() and not (task.only_species and self.species is None)
 
 
 def _running(answers: Answers) -> Callable[[list[Any]], Sequence[Any]]:
@@ -145,7 +138,7 @@ class Request:
 
 
 def clip_classify(models: Models, request: Request) -> Steps:
-    clip = models.model("clip")
+    clip = models.loaded["clip"]
     [vector] = yield clip.image, [request.pixels["clip"]]
     meta = {"score": request.score}
     if chosen := request.chosen_set:
@@ -164,7 +157,7 @@ def clip_classify(models: Models, request: Request) -> Steps:
 
 
 def bioclip_classify(models: Models, request: Request) -> Steps:
-    bioclip = models.model("bioclip")
+    bioclip = models.loaded["bioclip"]
     models.available_species()
     [vector] = yield bioclip.image, [request.pixels["bioclip"]]
     options = SpeciesOptions(request.topk, request.label_format, request.rank, request.min_score, request.rows)
@@ -177,7 +170,7 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 
 
 def smart_classify(models: Models, request: Request) -> Steps:
-    clip = models.model("clip")
+    clip = models.loaded["clip"]
     [vector] = yield clip.image, [request.pixels["clip"]]
     scenes = models.scenes
     assert isinstance(scenes, SceneSet)
@@ -189,13 +182,13 @@ def smart_classify(models: Models, request: Request) -> Steps:
 
 
 def embed_image(name: str, models: Models, request: Request) -> Steps:
-    model = models.model(name)
+    model = models.loaded[name]
     [vector] = yield model.image, [request.pixels[name]]
     return _embedding_answer(vector, model, request)
 
 
 def embed_text(name: str, models: Models, request: Request) -> Steps:
-    model = models.model(name)
+    model = models.loaded[name]
     [vector] = yield from model.embed(request.tokens, model.text)
     return _embedding_answer(vector, model, request)
 
@@ -404,10 +397,10 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
     """
     if task.takes == "text":
         return 0
-    pixels = sum(3 * models.model(name).backend.preprocess.size ** 2 for name in task.models)
+    pixels = sum([3 * models.loaded[name].backend.preprocess.size ** 2 for name in task.models])
     everything = len(models.species or ()) if request.within else 0
     rows = everything if request.rows is None else len(request.rows)
-    return pixels + 8 * rows + sum(4 * len(label) + LABEL_COST for label in request.labels)
+    return pixels + 8 * rows + 4 * sum(map(len, request.labels)) + LABEL_COST * len(request.labels)
 
 
 def prepare(task: Task, request: Request, models: Models, settings: Settings, room: preprocess.Room) -> None:
@@ -425,7 +418,7 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         if not text.strip():
             raise BadInput("payload: the text is blank")
         prompt = request.template.replace("{}", text)
-        request.tokens = models.model(task.models[0]).backend.tokenize([prompt])
+        request.tokens = models.loaded[task.models[0]].backend.tokenize([prompt])
         return
     if request.within:
         request.rows, unknown = models.available_species().tree.within(request.within)
@@ -433,17 +426,17 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         if not len(request.rows):
             raise BadInput(f"meta within: none of these names is in the species list: {', '.join(unknown)[:200]}")
     if request.score == "sigmoid":
-        backend = models.model("clip").backend
+        backend = models.loaded["clip"].backend
         request.bias = backend.logit_bias
         if request.bias is None:
             raise BadInput(f"meta score: 'sigmoid'; {backend.model_id} has no bias; allowed: softmax")
     if request.label_set:
         request.chosen_set = _operator_set(request, models)
-    recipes = {name: models.model(name).backend.preprocess for name in task.models}
+    recipes = {name: models.loaded[name].backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings, room)
     if request.labels:
         prompts = [request.template.replace("{}", label) for label in request.labels]
-        request.tokens = models.model("clip").backend.tokenize(prompts)
+        request.tokens = models.loaded["clip"].backend.tokenize(prompts)
 
 
 def _operator_set(request: Request, models: Models) -> OperatorSet:
