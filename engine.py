@@ -282,7 +282,7 @@ class Engine:
             self._returning[flow] = now + RETURN_S
             if answer.cancelled():
                 self._cancelled.add(flow)
-            if answer.cancelled() or not self._expected:
+            if self._cancelled or not self._expected:
                 self._changed.notify()
 
     def submit(self, job: Job) -> None:

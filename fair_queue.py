@@ -54,10 +54,12 @@ class Shares:
         account = self._accounts.get(path) or self._account(path)
         return account.done + account.expected
 
-    def join(self, path: Flow) -> None:
-        """A flow that was idle has something to do again."""
-        account, parent = self._account(path), self._account(path[:1]) if len(path) > 1 else self._root
-        account.done = max(account.done, parent.virtual_time)
+    def join(self, flow: Flow, first: bool) -> None:
+        """A flow that was idle has something to do again. `first`: its whole connection was idle."""
+        stream, connection = self._account(flow), self._account(flow[:1])
+        if first:
+            connection.done = max(connection.done, self._root.virtual_time)
+        stream.done = max(stream.done, connection.virtual_time)
 
     def tolerance(self) -> float:
         """Core seconds by which the work of two flows may differ and still count as equal: half an item's."""
@@ -106,13 +108,9 @@ class FairQueue(Generic[T]):
         self._queued: dict[Flow, dict[Flow, deque[T]]] = {}  # connection -> stream -> items
 
     def push(self, flow: Flow, item: T) -> None:
-        connection = flow[:1]
-        if connection not in self._queued:
-            self._shares.join(connection)
-            self._queued[connection] = {}
-        streams = self._queued[connection]
+        streams = self._queued.setdefault(flow[:1], {})
         if flow not in streams:
-            self._shares.join(flow)
+            self._shares.join(flow, first=not streams)
             streams[flow] = deque()
         streams[flow].append(item)
         self.length += 1

@@ -98,9 +98,8 @@ class Journal:
         """Returns the strikes from earlier crashes. A damaged file counts as an empty one."""
         path = self._folder / "suspects.json"
         try:
-            return {str(digest): int(strikes) for digest, strikes in json.loads(path.read_bytes()).items()}
-        except FileNotFoundError:
-            return {}
+            content = json.loads(path.read_bytes() if path.exists() else "{}")
+            return {str(digest): int(strikes) for digest, strikes in content.items()}
         except (ValueError, TypeError, AttributeError) as error:
             log.warning("%s is damaged (%s) and is ignored", path, error)
             return {}

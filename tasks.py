@@ -324,9 +324,7 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def _min_score(meta: Mapping[str, str], default: float) -> float:
-    text = meta.get("min_score")
-    if text is None:
-        return default
+    text = meta.get("min_score", str(default))
     try:
         value = float(text) if len(text) < 40 else math.nan
     except ValueError:
