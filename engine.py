@@ -74,7 +74,7 @@ class Stage:
     queue: FairQueue[Entry] = field(init=False)  # `Engine.add` gives stages of one kind the same shares
     pool: Pool = field(init=False)  # the threads that run its batches
     cost: float = FIRST_COST  # core seconds of an item, a moving average
-    waits_until: float = 0.0  # by time.monotonic(), as `look_again_at`; see `Engine._waits`
+    waits_until: float = 0.0  # for its share, by time.monotonic(), as `look_again_at`; see `Engine._waits`
     look_again_at: float = 0.0
     ran_items: int = 0  # in all batches
     ran_s: float = 0.0  # that they took
@@ -185,7 +185,7 @@ class Batch:
     expected: list[float]  # core seconds of each entry, preparation included
     results: Sequence[Any] = ()
     seconds: float = 0.0
-    alone: bool = False  # a background batch that began while no request was in progress
+    alone: bool = False  # it began while no request was in progress
     single: bool = False  # the item of the only request in progress; it may use all cores
 
 
@@ -347,12 +347,11 @@ class Engine:
         """
         ready = [stage for stage in self._stages if stage.queue.length and stage.pool.free and not self._waits(stage)]
         kinds = {stage.kind for stage in ready}
-        if Stage.BACKGROUND in kinds and (time.monotonic() >= self._background_from or self._is_idle()):
+        if not kinds:
+            return None
+        if Stage.BACKGROUND in kinds:  # its turn is rare; see `_waits`
             kind = Stage.BACKGROUND
         else:
-            kinds.discard(Stage.BACKGROUND)
-            if not kinds:
-                return None
             kind = Stage.BULK if self._text_ran_last and kinds == {Stage.TEXT, Stage.BULK} else min(kinds)
         same = [stage for stage in ready if stage.kind == kind]
         chosen = same[0] if len(same) == 1 else min(same, key=lambda stage: stage.queue.priority())
@@ -361,14 +360,20 @@ class Engine:
         return chosen
 
     def _waits(self, stage: Stage) -> bool:
-        """Whether the last free worker waits until its share of the pictures is decoded: a larger batch is faster.
+        """Whether a batch has to wait although a thread is free. `look_again_at` says for how long at most.
 
-        It does while a core decodes, or while a client that was just answered may ask again. It waits no longer than an
-        average picture takes, because what is decoded may belong to others, or may not be a picture.
+        Background work waits while requests are in progress; see BACKGROUND_SHARE. The last free worker waits until its
+        share of the pictures is decoded, because a larger batch is faster: while a core decodes, or while a client that
+        was just answered may ask again. It waits no longer than an average picture takes, because what is decoded may
+        belong to others, or may not be a picture.
         """
+        now = time.monotonic()
+        if stage.kind == Stage.BACKGROUND:
+            busy = self._expected or self._running
+            stage.look_again_at = self._background_from if busy else min(self._background_from, self._idle_from)
+            return now < stage.look_again_at
         if not stage.spread or stage.pool.free > 1:
             return False
-        now = time.monotonic()
         with self._changed:
             returns = [until for until in self._returning.values() if until > now]
         share = min(stage.size_limit(), -(-(self._expected + len(returns)) // self._cores))
@@ -378,17 +383,9 @@ class Engine:
         stage.look_again_at = min(stage.waits_until, max(returns, default=stage.waits_until))
         return now < stage.waits_until
 
-    def _is_idle(self) -> bool:
-        """Whether no request is in progress, and none has been for IDLE_S."""
-        return not (self._expected or self._running) and time.monotonic() >= self._idle_from
-
     def _until_next(self) -> float | None:
         """Seconds until a batch may start although nothing happens; None if a batch or a request must end first."""
-        waiting = [stage for stage in self._stages if stage.queue.length and stage.pool.free]
-        begin = [stage.look_again_at for stage in waiting if stage.waits_until]
-        if any(stage.kind == Stage.BACKGROUND for stage in waiting):
-            busy = self._expected or self._running
-            begin.append(self._background_from if busy else min(self._background_from, self._idle_from))
+        begin = [stage.look_again_at for stage in self._stages if stage.queue.length and stage.pool.free]
         return max(0.0, min(begin) - time.monotonic()) if begin else None
 
     def _advance(self, job: Job) -> None:
@@ -419,7 +416,7 @@ class Engine:
         size, queued = stage.size_limit(), stage.queue.length
         if stage.spread:  # the other workers get their share of what is queued, and of what is still decoded or runs
             size = min(size, -(-queued // stage.pool.free), -(-max(self._expected, queued) // self._cores))
-        alone = stage.kind == Stage.BACKGROUND and self._is_idle()
+        alone = not (self._expected or self._running) and time.monotonic() >= self._idle_from
         if stage.kind == Stage.BACKGROUND and not alone:
             size = 1  # a text that arrives meanwhile has to wait for it
         batch = Batch(stage, [], [], alone=alone, single=self._is_single(stage))

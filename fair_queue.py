@@ -135,16 +135,14 @@ class FairQueue(Generic[T]):
 
     def remove(self, flow: Flow, unwanted: Callable[[T], bool]) -> list[T]:
         """Takes out the items of a flow that are not wanted any more."""
-        items = self._queued.get(flow[:1], {}).get(flow)
-        if items is None:
-            return []
+        items = self._queued.get(flow[:1], {}).get(flow, deque())
         removed: list[T] = []
-        kept = deque[T]()
-        for item in items:
-            (removed if unwanted(item) else kept).append(item)
+        for _ in range(len(items)):
+            item = items.popleft()
+            (removed if unwanted(item) else items).append(item)
         self.length -= len(removed)
-        self._queued[flow[:1]][flow] = kept
-        self._tidy(flow)
+        if removed:
+            self._tidy(flow)
         return removed
 
     def _first(self, waiting: Mapping[Flow, object]) -> Flow:

@@ -164,7 +164,7 @@ class Journal:
         `digests`: SHA-256 in hex, or "" for a payload that is never suspected, such as a text. `kind` is "prepare" or
         "batch".
         """
-        digests = [digest for digest in dict.fromkeys(digests) if digest]
+        digests = list(dict.fromkeys(filter(None, digests)))
         with self._lock:
             # All of them or none. A part of a batch could look like the only payload of a thread.
             slots = [self._free.pop() for _ in digests] if len(digests) <= len(self._free) else []
