@@ -75,16 +75,16 @@ class DecodePool:
 
     def _loop(self) -> None:
         machine.lower_thread_priority(machine.DECODER_NICE)
-        while self._run_next():
-            pass
+        while not self._stopping:
+            self._run_next()
 
-    def _run_next(self) -> bool:
+    def _run_next(self) -> None:
         """Waits for a payload and decodes it. A separate method, so that an idle thread holds no local variables."""
         with self._changed:
             while not (self._queue.length or self._stopping):
                 self._changed.wait()
             if self._stopping:
-                return False
+                return
             flow, _ = self._queue.head()
             expected = self._cost
             _, work = self._queue.pop(flow, expected)
@@ -97,4 +97,3 @@ class DecodePool:
             self._shares.end(flow, expected, seconds)
             self._cost += COST_WEIGHT * (seconds - self._cost)
         then()
-        return True

@@ -21,10 +21,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Flow = tuple[Hashable, Hashable]  # (connection, stream)
-Path = tuple[Hashable, ...]  # a connection (c,) or one of its streams (c, s)
+Flow = tuple[Hashable, ...]  # (connection, stream); the accounts and queues also have (connection,)
 T = TypeVar("T")
-P = TypeVar("P", bound=Path)
 
 FIRST_COST = 0.01  # core seconds that an item is expected to take before one has been measured
 COST_WEIGHT = 0.2  # of the last item or batch in the moving average of an item's cost
@@ -48,19 +46,20 @@ class Shares:
     def __init__(self) -> None:
         self._root = Account()
         self._last_expected = self._last = 0.0  # core seconds of the last work
-        self._accounts: OrderedDict[Path, Account] = OrderedDict()
+        self._accounts: OrderedDict[Flow, Account] = OrderedDict()
 
-    def work(self, path: Path) -> float:
+    def work(self, path: Flow) -> float:
         """Core seconds received, on the scale of the virtual time of the level above."""
-        account = self._accounts.get(path)  # a lookup that does not touch the order costs half
-        if account is None:
-            account = self._account(path)
+        # A lookup that does not touch the order costs half.
+        account = self._accounts.get(path) or self._account(path)
         return account.done + account.expected
 
-    def join(self, path: Path) -> None:
-        """A flow that was idle has something to do again."""
-        account, parent = self._account(path), self._account(path[:1]) if len(path) > 1 else self._root
-        account.done = max(account.done, parent.virtual_time)
+    def join(self, flow: Flow, first: bool) -> None:
+        """A flow that was idle has something to do again. `first`: its whole connection was idle."""
+        stream, connection = self._account(flow), self._account(flow[:1])
+        if first:
+            connection.done = max(connection.done, self._root.virtual_time)
+        stream.done = max(stream.done, connection.virtual_time)
 
     def tolerance(self) -> float:
         """Core seconds by which the work of two flows may differ and still count as equal: half an item's."""
@@ -82,7 +81,7 @@ class Shares:
             account.expected = max(0.0, account.expected - expected)
             account.done += seconds
 
-    def _account(self, path: Path) -> Account:
+    def _account(self, path: Flow) -> Account:
         account = self._accounts.get(path)
         if account is None:
             parent = self._account(path[:1]) if len(path) > 1 else self._root
@@ -106,16 +105,12 @@ class FairQueue(Generic[T]):
     def __init__(self, shares: Shares) -> None:
         self.length = 0  # items
         self._shares = shares
-        self._queued: dict[Path, dict[Flow, deque[T]]] = {}  # connection -> stream -> items
+        self._queued: dict[Flow, dict[Flow, deque[T]]] = {}  # connection -> stream -> items
 
     def push(self, flow: Flow, item: T) -> None:
-        connection = flow[:1]
-        if connection not in self._queued:
-            self._shares.join(connection)
-            self._queued[connection] = {}
-        streams = self._queued[connection]
+        streams = self._queued.setdefault(flow[:1], {})
         if flow not in streams:
-            self._shares.join(flow)
+            self._shares.join(flow, first=not streams)
             streams[flow] = deque()
         streams[flow].append(item)
         self.length += 1
@@ -140,19 +135,17 @@ class FairQueue(Generic[T]):
 
     def remove(self, flow: Flow, unwanted: Callable[[T], bool]) -> list[T]:
         """Takes out the items of a flow that are not wanted any more."""
-        items = self._queued.get(flow[:1], {}).get(flow)
-        if items is None:
-            return []
+        items = self._queued.get(flow[:1], {}).get(flow, deque())
         removed: list[T] = []
-        kept = deque[T]()
-        for item in items:
-            (removed if unwanted(item) else kept).append(item)
+        for _ in range(len(items)):
+            item = items.popleft()
+            (removed if unwanted(item) else items).append(item)
         self.length -= len(removed)
-        self._queued[flow[:1]][flow] = kept
-        self._tidy(flow)
+        if removed:
+            self._tidy(flow)
         return removed
 
-    def _first(self, waiting: Mapping[P, object]) -> P:
+    def _first(self, waiting: Mapping[Flow, object]) -> Flow:
         """The first of `waiting`, which is in the order of arrival, whose work is nearly the least."""
         paths = list(waiting)
         if len(paths) == 1:

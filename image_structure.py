@@ -261,6 +261,22 @@ class _Track:
     chunks: int = 0
     samples_per_chunk: int = 0  # at most
 
+    def read(self, kind: bytes, integers: _Integers) -> None:
+        if kind == b"stsz":
+            _limit(self.size, 0, "second sample table of an AVIF track")
+            same, _ = integers.next(4), integers.next(4)
+            self.size = same or integers.next(4)
+        elif kind in (b"stco", b"co64"):
+            _limit(self.chunks, 0, "second chunk table of an AVIF track")
+            self.chunks = integers.next(4)
+            self.offset = integers.next(8 if kind == b"co64" else 4)
+        elif kind == b"stsc":
+            for number in range(min(integers.next(4), ITEM_TABLE_BYTES_MAX // 12)):
+                first, each, _ = (integers.next(4) for _ in range(3))
+                if not each or (number == 0 and first != 1):
+                    raise BadInput("payload: the AVIF has chunks without samples")  # the first sample is elsewhere then
+                self.samples_per_chunk = max(self.samples_per_chunk, each)
+
 
 class _BoxFileCheck:
     """One walk over the boxes of an AVIF or HEIC, then over the data of its items and of each track's first sample.
@@ -342,7 +358,7 @@ class _BoxFileCheck:
                     self._totals.add(stop - start, ITEM_TABLE_BYTES_MAX, "bytes of tables of the file")
                 if parent == b"stbl":
                     self._totals.add(stop - start, SAMPLE_TABLE_BYTES_MAX, "bytes of sample tables of the file")
-                    self._read_track(kind, _Integers(self._data, start + 4), self._tracks[-1])
+                    self._tracks[-1].read(kind, _Integers(self._data, start + 4))
                 if parent == b"ipco":
                     self._properties.append((kind, start, stop))
                 self._has_av1_track |= kind == b"av01"
@@ -403,23 +419,6 @@ class _BoxFileCheck:
                 integers.next(index_size)
                 item.extents.append((integers.next(offset_size), integers.next(length_size)))
             self._items.append(item)
-
-    @staticmethod
-    def _read_track(kind: bytes, integers: _Integers, track: _Track) -> None:
-        if kind == b"stsz":
-            _limit(track.size, 0, "second sample table of an AVIF track")
-            same, _ = integers.next(4), integers.next(4)
-            track.size = same or integers.next(4)
-        elif kind in (b"stco", b"co64"):
-            _limit(track.chunks, 0, "second chunk table of an AVIF track")
-            track.chunks = integers.next(4)
-            track.offset = integers.next(8 if kind == b"co64" else 4)
-        elif kind == b"stsc":
-            for number in range(min(integers.next(4), ITEM_TABLE_BYTES_MAX // 12)):
-                first, each, _ = (integers.next(4) for _ in range(3))
-                if not each or (number == 0 and first != 1):
-                    raise BadInput("payload: the AVIF has chunks without samples")  # the first sample is elsewhere then
-                track.samples_per_chunk = max(track.samples_per_chunk, each)
 
     def _count_slices(self, payload: memoryview) -> int:
         """The slices of an HEVC item, each of which can cover the whole picture. H.265, section 7.3.1.2."""

@@ -390,7 +390,7 @@ class ImmichServer:
 
     def _check_model(self, models: Models, wanted: str) -> None:
         """Raises _Refused if immich asks for another model than the one that is served."""
-        served = immich_name(models.model(CLIP).backend.model_id)
+        served = immich_name(models.loaded[CLIP].backend.model_id)
         if immich_name(wanted) == served:
             return
         log.warning(

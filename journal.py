@@ -98,9 +98,8 @@ class Journal:
         """Returns the strikes from earlier crashes. A damaged file counts as an empty one."""
         path = self._folder / "suspects.json"
         try:
-            return {str(digest): int(strikes) for digest, strikes in json.loads(path.read_bytes()).items()}
-        except FileNotFoundError:
-            return {}
+            content = json.loads(path.read_bytes() if path.exists() else "{}")
+            return {str(digest): int(strikes) for digest, strikes in content.items()}
         except (ValueError, TypeError, AttributeError) as error:
             log.warning("%s is damaged (%s) and is ignored", path, error)
             return {}
@@ -165,7 +164,7 @@ class Journal:
         `digests`: SHA-256 in hex, or "" for a payload that is never suspected, such as a text. `kind` is "prepare" or
         "batch".
         """
-        digests = [digest for digest in digests if digest]
+        digests = list(dict.fromkeys(filter(None, digests)))
         with self._lock:
             # All of them or none. A part of a batch could look like the only payload of a thread.
             slots = [self._free.pop() for _ in digests] if len(digests) <= len(self._free) else []

@@ -70,7 +70,7 @@ class Daemon:
         self.traffic = Traffic(TASKS)
         cores = machine.usable_cores()
         decoders = DecodePool(cores)
-        self.engine = Engine(self.journal.holding, self.traffic, cores, decoders.busy)
+        self.engine = Engine(self.journal.holding, self.traffic.count_batch, cores, decoders.busy)
         self.intake = Intake(settings, self.journal, self.traffic, self.engine, decoders)
         self.health = health.HealthServicer()
         self.short_calls = ShortCallLimiter()
@@ -189,24 +189,24 @@ class Daemon:
         the semantic tasks have one of their own if their model takes such tensors."""
         models = self._ready(context)
         apart = [task for task in models.offered() if task.models == ("semantic",)]
-        if not any(task.tensor_id(models.model("semantic").backend.preprocess) for task in apart):
+        if not any(task.tensor_id(models.loaded["semantic"].backend.preprocess) for task in apart):
             apart = []
         for name in ("clip", "bioclip"):
-            if models.get(name):
-                offered = [task for task in models.offered() if models.name_of(task.models[0]) == name]
+            if model := models.loaded.get(name):
+                offered = [task for task in models.offered() if models.loaded.get(task.models[0]) is model]
                 yield self._capability(name, models, (name,), [task for task in offered if task not in apart])
         if apart:
             yield self._capability("siglip", models, (models.semantic,), apart)
 
     def Health(self, _: Any, context: Any) -> empty_pb2.Empty:
         """Empty has no fields, so the trailing metadata says what does not run as the operator asked."""
-        loaded = [model.backend for name in ("clip", "bioclip") if self._models and (model := self._models.get(name))]
-        refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # always ASCII
+        backs = [model.backend for model in self._models.loaded.values()] if self._models else []
+        refusals = dict.fromkeys(back.refusal for back in backs if back.refusal)  # always ASCII
         context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
         return empty_pb2.Empty()
 
     def _capability(self, service: str, models: Models, names: Sequence[str], tasks: Sequence[Task]) -> pb.Capability:
-        loaded = {name: model for name in names if (model := models.get(name))}
+        loaded = {name: model for name in names if (model := models.loaded.get(name))}
         backs = {name: model.backend for name, model in loaded.items()}
         runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
         extra = {"version": VERSION}
@@ -243,7 +243,7 @@ class Daemon:
         )
 
     def _io_task(self, task: Task, models: Models) -> pb.IOTask:
-        backend = models.model(task.models[0]).backend
+        backend = models.loaded[task.models[0]].backend
         limits = {"max_payload_size": str(TEXT_BYTES_MAX if task.takes == "text" else self.intake.request_bytes_max)}
         if task.takes == "image":
             limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,22 +51,28 @@ class Models:
         semantic: str = "",
     ) -> None:
         """`semantic`: the model of the `semantic_` tasks, "clip" or "bioclip", or "" for none."""
-        self.clip, self.bioclip, self.operator_sets, self.semantic = clip, bioclip, operator_sets, semantic
+        self.clip, self.operator_sets, self.semantic = clip, operator_sets, semantic
+        # The loaded models by their names in the task table. Those of the tasks in `offered()` are among them.
+        self.loaded = {name: model for name, model in (("clip", clip), ("bioclip", bioclip)) if model}
+        if semantic in self.loaded:
+            self.loaded["semantic"] = self.loaded[semantic]
         species = sets.get("species")
         self.species = species if isinstance(species, Species) else None
         self.scenes = sets.get("scenes")
         self.progress: Progress | None = None  # of species that are not available yet
         self._engine, self._batch_size = engine, batch_size
-        self._stages = {name: self._stage(name, labelset.answers) for name, labelset in sets.items()}
-        self._stages["own sets"] = self._stage("own sets", _operator_answers)
+        # By the name of a set; "own sets" are the operator's. An item is a vector with its options, as in
+        # `LabelSet.answers`, `Species.answers` and `_operator_answers`.
+        self.scoring = {name: self._stage(name, labelset.answers) for name, labelset in sets.items()}
+        self.scoring["own sets"] = self._stage("own sets", _operator_answers)
 
     def replace_classes(self, classes: LabelSet) -> None:
         """Replaces the labels of `clip_classify` while the daemon serves."""
-        self._stages["classes"].run = _running(classes.answers)
+        self.scoring["classes"].run = _running(classes.answers)
 
     def add_species(self, species: Species) -> None:
         """Adds species while the daemon serves."""
-        self._stages["species"] = self._stage("species", species.answers)
+        self.scoring["species"] = self._stage("species", species.answers)
         self.species, self.progress = species, None
 
     def available_species(self) -> Species:
@@ -78,45 +84,16 @@ class Models:
     def _stage(self, name: str, answers: Answers) -> Stage:
         return self._engine.add(Stage(f"{name} scoring", _running(answers), self._batch_size, Stage.SCORING))
 
-    def get(self, name: str) -> Model | None:
-        """A model by its name in the task table."""
-        return {"clip": self.clip, "bioclip": self.bioclip}.get(self.name_of(name))
-
-    def name_of(self, name: str) -> str:
-        """The model behind a name in the task table: "clip", "bioclip", or "" if "semantic" is switched off."""
-        return self.semantic if name == "semantic" else name
-
-    def model(self, name: str) -> Model:
-        """A loaded model by its name in the task table. Call it only for tasks in `offered()`."""
-        model = self.get(name)
-        assert model is not None
-        return model
-
     def images_at_once(self) -> int:
         """The number of images in all batches that run at the same time, for the model with more of them."""
-        models = (model for model in (self.clip, self.bioclip) if model)
-        return max((model.image.batch_size * model.backend.workers for model in models), default=1)
+        return max([model.image.batch_size * model.backend.workers for model in self.loaded.values()], default=1)
 
     def offered(self) -> list[Task]:
         """The tasks that are available now."""
         return [task for task in TASKS.values() if self.offers(task)]
 
     def offers(self, task: Task) -> bool:
-        return all(self.get(name) for name in task.models) and bool(self.species or not task.only_species)
-
-    def best(self, labelset: str, vector: Any, options: Any) -> Generator[Any, Any, Any]:
-        """Step: the result for one vector from a set by its name; "own sets" are the operator's.
-
-        `options`: as in `LabelSet.answers`, `Species.answers` and `_operator_answers`.
-        """
-        return (yield self._stages[labelset], [(vector, options)])[0]
-
-    def best_of_caller_labels(self, vector: Any, request: Request) -> Generator[Any, Any, Any]:
-        """Step: the best of the labels in the request."""
-        clip = self.model("clip")
-        vectors = yield from clip.embed(request.tokens, clip.prompts)
-        labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
-        return labelset.top(labelset.probabilities(vector[None], [request.bias])[0], min(request.topk, len(labelset)))
+        return set(task.models) <= self.loaded.keys() and not (task.only_species and self.species is None)
 
 
 def _running(answers: Answers) -> Callable[[list[Any]], Sequence[Any]]:
@@ -161,28 +138,30 @@ class Request:
 
 
 def clip_classify(models: Models, request: Request) -> Steps:
-    clip = models.model("clip")
-    vector = (yield clip.image, [request.pixels["clip"]])[0]
+    clip = models.loaded["clip"]
+    [vector] = yield clip.image, [request.pixels["clip"]]
     meta = {"score": request.score}
     if chosen := request.chosen_set:
         options = (chosen, request.topk, request.min_score, request.bias)
-        best, none = yield from models.best("own sets", vector, options)
+        [(best, none)] = yield models.scoring["own sets"], [(vector, options)]
         meta |= {"label_set": chosen.name, "none_score": f"{none:.6f}"}
     elif request.labels:
-        best = yield from models.best_of_caller_labels(vector, request)
+        vectors = yield from clip.embed(request.tokens, clip.prompts)
+        labelset = LabelSet(request.labels, np.stack(vectors), clip.backend.logit_scale)
+        [best] = labelset.answers(vector[None], [(request.topk, request.bias)])
     else:
-        best = yield from models.best("classes", vector, (request.topk, request.bias))
+        [best] = yield models.scoring["classes"], [(vector, (request.topk, request.bias))]
     answer = _labels_answer([pair for pair in best if pair[1] >= request.min_score], clip, "clip_classification")
     answer.meta.update(meta)
     return answer
 
 
 def bioclip_classify(models: Models, request: Request) -> Steps:
-    bioclip = models.model("bioclip")
+    bioclip = models.loaded["bioclip"]
     models.available_species()
-    vector = (yield bioclip.image, [request.pixels["bioclip"]])[0]
+    [vector] = yield bioclip.image, [request.pixels["bioclip"]]
     options = SpeciesOptions(request.topk, request.label_format, request.rank, request.min_score, request.rows)
-    found = yield from models.best("species", vector, options)
+    [found] = yield models.scoring["species"], [(vector, options)]
     answer = _labels_answer(found.labels, bioclip, "bioclip_classification")
     answer.meta["rank"] = found.rank
     if request.unknown_taxa:
@@ -191,24 +170,27 @@ def bioclip_classify(models: Models, request: Request) -> Steps:
 
 
 def smart_classify(models: Models, request: Request) -> Steps:
-    clip = models.model("clip")
-    vector = (yield clip.image, [request.pixels["clip"]])[0]
+    clip = models.loaded["clip"]
+    [vector] = yield clip.image, [request.pixels["clip"]]
     scenes = models.scenes
     assert isinstance(scenes, SceneSet)
-    scene = scenes.resolve((yield from models.best("scenes", vector, (len(scenes), None))))
+    [best] = yield models.scoring["scenes"], [(vector, (len(scenes), None))]
+    scene = scenes.resolve(best)
     if scene is None:
         return (yield from bioclip_classify(models, request))
     return _labels_answer([scene], clip, "scene_classification")
 
 
 def embed_image(name: str, models: Models, request: Request) -> Steps:
-    model = models.model(name)
-    return _embedding_answer((yield model.image, [request.pixels[name]])[0], model, request)
+    model = models.loaded[name]
+    [vector] = yield model.image, [request.pixels[name]]
+    return _embedding_answer(vector, model, request)
 
 
 def embed_text(name: str, models: Models, request: Request) -> Steps:
-    model = models.model(name)
-    return _embedding_answer((yield from model.embed(request.tokens, model.text))[0], model, request)
+    model = models.loaded[name]
+    [vector] = yield from model.embed(request.tokens, model.text)
+    return _embedding_answer(vector, model, request)
 
 
 def _labels_answer(best: list[tuple[str, float]], model: Model, source: str) -> Answer:
@@ -285,7 +267,6 @@ TASKS = {
         Task("semantic_text_embed", partial(embed_text, "semantic"), ("semantic",), "text"),
     )
 }
-SCORES = ("softmax", "sigmoid")
 TOPK_KEYS = ("TopK", "topK", "top_k", "top-k", "lumen.top_k", "topk")
 
 
@@ -315,7 +296,7 @@ def read_meta(task: Task, request: Request) -> None:
         request.topk = next((_topk(key, meta[key]) for key in TOPK_KEYS if key in meta), task.topk)
     if task.caller_labels:
         request.label_set = meta.get("label_set", "")
-        request.score = _one_of("score", meta.get("score", request.score), SCORES)
+        request.score = _one_of("score", meta.get("score", request.score), ("softmax", "sigmoid"))
         request.min_score = _min_score(meta, 0.0)
         if "labels" in meta:
             if request.label_set:
@@ -343,9 +324,7 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def _min_score(meta: Mapping[str, str], default: float) -> float:
-    text = meta.get("min_score")
-    if text is None:
-        return default
+    text = meta.get("min_score", str(default))
     try:
         value = float(text) if len(text) < 40 else math.nan
     except ValueError:
@@ -355,7 +334,10 @@ def _min_score(meta: Mapping[str, str], default: float) -> float:
     return value
 
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = r"[ \t\r\n]*+"
+_FIRST = re.compile(rf'{_SPACE}\[{_SPACE}(?=")')
+_NEXT = re.compile(rf'{_SPACE},{_SPACE}(?=")')
+_END = re.compile(rf"{_SPACE}\]{_SPACE}")
 
 
 def _json_strings(text: str, limit: int) -> list[str] | None:
@@ -363,26 +345,18 @@ def _json_strings(text: str, limit: int) -> list[str] | None:
 
     It parses one string at a time, because parsing a megabyte of other JSON would block all other threads.
     """
-
-    def skip(at: int) -> int:
-        space = _SPACE.match(text, at)
-        return space.end() if space else at
-
     found: list[str] = []
     decode = json.JSONDecoder().raw_decode
-    at, before = skip(0), "["
-    while text[at : at + 1] == before:
-        at, before = skip(at + 1), ","
-        if text[at : at + 1] != '"' or len(found) == limit:
-            return None
+    before, at = _FIRST.match(text), 0
+    while before and len(found) < limit:
         try:
-            string, at = decode(text, at)
+            string, at = decode(text, before.end())
             string.encode()
         except ValueError:
             return None
         found.append(string)
-        at = skip(at)
-    return found if found and text[at : at + 1] == "]" and skip(at + 1) == len(text) else None
+        before = _NEXT.match(text, at)
+    return found if found and _END.fullmatch(text, at) else None
 
 
 def _taxa(text: str) -> tuple[str, ...]:
@@ -421,10 +395,10 @@ def prepared_bytes(task: Task, request: Request, models: Models) -> int:
     """
     if task.takes == "text":
         return 0
-    pixels = sum(3 * models.model(name).backend.preprocess.size ** 2 for name in task.models)
+    pixels = sum([3 * models.loaded[name].backend.preprocess.size ** 2 for name in task.models])
     everything = len(models.species or ()) if request.within else 0
     rows = everything if request.rows is None else len(request.rows)
-    return pixels + 8 * rows + sum(4 * len(label) + LABEL_COST for label in request.labels)
+    return pixels + 8 * rows + 4 * sum(map(len, request.labels)) + LABEL_COST * len(request.labels)
 
 
 def prepare(task: Task, request: Request, models: Models, settings: Settings, room: preprocess.Room) -> None:
@@ -442,7 +416,7 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         if not text.strip():
             raise BadInput("payload: the text is blank")
         prompt = request.template.replace("{}", text)
-        request.tokens = models.model(task.models[0]).backend.tokenize([prompt])
+        request.tokens = models.loaded[task.models[0]].backend.tokenize([prompt])
         return
     if request.within:
         request.rows, unknown = models.available_species().tree.within(request.within)
@@ -450,17 +424,17 @@ def prepare(task: Task, request: Request, models: Models, settings: Settings, ro
         if not len(request.rows):
             raise BadInput(f"meta within: none of these names is in the species list: {', '.join(unknown)[:200]}")
     if request.score == "sigmoid":
-        backend = models.model("clip").backend
+        backend = models.loaded["clip"].backend
         request.bias = backend.logit_bias
         if request.bias is None:
             raise BadInput(f"meta score: 'sigmoid'; {backend.model_id} has no bias; allowed: softmax")
     if request.label_set:
         request.chosen_set = _operator_set(request, models)
-    recipes = {name: models.model(name).backend.preprocess for name in task.models}
+    recipes = {name: models.loaded[name].backend.preprocess for name in task.models}
     request.pixels = _pixels(task, request, recipes, settings, room)
     if request.labels:
         prompts = [request.template.replace("{}", label) for label in request.labels]
-        request.tokens = models.model("clip").backend.tokenize(prompts)
+        request.tokens = models.loaded["clip"].backend.tokenize(prompts)
 
 
 def _operator_set(request: Request, models: Models) -> OperatorSet:

@@ -37,11 +37,11 @@ def queued_jobs(daemon: Any) -> list[str]:
     with contextlib.suppress(RuntimeError):
         queues = [stage.queue._queued for stage in daemon.engine._stages]
         return [
-            step.job.correlation_id
+            job.correlation_id
             for queue in queues
             for streams in list(queue.values())
             for entries in list(streams.values())
-            for step, _ in list(entries)
+            for job, _ in list(entries)
         ]
     return []
 

@@ -340,7 +340,7 @@ def test_answers_are_right_and_in_order_with_two_batches_in_flight(slow: type[Sl
         def run(batch: Any) -> Any:
             nonlocal most
             batches.append(len(batch))
-            most = max(most, loaded.image.running)
+            most = max(most, loaded.image.threads - loaded.image.pool.free)
             return encode(batch)
 
         return run
@@ -369,7 +369,7 @@ def test_neither_texts_nor_scores_wait_for_the_images_of_a_gpu(served: Any) -> N
     """Lost otherwise: searches during an import, and the card, which would wait for the scores of the last batch."""
     daemon, loaded, stub = served
     tower, gate, inside = loaded.backend.image_tower, threading.Event(), threading.Semaphore(0)
-    stage = daemon._models._stages["classes"]
+    stage = daemon._models.scoring["classes"]
     score, scoring, scored = stage.run, threading.Event(), threading.Event()
 
     def held(pixels: Any) -> Any:
@@ -395,7 +395,7 @@ def test_neither_texts_nor_scores_wait_for_the_images_of_a_gpu(served: Any) -> N
         images = []
         for number, file in enumerate((third, fourth)):
             images.append(clients.submit(embedded, stub, [file]))
-            assert inside.acquire(timeout=LIMIT_S) and loaded.image.running == number + 1
+            assert inside.acquire(timeout=LIMIT_S) and loaded.image.pool.free == 1 - number
         response = next(stub.Infer(iter([pb.InferRequest(task="clip_embed", payload=b"a dog")]), timeout=LIMIT_S))
         assert response.result and not any(image.done() for image in images)
         gate.set()

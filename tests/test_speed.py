@@ -322,7 +322,7 @@ def test_the_engine_ends_when_it_is_told_to() -> None:
     made.start()
     assert began.wait(LIMIT_S)
     made.stop()
-    assert ended.is_set() and not any(thread.is_alive() for thread in (made.thread, *made._threads))
+    assert ended.is_set() and not any(thread.is_alive() for thread in made._threads)
 
 
 def test_the_engine_tells_of_a_step_that_hangs_as_of_a_batch() -> None:
