@@ -42,7 +42,7 @@ import model_files
 import tokenizer
 from errors import BackendError, LabelError, SettingError
 from export_rknn import ExportError, pixels_of, rebuild_graph, write_json
-from onnx_backend import FolderBackend, open_onnx
+from onnx_backend import ModelFolder, OnnxBackend
 from settings import ModelOptions, Settings
 from torch_backend import TorchBackend
 
@@ -266,7 +266,7 @@ def write_folder(source: TorchBackend, reference: Reference, folder: Path, wante
     (folder / "textual" / "tokenizer.json").write_text(source.tokenizer.to_json(), "utf-8")
 
 
-def write_labels(written: FolderBackend, folder: Path, wanted: Wanted, data_dir: Path) -> None:
+def write_labels(written: OnnxBackend, folder: Path, wanted: Wanted, data_dir: Path) -> None:
     """The text vectors of ImageNet-1k's labels, which the daemon would otherwise compute at its first start.
 
     Raises LabelError if the names of the labels cannot be downloaded.
@@ -399,7 +399,7 @@ def read_photos(folder: Path | None) -> list[Image.Image]:
 
 
 def cosines(
-    reference: Reference, written: FolderBackend, pictures: Sequence[Image.Image]
+    reference: Reference, written: OnnxBackend, pictures: Sequence[Image.Image]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(pictures, texts): the cosine of each sample between OpenCLIP and the folder, which takes them in batches."""
     pixels = pixels_of(pictures, written.preprocess)
@@ -435,7 +435,7 @@ def export(
     staging = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         write_folder(source, reference, staging, wanted)
-        written = open_onnx(ExportOptions("CLIP", "onnxrt", str(staging), data_dir))
+        written = OnnxBackend(ModelFolder(ExportOptions("CLIP", "onnxrt", str(staging), data_dir)))
         check(cosines(reference, written, pictures), FLOORS[precision].worst)
         for part in set(PARTS["both"]) - set(PARTS[tower]):
             shutil.rmtree(staging / part)

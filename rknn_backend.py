@@ -1,7 +1,4 @@
-"""The image tower on a Rockchip NPU. The text tower runs on the CPU, by ONNX Runtime.
-
-`rknnlite` is imported when a program is loaded.
-"""
+"""The image tower on a Rockchip NPU. The text tower runs on the CPU, by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import machine
 from errors import NPURefused
 from machine import DEVICE_TREE, NPU_CORES
 from model_files import Say, Vectors, quiet, read_json, unit_rows
-from onnx_backend import FolderBackend, ImageTower, ModelFolder, OnnxImageTower, open_session, run_image_tower
+from onnx_backend import FolderBackend, ModelFolder, OnnxBackend, open_session, run_image_tower
 from preprocess import Pixels, Preprocess, decode_image, normalize
 from settings import ModelOptions
 
@@ -43,12 +41,12 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
     if importlib.util.find_spec("rknnlite") is None:
         text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
         raise options.error("BACKEND", options.backend, text)
-    target = options.rknn_target or machine.board_target()
-    folder = ModelFolder(options, say, target)
+    options = replace(options, rknn_target=options.rknn_target or machine.board_target())
+    folder = ModelFolder(options, say)
     if options.rknn_model and not Path(options.rknn_model).is_file():
         raise options.error("RKNN_MODEL", options.rknn_model, "no such file")
     try:
-        return FolderBackend(folder, NPUImageTower(folder, target), "fp16")
+        return RknnBackend(folder)
     except NPURefused as refused:
         refusal, detail = " ".join(str(refused).split()), refused.detail
     text = f"the NPU is not used: {refusal}{detail}"
@@ -56,7 +54,9 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
         text += "; and there is no visual/model.onnx that could run on the CPU instead"
         raise options.failure("BACKEND", options.backend, text)
     log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", options.name, text)
-    return FolderBackend(folder, OnnxImageTower(folder), refusal=refusal)
+    backend = OnnxBackend(folder)
+    backend.refusal = refusal
+    return backend
 
 
 def onnx_tower(folder: ModelFolder) -> Path | None:
@@ -66,14 +66,14 @@ def onnx_tower(folder: ModelFolder) -> Path | None:
     return path if path and path.is_file() else None
 
 
-class NPUImageTower(ImageTower):
-    """An image tower on the NPU. The pictures of a batch are distributed over its cores."""
+class RknnBackend(FolderBackend):
+    """Images run on the NPU. The pictures of a batch are distributed over its cores; a single one runs on one core."""
 
-    runtime = "rknn"  # a single picture runs on one core of the NPU
+    runtime = "rknn"
 
-    def __init__(self, folder: ModelFolder, target: str) -> None:
-        """Raises NPURefused."""
-        self._folder, self._options, self._target = folder, folder.options, target
+    def __init__(self, folder: ModelFolder) -> None:
+        """Raises NPURefused, and what the text tower raises."""
+        self._folder, self._options, self._target = folder, folder.options, folder.options.rknn_target
         self._contexts: list[NPUContext] = []
         try:
             self._start()
@@ -83,6 +83,8 @@ class NPUImageTower(ImageTower):
             raise
         # The space must be that of the ONNX tower, because vectors of both may be stored in one index.
         folder.used.append(tower.parent if (tower := onnx_tower(folder)) else self._path)
+        super().__init__(folder)
+        self.precision = "fp16"
 
     def _start(self) -> None:
         path = self._path = self._program()
@@ -170,7 +172,7 @@ class NPUImageTower(ImageTower):
     def _as_input(self, pixels: Pixels) -> tuple[NDArray[Any], str]:
         return (pixels, "nhwc") if self._takes_uint8 else (normalize(pixels, self.preprocess), "nchw")
 
-    def encode(self, pixels: Pixels) -> Vectors:
+    def encode_images(self, pixels: Pixels) -> Vectors:
         batch, layout = self._as_input(pixels)
         step = len(self._contexts)
         shares = [context.run(batch[i::step], layout) for i, context in enumerate(self._contexts)]

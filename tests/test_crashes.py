@@ -31,10 +31,10 @@ import ctypes, os, sys, time
 sys.path.insert(0, "@ROOT@")
 import numpy as np
 import labels, lumen_clip, model_files, preprocess
-from onnx_backend import FolderBackend
+from onnx_backend import OnnxBackend
 
-decode, encode, fault = preprocess.decode_image, FolderBackend.encode_images, os.environ.get("FAULT")
-tokenize, encode_text, score = FolderBackend.tokenize, FolderBackend.encode_text, labels.LabelSet.top
+decode, encode, fault = preprocess.decode_image, OnnxBackend.encode_images, os.environ.get("FAULT")
+tokenize, encode_text, score = OnnxBackend.tokenize, OnnxBackend.encode_text, labels.LabelSet.top
 remembered = set()
 
 def decode_or_crash(data, *rest, **more):
@@ -81,9 +81,9 @@ def score_or_abort(labelset, *rest):
 if fault == "supervision":
     lumen_clip.min = lambda *periods: 3600.0  # the main thread waits for an hour at a time
 preprocess.decode_image = decode_or_crash
-FolderBackend.tokenize, FolderBackend.encode_text = tokenize_and_remember, encode_text_or_abort
+OnnxBackend.tokenize, OnnxBackend.encode_text = tokenize_and_remember, encode_text_or_abort
 labels.LabelSet.top = score_or_abort
-FolderBackend.encode_images = FolderBackend.encode_single = encode_or_worse
+OnnxBackend.encode_images = OnnxBackend.encode_single = encode_or_worse
 sys.exit(lumen_clip.main())
 """
 

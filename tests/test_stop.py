@@ -30,14 +30,14 @@ import discovery, lumen_clip, onnx_backend
 
 lumen_clip.DRAIN_S = int("@DRAIN@")
 
-encode = onnx_backend.FolderBackend.encode_images
+encode = onnx_backend.OnnxBackend.encode_images
 
 def encode_or_hang(backend, pixels):
     if backend.self_test_cosine is not None and pixels.mean() > 235:  # it has started
         time.sleep(3600)
     return encode(backend, pixels)
 
-onnx_backend.FolderBackend.encode_images = onnx_backend.FolderBackend.encode_single = encode_or_hang
+onnx_backend.OnnxBackend.encode_images = onnx_backend.OnnxBackend.encode_single = encode_or_hang
 if "@LOADING@":
     lumen_clip.load_models = lambda *arguments: time.sleep(3600)
     discovery.Advertiser.close = lambda advertiser: time.sleep(3600)  # a network that accepts no goodbye

@@ -515,7 +515,8 @@ def _write_rows(path: Path, rows: list[Any]) -> None:
 
 def measure(folder: Path, art: Path, emoji: list[Emoji], style: str) -> str:
     """Zero-shot on a style's drawings, at 256 pixels over white, through the daemon's own backend and prompts."""
-    backend = onnx_backend.open_onnx(ModelOptions("CLIP", "onnxrt", str(folder), folder))
+    options = ModelOptions("CLIP", "onnxrt", str(folder), folder)
+    backend = onnx_backend.OnnxBackend(onnx_backend.ModelFolder(options))
     drawings = find_drawings(art, emoji, style)
     shown = [one for one in emoji if one.code in drawings]
     rows = []
