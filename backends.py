@@ -91,9 +91,9 @@ def check_sources(options: ModelOptions) -> None:
             return
         folder, repo, _ = onnx_backend.source_of(options)
         if options.backend == "onnxrt" and (options.onnx_image or not repo):
-            onnx_backend.tower_file(options, folder, "ONNX_IMAGE", options.onnx_image, "visual")
+            onnx_backend.tower_file(options, folder, "visual")
         if options.onnx_text or not repo:
-            onnx_backend.tower_file(options, folder, "ONNX_TEXT", options.onnx_text, "textual")
+            onnx_backend.tower_file(options, folder, "textual")
     except PermissionError as error:
         raise unreadable(error) from error
 

@@ -53,8 +53,9 @@ def source_of(options: ModelOptions) -> tuple[Path | None, str, str]:
     return None, f"immich-app/{arch}__{tag.replace('_', '-')}", value
 
 
-def tower_file(options: ModelOptions, folder: Path | None, variable: str, value: str, part: str) -> Path:
-    """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises SettingError if there is none."""
+def tower_file(options: ModelOptions, folder: Path | None, part: str) -> Path:
+    """The ONNX file of a tower, "visual" or "textual": the operator's, or the folder's. Raises SettingError."""
+    variable, value = ("ONNX_IMAGE", options.onnx_image) if part == "visual" else ("ONNX_TEXT", options.onnx_text)
     path = Path(value) if value or folder is None else folder / part / "model.onnx"
     if not path.is_file():
         if value:
@@ -75,7 +76,6 @@ class ModelFolder:
         self.config = read_json(self.path / "config.json") if self.path else {}
         self.manifest = self._read_manifest(self.path) if self.path else {}
         self.model_id = self.manifest.get("model_id", self.model_id)
-        self.used: list[Path] = []  # the files or folders that the vectors depend on
 
     def _resolve(self) -> tuple[Path | None, str]:
         """(folder, model_id), downloaded if need be."""
@@ -123,12 +123,6 @@ class ModelFolder:
             or (name.startswith(parts) and "/rknpu/" not in name and not name.endswith(".armnn"))
             or (self._target and name.startswith(f"visual/rknpu/{self._target}/"))
         ]
-
-    def tower(self, variable: str, value: str, part: str) -> Path:
-        """Like `tower_file`."""
-        path = tower_file(self.options, self.path, variable, value, part)
-        self.used.append(path if value else path.parent)
-        return path
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------
@@ -198,8 +192,11 @@ class FolderBackend(Backend):
 
     stack: Any = staticmethod(np.array)  # `np.stack` makes seven more calls in Python
 
-    def __init__(self, folder: ModelFolder) -> None:
-        """A subclass calls it after it has opened the image tower. Raises SettingError or BackendError."""
+    def __init__(self, folder: ModelFolder, images: Path) -> None:
+        """A subclass calls it after it has opened the image tower. Raises SettingError or BackendError.
+
+        `images`: the file or folder that the vectors of images depend on.
+        """
         options, manifest, config = folder.options, folder.manifest, folder.config
         self._options = options
         self._open_text_tower(folder)
@@ -215,12 +212,13 @@ class FolderBackend(Backend):
         self.folder = folder.path if whole else None
         # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
         own = options.onnx_image or options.onnx_text
+        texts = self._text_path if options.onnx_text else self._text_path.parent
         weights = "" if own else manifest.get("source", {}).get("sha256", "")
-        self.space = model_files.space_of(weights or sha256_of(*folder.used), self.preprocess, self.precision)
+        self.space = model_files.space_of(weights or sha256_of(images, texts), self.preprocess, self.precision)
         self.dim = int((whole and manifest.get("dim")) or self._vector_of_highest_token().shape[1])
 
     def _open_text_tower(self, folder: ModelFolder) -> None:
-        self._text_path = folder.tower("ONNX_TEXT", self._options.onnx_text, "textual")
+        self._text_path = tower_file(self._options, folder.path, "textual")
         self._text_session: Any = None
         inputs = self._opened_text_session().get_inputs()
         if len(inputs) != 1:
@@ -270,7 +268,7 @@ class OnnxBackend(FolderBackend):
 
     def __init__(self, folder: ModelFolder) -> None:
         options, cores = folder.options, usable_cores()
-        self.image_path = folder.tower("ONNX_IMAGE", options.onnx_image, "visual")
+        self.image_path = tower_file(options, folder.path, "visual")
         on_cpu = options.ort_providers in ((), ("CPUExecutionProvider",))
         self.workers = cores if on_cpu else 1
         self._session = open_session(options, self.image_path, "ONNX_IMAGE", cores // self.workers)
@@ -282,7 +280,7 @@ class OnnxBackend(FolderBackend):
         provider = self._session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         self.runtime = "onnxrt" if provider == "cpu" else f"onnxrt-{provider}"
         self.accelerator = "" if provider == "cpu" else nvidia_gpus()  # ONNX Runtime does not name the device
-        super().__init__(folder)
+        super().__init__(folder, self.image_path if options.onnx_image else self.image_path.parent)
 
     def encode_images(self, pixels: Pixels) -> Vectors:
         return run_image_tower(self._session, pixels, self.preprocess)

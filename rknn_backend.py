@@ -82,8 +82,7 @@ class RknnBackend(FolderBackend):
                 context.close()
             raise
         # The space must be that of the ONNX tower, because vectors of both may be stored in one index.
-        folder.used.append(tower.parent if (tower := onnx_tower(folder)) else self._path)
-        super().__init__(folder)
+        super().__init__(folder, tower.parent if (tower := onnx_tower(folder)) else self._path)
         self.precision = "fp16"
 
     def _start(self) -> None:
@@ -180,7 +179,7 @@ class RknnBackend(FolderBackend):
         for i, share in enumerate(shares):
             rows[i::step] = share.result()
         # The NPU computes in float16, so its vectors have unit length only to three digits.
-        return unit_rows(np.stack(rows))
+        return unit_rows(np.array(rows))
 
 
 class NPUContext:
@@ -192,7 +191,6 @@ class NPUContext:
 
     def __init__(self, path: Path, core: int, choose_core: bool) -> None:
         """`choose_core`: whether to name the core, which is an error on chips with one core. Raises NPURefused."""
-        self.runtime_version = ""
         self._thread = ThreadPoolExecutor(1, f"npu-{core}")
         try:
             self._thread.submit(self._load, path, core, choose_core).result()
