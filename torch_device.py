@@ -47,9 +47,8 @@ class CudaStream(Stream):
         self._cuda, self._stream = cuda, cuda.Stream(device, priority=-1 if urgent else 0)
         self._mark = cuda.Event(blocking=True)  # a thread that waits sleeps; the cores are needed for decoding
 
-    def entered(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self._cuda.stream(self._stream)
-        return context
+    def entered(self) -> Any:
+        return self._cuda.stream(self._stream)
 
     def record(self) -> None:
         self._mark.record(self._stream)
