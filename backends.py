@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ import rknn_backend
 import torch_backend
 from errors import one_line, unreadable
 from machine import lower_thread_priority, replace_file, usable_cores
-from model_files import Backend, Say, needs_modules, quiet, split_model
+from model_files import Backend, Say, quiet, split_model
 from preprocess import decode_image
 from settings import ModelOptions
 
@@ -47,6 +48,7 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
         "onnxrt": onnx_backend.open_onnx,
         "rknn": rknn_backend.open_rknn,
     }
+    check_modules(options)
     backend = kinds[options.backend](options, say)
     try:
         side = backend.preprocess.size
@@ -72,7 +74,13 @@ def create_backend(options: ModelOptions, say: Say = quiet) -> Backend:
 
 def check_modules(options: ModelOptions) -> None:
     """Raises SettingError if a package is missing that the backend needs."""
-    needs_modules(torch_backend.MODULES if options.backend == "torch" else onnx_backend.MODULES, options)
+    modules = ("torch", "open_clip") if options.backend == "torch" else ("onnxruntime", "tokenizers", "ftfy", "regex")
+    # find_spec instead of import, because importing torch raises SIGILL on the CPUs of some boards.
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = f"requirements{'' if options.backend == 'torch' else '-edge'}.txt"
+        text = f"not installed: {', '.join(missing)}; install {needed}, or choose another backend"
+        raise options.error("BACKEND", options.backend, text)
 
 
 def check_sources(options: ModelOptions) -> None:
@@ -83,9 +91,9 @@ def check_sources(options: ModelOptions) -> None:
             return
         folder, repo, _ = onnx_backend.source_of(options)
         if options.backend == "onnxrt" and (options.onnx_image or not repo):
-            onnx_backend.tower_file(options, folder, "ONNX_IMAGE", options.onnx_image, "visual")
+            onnx_backend.tower_file(options, folder, "visual")
         if options.onnx_text or not repo:
-            onnx_backend.tower_file(options, folder, "ONNX_TEXT", options.onnx_text, "textual")
+            onnx_backend.tower_file(options, folder, "textual")
     except PermissionError as error:
         raise unreadable(error) from error
 
@@ -168,13 +176,9 @@ def _try_out(backend: Backend, most: int, pause: Callable[[], None]) -> Tuning:
     for _ in range(TURNS if len(taken) > 1 else 0):
         for size, times in taken.items():
             times.append(measured(size))
-    found = []
-    for size, times in taken.items():
-        seconds = statistics.median(times)
-        if seconds <= longest or size == 1:
-            found.append(Tuning(size, round(backend.workers * size / seconds, 2)))
-    best = max(tuning.images_per_s for tuning in found)
-    return next(tuning for tuning in found if tuning.images_per_s >= 0.985 * best)
+    usual_s = {size: statistics.median(times) for size, times in taken.items()}
+    rates = {size: round(backend.workers * size / s, 2) for size, s in usual_s.items() if s <= longest or size == 1}
+    return next(Tuning(size, rate) for size, rate in rates.items() if rate >= 0.985 * max(rates.values()))
 
 
 def seconds_of_a_batch(backend: Backend, size: int) -> float:

@@ -6,8 +6,6 @@ the operator name the setting or the file.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 class DaemonError(Exception):
     """Base class of the daemon's own exceptions."""
@@ -41,14 +39,6 @@ class SettingError(DaemonError):
 
 class BackendError(DaemonError):
     """A model cannot be downloaded, its files are damaged, or it does not run on this machine."""
-
-
-class DamagedFile(BackendError):
-    """A file of a model is not the one that its manifest names."""
-
-    def __init__(self, text: str, path: Path) -> None:
-        super().__init__(text)
-        self.path = path
 
 
 class NPURefused(DaemonError):

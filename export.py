@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import backends
 import export_rknn
 import label_cache
 import labels
@@ -428,7 +429,9 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
-    source = TorchBackend(ExportOptions("CLIP", "torch", model, data_dir, device="cpu"))
+    options = ExportOptions("CLIP", "torch", model, data_dir, device="cpu")
+    backends.check_modules(options)
+    source = TorchBackend(options)
     # Vectors of two precisions must not be mixed in one index unseen, so the name says which these are.
     name = (model_id or source.model_id) + ("" if precision == "fp32" else f"-{precision}")
     wanted, reference = Wanted(name, precision, notice, tower), Reference(source, model)

@@ -51,7 +51,7 @@ class Model:
             return list(vectors)
 
         def texts(items: list[Any]) -> list[Any]:
-            return rows_of(backend.encode_text(np.stack(items)), items)
+            return rows_of(backend.encode_text(np.array(items)), items)
 
         def share(tokens: Any) -> float:
             least = 0.25 if backend.open_length else 1.0
@@ -67,7 +67,7 @@ class Model:
                 threads=backend.workers if backend.workers > 1 and backend.on_gpu else 0,
                 tower=f"{name} image",
                 journaled=True,
-                run_single=lambda items: rows_of(backend.encode_single(np.stack(items)), items),
+                run_single=lambda items: rows_of(backend.encode_single(np.array(items)), items),
             )
         )
         tower = f"{name} text"

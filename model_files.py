@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import BackendError, DamagedFile, LabelError, SettingError, one_line
-from machine import replace_file, sha256_of
+from errors import BackendError, LabelError, SettingError, one_line
+from machine import replace_file
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
 from tokenizer import Tokens
@@ -63,45 +62,47 @@ class Backend(Protocol):
     logit_scale: float  # the model's own, after exp()
     logit_bias: float | None  # of models that were trained with a sigmoid, such as SigLIP
     preprocess: Preprocess
-    notice: str  # a notice from the maker of the model to its users, or ""
-    golden: Mapping[str, Any]  # inputs and expected vectors from the export, or {}; see `self_test`
-    self_test_cosine: float | None  # the worst cosine of `self_test`, or of half precision to fp32; None: not tested
-    npu: str  # a description of the NPU in use, or ""
-    accelerator: str  # the name of the GPU that runs the images, or "" if there is none or it is unknown
+    notice: str = ""  # a notice from the maker of the model to its users
+    golden: Mapping[str, Any] = {}  # inputs and expected vectors of an export; see `self_test`
+    # The worst cosine of `self_test`, or of half precision to fp32; None: not tested
+    self_test_cosine: float | None = None
+    npu: str = ""  # a description of the NPU in use
+    accelerator: str = ""  # the name of the GPU that runs the images, or "" if there is none or it is unknown
     on_gpu: bool  # images run on a GPU, whose best batches are larger than those of a core
-    refusal: str  # the reason why a requested NPU is not used, or ""
+    refusal: str = ""  # the reason why a requested NPU is not used
     open_length: bool  # texts run at their true length, so short texts take less time
     # How many `encode_images` may run at once: on a GPU, or each on one core; 1: a single one on all cores. Threads of
     # one batch wait for each other at every operator, and for a core that decodes: a batch on each core is a tenth
     # faster at ViT-B-32 size, and a third if the batch size is fixed at one.
-    workers: int
-    single_image_cores: int  # on how many cores `encode_single` runs
-    folder: Path | None  # an export whose files belong together; it may contain EXPORTED_LABELS
+    workers: int = 1
+    single_image_cores: int = 1  # on how many cores `encode_single` runs
+    folder: Path | None = None  # an export whose files belong together; it may contain EXPORTED_LABELS
     space: str  # 12 hex digits, equal for backends whose vectors may be stored in one index; see `space_of`
-
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """int64 `[n, context_length]`."""
-
-    def stack(self, pictures: Sequence[Pixels]) -> Pixels:
-        """uint8 `[size, size, 3]` each -> a batch for `encode_images`, in memory that suits the device."""
+    # uint8 `[size, size, 3]` each -> a batch for `encode_images`, in memory that suits the device
+    stack: Callable[[Sequence[Pixels]], Pixels]
+    tokenize: Callable[[Sequence[str]], Tokens]  # -> int64 `[n, context_length]`
 
     def encode_images(self, pixels: Pixels) -> Vectors:
         """uint8 `[n, size, size, 3]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
 
     def encode_single(self, pixels: Pixels) -> Vectors:
         """The same for one image that nothing else waits beside. It may use `single_image_cores`."""
+        return self.encode_images(pixels)
 
     def prepare_single(self) -> None:
         """Makes `encode_single` use all cores, if that is possible and the memory suffices. May take a second."""
+        return
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         """int64 `[n, context_length]` -> float32 `[n, dim]`, unit rows. Raises ValueError if a row is not finite."""
 
     def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
         """The rows of a label set on the device of the model, if that should compute its scores; else None."""
+        return None
 
     def unload_text(self) -> None:
         """Frees the memory of the text tower until the next text, if loading it again takes only a second or two."""
+        return
 
 
 def encoder_of(backend: Backend) -> Encode:
@@ -123,41 +124,9 @@ def space_of(weights: str, recipe: Preprocess, precision: str) -> str:
 def unit_rows(vectors: NDArray[Any]) -> Vectors:
     vectors = np.array(vectors, np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not (np.isfinite(norms).all() and (norms > 1e-6).all()):
+    if not (np.isfinite(norms) & (norms > 1e-6)).all():
         raise ValueError("the model returned a vector that is not finite or has no length")
     return np.asarray(vectors / norms, np.float32)
-
-
-# --- folders -----------------------------------------------------------------------------------------------------
-
-
-def read_manifest(folder: Path, options: ModelOptions) -> dict[str, Any]:
-    """`manifest.json` of an export, or {} if the folder has none.
-
-    Raises SettingError if it is of a later format, and BackendError if a file is missing or not the one that it names.
-    """
-    manifest = read_json(folder / "manifest.json")
-    if manifest.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
-        text = f"manifest.json is of format {manifest['format']}; this version reads {MANIFEST_FORMAT}"
-        raise options.error("MODEL", options.model, text)
-    for name, digest in manifest.get("files", {}).items():
-        path = folder / name
-        if not path.is_file():
-            raise options.failure("MODEL", options.model, f"manifest.json names {name}, which is missing")
-        if sha256_of(path) != digest:
-            text = f"{name} is not the file that manifest.json names; copy the folder again"
-            raise DamagedFile(options.line("MODEL", options.model, text), path)
-    return manifest
-
-
-def needs_modules(modules: Iterable[str], options: ModelOptions) -> None:
-    """Raises SettingError if one of them is not installed."""
-    # find_spec instead of import, because importing torch raises SIGILL on the CPUs of some boards.
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        needed = f"requirements{'' if options.backend == 'torch' else '-edge'}.txt"
-        text = f"not installed: {', '.join(missing)}; install {needed}, or choose another backend"
-        raise options.error("BACKEND", options.backend, text)
 
 
 def split_model(options: ModelOptions) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import model_files
-from errors import DamagedFile, one_line
+from errors import one_line
 from machine import memory, nvidia_gpus, sha256_of, usable_cores
-from model_files import DEFAULT_LOGIT_SCALE, Say, Vectors, quiet, read_json, read_manifest, unit_rows
+from model_files import DEFAULT_LOGIT_SCALE, MANIFEST_FORMAT, Backend, Say, Vectors, quiet, read_json, unit_rows
 from preprocess import Pixels, Preprocess, normalize
 from settings import DEFAULT_MODELS, ModelOptions
 from tokenizer import Tokens, is_cut_at_the_end, read_tokenizer, true_length
 
 log = logging.getLogger("lumen.onnx_backend")
-MODULES = ("onnxruntime", "tokenizers", "ftfy", "regex")  # that this backend needs
 # From 1.29 on, ONNX Runtime sends usage data to its maker unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A second session takes about so many times the size of its file. It is opened if it needs at most a tenth of what is
@@ -57,8 +56,9 @@ def source_of(options: ModelOptions) -> tuple[Path | None, str, str]:
     return None, f"immich-app/{arch}__{tag.replace('_', '-')}", value
 
 
-def tower_file(options: ModelOptions, folder: Path | None, variable: str, value: str, part: str) -> Path:
-    """The ONNX file of a tower: `value`, the operator's, or the folder's. Raises SettingError if there is none."""
+def tower_file(options: ModelOptions, folder: Path | None, part: str) -> Path:
+    """The ONNX file of a tower, "visual" or "textual": the operator's, or the folder's. Raises SettingError."""
+    variable, value = ("ONNX_IMAGE", options.onnx_image) if part == "visual" else ("ONNX_TEXT", options.onnx_text)
     path = Path(value) if value or folder is None else folder / part / "model.onnx"
     if not path.is_file():
         if value:
@@ -71,39 +71,48 @@ def tower_file(options: ModelOptions, folder: Path | None, variable: str, value:
 class ModelFolder:
     """The files of a model, in a folder or downloaded from the hub, and their metadata."""
 
-    def __init__(self, options: ModelOptions, say: Say, npu: str | None = None) -> None:
-        """`npu`: the target whose programs are downloaded as well, "" if it is not known, or None for a model that runs
-        on no NPU. Raises SettingError or BackendError."""
-        model_files.needs_modules(MODULES, options)
-        self.options, self._say, self._npu = options, say, npu
+    def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
+        """With rknn, programs for `options.rknn_target` are downloaded as well. Raises SettingError or BackendError."""
+        self.options, self._say = options, say
+        self._target = options.rknn_target if options.backend == "rknn" else ""
         self.path, self.model_id = self._resolve()  # the path is None if both towers are given as files
         self.config = read_json(self.path / "config.json") if self.path else {}
         self.manifest = self._read_manifest(self.path) if self.path else {}
         self.model_id = self.manifest.get("model_id", self.model_id)
-        self.used: list[Path] = []  # the files or folders that the vectors depend on
 
     def _resolve(self) -> tuple[Path | None, str]:
         """(folder, model_id), downloaded if need be."""
         path, repo, model_id = source_of(self.options)
         if repo:
-            # Another board needs another program.
-            form = "onnxrt" if self._npu is None else f"rknn-{self._npu}".rstrip("-")
+            form = f"{self.options.backend}-{self._target}".rstrip("-")  # another board needs another program
             path = model_files.fetch_repository(self.options, repo, self._wanted_files, self._say, form)
         return path, model_id
 
-    def _read_manifest(self, folder: Path) -> dict[str, Any]:
-        """Reads the manifest. A damaged file of a download is downloaded once more. Raises BackendError."""
-        try:
-            return read_manifest(folder, self.options)
-        except DamagedFile as error:
-            markers = list(folder.glob(".complete-*.json"))
-            if not markers:  # no download
-                raise
-            log.warning("%s is damaged; fetching it once more", error.path)
-            for path in (error.path, *markers):
-                path.unlink()
+    def _read_manifest(self, folder: Path, fetched_again: bool = False) -> dict[str, Any]:
+        """`manifest.json` of an export, or {} if the folder has none. Fetches a damaged file of a download once more.
+
+        Raises SettingError if it is of a later format, and BackendError if a file is missing or not the one it names.
+        """
+        options, manifest = self.options, read_json(folder / "manifest.json")
+        if manifest.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
+            text = f"manifest.json is of format {manifest['format']}; this version reads {MANIFEST_FORMAT}"
+            raise options.error("MODEL", options.model, text)
+        for name, digest in manifest.get("files", {}).items():
+            path = folder / name
+            if not path.is_file():
+                raise options.failure("MODEL", options.model, f"manifest.json names {name}, which is missing")
+            if sha256_of(path) == digest:
+                continue
+            markers = list(folder.glob(".complete-*.json"))  # of a download
+            if fetched_again or not markers:
+                text = f"{name} is not the file that manifest.json names; copy the folder again"
+                raise options.failure("MODEL", options.model, text)
+            log.warning("%s is damaged; fetching it once more", path)
+            for damaged in (path, *markers):
+                damaged.unlink()
             self._resolve()
-            return read_manifest(folder, self.options)
+            return self._read_manifest(folder, fetched_again=True)
+        return manifest
 
     def _wanted_files(self, files: list[str]) -> list[str]:
         """Both towers, their configs, label vectors, and programs for the NPU; no files for other runtimes."""
@@ -115,14 +124,8 @@ class ModelFolder:
             for name in files
             if name in ("config.json", "manifest.json")
             or (name.startswith(parts) and "/rknpu/" not in name and not name.endswith(".armnn"))
-            or (self._npu and name.startswith(f"visual/rknpu/{self._npu}/"))
+            or (self._target and name.startswith(f"visual/rknpu/{self._target}/"))
         ]
-
-    def tower(self, variable: str, value: str, part: str) -> Path:
-        """Like `tower_file`."""
-        path = tower_file(self.options, self.path, variable, value, part)
-        self.used.append(path if value else path.parent)
-        return path
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------
@@ -170,8 +173,7 @@ def run_session(session: Any, batch: NDArray[Any], cut: bool = False) -> Vectors
         piece = batch[start : start + size]
         if cut:
             piece = piece[:, : true_length(piece)]
-        padding = [(0, size - len(piece))] + [(0, 0)] * (batch.ndim - 1)
-        whole = np.pad(piece, padding, mode="edge") if len(piece) < size else piece
+        whole = np.resize(piece, (size, *piece.shape[1:])) if len(piece) < size else piece  # repeats its rows
         rows.append(session.run(None, {tower.name: whole})[0][: len(piece)])
     return unit_rows(np.concatenate(rows))
 
@@ -182,12 +184,14 @@ def run_image_tower(session: Any, pixels: Pixels, recipe: Preprocess) -> Vectors
     return run_session(session, pixels if takes_uint8 else normalize(pixels, recipe))
 
 
-# --- towers -----------------------------------------------------------------------------------------------------
+# --- the image tower --------------------------------------------------------------------------------------------
 
 
 class ImageTower(Protocol):
     """The image half of a `FolderBackend`; see `Backend` for the members. By default a single picture is a batch."""
 
+    files: Path  # the file or folder that its vectors depend on
+    precision: str = ""  # what really runs, if it is not that of the manifest
     preprocess: Preprocess
     runtime: str
     accelerator: str = ""
@@ -211,13 +215,14 @@ class OnnxImageTower(ImageTower):
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        self._options = folder.options
-        self.path = folder.tower("ONNX_IMAGE", self._options.onnx_image, "visual")
+        self._options, cores = folder.options, usable_cores()
+        self.path = tower_file(self._options, folder.path, "visual")
+        self.files = self.path if self._options.onnx_image else self.path.parent
         on_cpu = self._options.ort_providers in ((), ("CPUExecutionProvider",))
-        self.workers = usable_cores() if on_cpu else 1
-        self._session = open_session(self._options, self.path, "ONNX_IMAGE", usable_cores() // self.workers)
+        self.workers = cores if on_cpu else 1
+        self._session = open_session(self._options, self.path, "ONNX_IMAGE", cores // self.workers)
         self._single = self._session  # later one for one picture on all cores
-        self.single_image_cores = 1 if on_cpu else usable_cores()
+        self.single_image_cores = 1 if on_cpu else cores
         side = self._session.get_inputs()[0].shape[2]  # the height or the width
         recipe = read_json(self.path.parent / "preprocess_cfg.json")
         self.preprocess = Preprocess.from_config(recipe, side if isinstance(side, int) else None)
@@ -245,105 +250,94 @@ class OnnxImageTower(ImageTower):
         self.single_image_cores = usable_cores()
 
 
-class OnnxTextTower:
-    """A text tower with int32 or int64 token ids, a fixed or an open length, and a tokenizer beside it."""
+# --- the backend ------------------------------------------------------------------------------------------------
 
-    def __init__(self, folder: ModelFolder) -> None:
-        self._options = folder.options
-        self._path = folder.tower("ONNX_TEXT", self._options.onnx_text, "textual")
-        self._session: Any = None
-        inputs = self._opened().get_inputs()
+
+class FolderBackend(Backend):
+    """A model of a folder: an image tower, and a text tower on ONNX Runtime.
+
+    The text tower takes int32 or int64 token ids, of a fixed or an open length. Its tokenizer is beside it.
+    """
+
+    stack: Any = staticmethod(np.array)  # `np.stack` makes seven more calls in Python
+
+    def __init__(self, folder: ModelFolder, image: ImageTower) -> None:
+        """Raises SettingError or BackendError."""
+        options, manifest, config = folder.options, folder.manifest, folder.config
+        self._options, self._image = options, image
+        self._open_text_tower(folder)
+        self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
+        self.preprocess, self.workers = image.preprocess, image.workers
+        self.single_image_cores = image.single_image_cores
+        self.model_id, self.on_gpu = folder.model_id, bool(image.accelerator)
+        self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
+        # Manifests of older versions have a bias of 0 for models without one.
+        self.logit_bias = manifest.get("logit_bias", config.get("logit_bias")) or None
+        exported = str(manifest.get("precision", "fp32"))
+        self.precision = image.precision or exported
+        self.notice = str(manifest.get("notice", ""))
+        self.golden = manifest.get("golden", {})
+        # `export.py` has checked that all in its folder belongs together. The operator's files may not.
+        whole = bool(manifest) and not options.onnx_text
+        self.folder = folder.path if whole else None
+        # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
+        own = options.onnx_image or options.onnx_text
+        texts = self._text_path if options.onnx_text else self._text_path.parent
+        weights = "" if own else manifest.get("source", {}).get("sha256", "")
+        self.space = model_files.space_of(weights or sha256_of(image.files, texts), self.preprocess, exported)
+        self.dim = int((whole and manifest.get("dim")) or self._vector_of_highest_token().shape[1])
+
+    def _open_text_tower(self, folder: ModelFolder) -> None:
+        self._text_path = tower_file(self._options, folder.path, "textual")
+        self._text_session: Any = None
+        inputs = self._opened_text_session().get_inputs()
         if len(inputs) != 1:
             names = ", ".join(x.name for x in inputs)
             text = f"takes {names}; only towers fed by token ids alone"
-            raise self._options.error("ONNX_TEXT", str(self._path), text)
+            raise self._options.error("ONNX_TEXT", str(self._text_path), text)
         length, config = inputs[0].shape[1], folder.config.get("text_cfg", {})
         self.open_length = not isinstance(length, int) and is_cut_at_the_end(config)
         context = length if isinstance(length, int) else config.get("context_length", 77)
-        self.tokenize = read_tokenizer(self._path.parent / "tokenizer.json", config, int(context))
+        self._tokenizer = read_tokenizer(self._text_path.parent / "tokenizer.json", config, int(context))
 
-    def highest_token(self) -> Vectors:
+    def _vector_of_highest_token(self) -> Vectors:
         """float32 `[1, dim]`: the vector of a text with the tokenizer's highest id.
 
         Raises SettingError if the tower has no such token: the tokenizer is that of another model.
         """
-        tokens = self.tokenize(["a photo"])
-        tokens[0, 1] = self.tokenize.highest_id
+        tokens, highest = self.tokenize(["a photo"]), self._tokenizer.highest_id
+        tokens[0, 1] = highest
         try:
-            return self.encode(tokens)
+            return self.encode_text(tokens)
         except Exception as error:
-            text = f"its tokenizer.json has ids up to {self.tokenize.highest_id}, which its text tower does not take"
+            text = f"its tokenizer.json has ids up to {highest}, which its text tower does not take"
             raise self._options.error("MODEL", self._options.model, f"{text} ({one_line(error)})") from error
 
-    def encode(self, tokens: Tokens) -> Vectors:
-        session = self._opened()
+    def _opened_text_session(self) -> Any:
+        if self._text_session is None:
+            self._text_session = open_session(self._options, self._text_path, "ONNX_TEXT", usable_cores())
+        return self._text_session
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        return self._tokenizer(texts)
+
+    def encode_text(self, tokens: Tokens) -> Vectors:
+        session = self._opened_text_session()
         integers = np.int32 if session.get_inputs()[0].type == "tensor(int32)" else np.int64
         return run_session(session, tokens.astype(integers), cut=self.open_length)
 
-    def unload(self) -> None:
-        self._session = None
-
-    def _opened(self) -> Any:
-        if self._session is None:
-            self._session = open_session(self._options, self._path, "ONNX_TEXT", usable_cores())
-        return self._session
-
-
-# --- the backend ------------------------------------------------------------------------------------------------
-
-
-class FolderBackend:
-    """An image tower and an ONNX text tower of one folder, as a `Backend`."""
-
-    stack = staticmethod(np.stack)
-
-    def __init__(self, folder: ModelFolder, image: ImageTower, precision: str = "", refusal: str = "") -> None:
-        """`precision`: that of the image tower; by default the manifest's."""
-        manifest, config = folder.manifest, folder.config
-        self.image, self.text = image, OnnxTextTower(folder)
-        self.model_id, self.refusal = folder.model_id, refusal
-        self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
-        self.on_gpu = bool(image.accelerator)
-        self.preprocess, self.workers, self.open_length = image.preprocess, image.workers, self.text.open_length
-        self.single_image_cores = image.single_image_cores
-        self.logit_scale = float(manifest.get("logit_scale", config.get("logit_scale", DEFAULT_LOGIT_SCALE)))
-        # Manifests of older versions have a bias of 0 for models without one.
-        self.logit_bias: float | None = manifest.get("logit_bias", config.get("logit_bias")) or None
-        exported = str(manifest.get("precision", "fp32"))
-        self.precision = precision or exported
-        self.notice = str(manifest.get("notice", ""))
-        # `export.py` has checked that all in its folder belongs together. The operator's files may not.
-        whole = bool(manifest) and not folder.options.onnx_text
-        self.folder = folder.path if whole else None
-        self.golden: Mapping[str, Any] = manifest.get("golden", {})
-        self.self_test_cosine: float | None = None
-        # The same for the NPU and the ONNX tower of a folder: their vectors may be stored in one index.
-        own = folder.options.onnx_image or folder.options.onnx_text
-        weights = "" if own else manifest.get("source", {}).get("sha256", "")
-        self.space = model_files.space_of(weights or sha256_of(*folder.used), self.preprocess, exported)
-        self.dim = int((whole and manifest.get("dim")) or self.text.highest_token().shape[1])
-
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        return self.text.tokenize(texts)
+    def unload_text(self) -> None:
+        self._text_session = None
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        return self.image.encode(pixels)
-
-    def encode_text(self, tokens: Tokens) -> Vectors:
-        return self.text.encode(tokens)
+        return self._image.encode(pixels)
 
     def encode_single(self, pixels: Pixels) -> Vectors:
-        return self.image.encode_single(pixels)
+        return self._image.encode_single(pixels)
 
     def prepare_single(self) -> None:
-        self.image.prepare_single()
-        self.single_image_cores = self.image.single_image_cores
-
-    def hold_rows(self, rows: NDArray[Any]) -> None:
-        """None: the CPU computes the scores."""
-
-    def unload_text(self) -> None:
-        self.text.unload()
+        self._image.prepare_single()
+        self.single_image_cores = self._image.single_image_cores
 
 
 def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:

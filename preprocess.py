@@ -46,9 +46,6 @@ if pillow_heif is not None:
     IMAGE_FORMATS += ("HEIF",)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Preprocess:
     """The preprocessing of a model. Fields and defaults are those of OpenCLIP's `PreprocessCfg`."""
@@ -76,13 +73,8 @@ class Preprocess:
             raise BackendError(f"preprocess resize_mode {mode!r}: only 'shortest' and 'squash' are supported")
         if filter_name not in ("bicubic", "bilinear"):
             raise BackendError(f"preprocess interpolation {filter_name!r}: only 'bicubic' and 'bilinear'")
-        return cls(
-            size=int(side),
-            mean=_of_channels(config.get("mean") or cls.mean),
-            std=_of_channels(config.get("std") or cls.std),
-            interpolation=filter_name,
-            resize_mode=mode,
-        )
+        mean, std = (_of_channels(config.get(name) or getattr(cls, name)) for name in ("mean", "std"))
+        return cls(int(side), mean, std, filter_name, mode)
 
     @property
     def tensor_id(self) -> str:

@@ -1,7 +1,4 @@
-"""The image tower on a Rockchip NPU. The text tower runs on the CPU, by ONNX Runtime.
-
-`rknnlite` is imported when a program is loaded.
-"""
+"""The image tower on a Rockchip NPU. The text tower runs on the CPU, by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +41,12 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
     if importlib.util.find_spec("rknnlite") is None:
         text = "needs a Rockchip board with rknn-toolkit-lite2, which is not installed here; elsewhere: onnxrt"
         raise options.error("BACKEND", options.backend, text)
-    target = options.rknn_target or machine.board_target()
-    folder = ModelFolder(options, say, target)
+    options = replace(options, rknn_target=options.rknn_target or machine.board_target())
+    folder = ModelFolder(options, say)
     if options.rknn_model and not Path(options.rknn_model).is_file():
         raise options.error("RKNN_MODEL", options.rknn_model, "no such file")
     try:
-        return FolderBackend(folder, NPUImageTower(folder, target), "fp16")
+        return FolderBackend(folder, NPUImageTower(folder))
     except NPURefused as refused:
         refusal, detail = " ".join(str(refused).split()), refused.detail
     text = f"the NPU is not used: {refusal}{detail}"
@@ -56,7 +54,9 @@ def open_rknn(options: ModelOptions, say: Say = quiet) -> FolderBackend:
         text += "; and there is no visual/model.onnx that could run on the CPU instead"
         raise options.failure("BACKEND", options.backend, text)
     log.error("%s: %s; images run on the CPU instead, by ONNX Runtime", options.name, text)
-    return FolderBackend(folder, OnnxImageTower(folder), refusal=refusal)
+    backend = FolderBackend(folder, OnnxImageTower(folder))
+    backend.refusal = refusal
+    return backend
 
 
 def onnx_tower(folder: ModelFolder) -> Path | None:
@@ -67,13 +67,13 @@ def onnx_tower(folder: ModelFolder) -> Path | None:
 
 
 class NPUImageTower(ImageTower):
-    """An image tower on the NPU. The pictures of a batch are distributed over its cores."""
+    """An image tower on the NPU. The pictures of a batch are distributed over its cores; a single one runs on one."""
 
-    runtime = "rknn"  # a single picture runs on one core of the NPU
+    runtime, precision = "rknn", "fp16"
 
-    def __init__(self, folder: ModelFolder, target: str) -> None:
+    def __init__(self, folder: ModelFolder) -> None:
         """Raises NPURefused."""
-        self._folder, self._options, self._target = folder, folder.options, target
+        self._folder, self._options, self._target = folder, folder.options, folder.options.rknn_target
         self._contexts: list[NPUContext] = []
         try:
             self._start()
@@ -82,7 +82,7 @@ class NPUImageTower(ImageTower):
                 context.close()
             raise
         # The space must be that of the ONNX tower, because vectors of both may be stored in one index.
-        folder.used.append(tower.parent if (tower := onnx_tower(folder)) else self._path)
+        self.files = tower.parent if (tower := onnx_tower(folder)) else self._path
 
     def _start(self) -> None:
         path = self._path = self._program()
@@ -178,7 +178,7 @@ class NPUImageTower(ImageTower):
         for i, share in enumerate(shares):
             rows[i::step] = share.result()
         # The NPU computes in float16, so its vectors have unit length only to three digits.
-        return unit_rows(np.stack(rows))
+        return unit_rows(np.array(rows))
 
 
 class NPUContext:
@@ -190,7 +190,6 @@ class NPUContext:
 
     def __init__(self, path: Path, core: int, choose_core: bool) -> None:
         """`choose_core`: whether to name the core, which is an error on chips with one core. Raises NPURefused."""
-        self.runtime_version = ""
         self._thread = ThreadPoolExecutor(1, f"npu-{core}")
         try:
             self._thread.submit(self._load, path, core, choose_core).result()

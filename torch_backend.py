@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 import model_files
 from errors import one_line
 from machine import sha256_of, usable_cores
-from model_files import Say, Vectors, fetch_repository, quiet, split_model, unit_rows
+from model_files import Backend, Say, Vectors, fetch_repository, quiet, split_model, unit_rows
 from preprocess import Pixels, Preprocess
 from settings import ModelOptions
-from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, read_tokenizer, true_length
+from tokenizer import ClipTokenizer, TextTokenizer, Tokens, cleaner_of, is_cut_at_the_end, read_tokenizer, true_length
 from torch_device import Device, DeviceRows
 
 log = logging.getLogger("lumen.torch_backend")
-MODULES = ("torch", "open_clip")  # that this backend needs
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of torch, by `Backend.precision`
 # What `auto` tries on a GPU, in this order: float16 is more exact, but numbers above 65,504 do not exist in it.
@@ -79,14 +78,15 @@ def find_weights(options: ModelOptions) -> tuple[str, str, Mapping[str, Any]]:
     return arch, tag, config
 
 
-class TorchBackend:
-    """OpenCLIP on torch. Devices: CUDA (also ROCm), else MPS, else the CPU, unless the operator chose one."""
+class TorchBackend(Backend):
+    """OpenCLIP on torch.
 
-    npu = refusal = notice = ""
+    `prepare_single` has nothing to do, because threads of torch share the weights. `unload_text` has not, because both
+    towers are one model, and building it again would take long.
+    """
 
     def __init__(self, options: ModelOptions, say: Say = quiet) -> None:
         """Raises SettingError or BackendError."""
-        model_files.needs_modules(MODULES, options)
         # Threads that spin while they wait occupy cores: a text among other work took up to ten times its core time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import open_clip
@@ -96,12 +96,11 @@ class TorchBackend:
         self.device = chosen_device(options)
         self.on_gpu, device = self.device.is_gpu, self.device.torch_device
         name, arguments, self.model_id, self.weights = self._resolve(options, say)
-        self.tokenizer = _tokenizer_of(name, self.weights)
+        texts = open_clip.get_model_config(name).get("text_cfg", {})
+        self.tokenizer = self.tokenize = _tokenizer_of(name, texts, self.weights)
+        self.open_length = is_cut_at_the_end(texts)
         # OpenCLIP's model as it was trained
         self.build = partial(open_clip.create_model, name, device=device, require_pretrained=True, **arguments)
-        self.folder: Path | None = None
-        self.golden: Mapping[str, Any] = {}
-        self.self_test_cosine: float | None = None
         self.runtime = "torch" if device.type == "cpu" else f"torch-{device.type}"
         self.accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         # On a CPU a batch on all cores is never faster: its threads spin while they wait, and decoding needs the cores.
@@ -142,10 +141,6 @@ class TorchBackend:
         if highest >= rows:
             reason = f"its tokenizer has ids up to {highest}, and its embedding table {rows} rows"
             raise options.error("MODEL", options.model, reason)
-        # Cutting at the end token is exact only for a causal tower that is pooled at that token.
-        pooling = text.text_pool_type if text is model else text.pool_type
-        causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
-        self.open_length = causal and pooling == "argmax"
         visual = model.visual
         self._pools_one_token = (
             type(visual) is open_clip.transformer.VisionTransformer
@@ -213,17 +208,11 @@ class TorchBackend:
         known = {"force_quick_gelu": bool(config.get("quick_gelu", False)), "force_preprocess_cfg": _recipe(config)}
         return arch, {"pretrained": str(path), **known}, value, path
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        return self.tokenizer(texts)
-
     def encode_images(self, pixels: Pixels) -> Vectors:
         return self._run(pixels, self.image_tower, self._cores if self.workers == 1 else 1)
 
     def encode_single(self, pixels: Pixels) -> Vectors:
         return self._run(pixels, self.image_tower, self._cores)
-
-    def prepare_single(self) -> None:
-        """Does nothing: threads of torch share the weights."""
 
     def encode_text(self, tokens: Tokens) -> Vectors:
         if self.open_length:
@@ -237,9 +226,6 @@ class TorchBackend:
 
     def hold_rows(self, rows: NDArray[Any]) -> DeviceRows | None:
         return self.device.hold(rows)
-
-    def unload_text(self) -> None:
-        """Does nothing: both towers are one model here, and building it again would take long."""
 
     def image_tower(self, pixels: Any) -> Any:
         """uint8 tensor `[n, size, size, 3]` -> `[n, dim]`, not of unit length yet. `export.py` traces it."""
@@ -289,15 +275,14 @@ def _recipe_of(arch: str) -> dict[str, Any]:
     return recipes[0] if recipes and all(recipe == recipes[0] for recipe in recipes) else {}
 
 
-def _tokenizer_of(name: str, weights: Path) -> TextTokenizer:
-    """The tokenizer of a model: OpenCLIP's own vocabulary, or the `tokenizer.json` beside the weights.
+def _tokenizer_of(name: str, config: Mapping[str, Any], weights: Path) -> TextTokenizer:
+    """The tokenizer for a `text_cfg`: OpenCLIP's own vocabulary, or the `tokenizer.json` beside the weights.
 
     OpenCLIP's classes are not used: one caches every word without a limit, and the other needs `transformers`. Raises
     BackendError.
     """
     import open_clip
 
-    config = open_clip.get_model_config(name).get("text_cfg", {})
     context, clean = int(config.get("context_length", 77)), cleaner_of(config, name)
     if config.get("hf_tokenizer_name"):
         folder = weights if weights.is_dir() else weights.parent

@@ -1,7 +1,4 @@
-"""A device of torch: copies batches to it, runs a model there, copies the vectors back, and scores label sets there.
-
-Everything that depends on the kind of a device is in this file. `torch_backend.py` knows models, and no device.
-"""
+"""A device of torch: copies batches to it, runs a model there, copies the vectors back, and scores label sets there."""
 
 from __future__ import annotations
 
@@ -50,9 +47,8 @@ class CudaStream(Stream):
         self._cuda, self._stream = cuda, cuda.Stream(device, priority=-1 if urgent else 0)
         self._mark = cuda.Event(blocking=True)  # a thread that waits sleeps; the cores are needed for decoding
 
-    def entered(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self._cuda.stream(self._stream)
-        return context
+    def entered(self) -> Any:
+        return self._cuda.stream(self._stream)
 
     def record(self) -> None:
         self._mark.record(self._stream)
@@ -62,10 +58,7 @@ class CudaStream(Stream):
 
 
 class Device:
-    """A CPU or a GPU. Thread-safe.
-
-    A GPU has streams for its batches of images, one for texts, and one for scoring.
-    """
+    """A CPU or a GPU. Thread-safe. A GPU has streams for its batches of images, one for texts, and one for scoring."""
 
     def __init__(self, name: str) -> None:
         """`name`: "cpu", "cuda:1" and so on; see `torch_backend.chosen_device`."""
@@ -87,7 +80,7 @@ class Device:
     def stack(self, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """A batch of uint8 arrays, in memory from which a GPU copies by itself. torch keeps it for later ones."""
         if not self.is_gpu:
-            return np.stack(pictures)
+            return np.array(pictures)
         shape, pinned = (len(pictures), *pictures[0].shape), self.kind == "cuda"
         batch: NDArray[np.uint8] = self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=pinned).numpy()
         return np.stack(pictures, out=batch)

@@ -265,10 +265,11 @@ def test_a_bridge_with_hardware_in_it_counts_as_lan(tmp_path: Path) -> None:
 
 
 ADVERTISER = """
-import logging, pathlib, sys
+import logging, sys
 import discovery, settings
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-advertiser = discovery.Advertiser(settings.Settings(lumen_data_dir=pathlib.Path(sys.argv[1])), "0.0.0.0", 50051)
+chosen = settings.Settings.from_environment({"LUMEN_DATA_DIR": sys.argv[1]})
+advertiser = discovery.Advertiser(chosen, "0.0.0.0", 50051)
 advertiser.set_ready("torch")
 sys.stdin.read()
 advertiser.close()
