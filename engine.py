@@ -269,6 +269,7 @@ class Engine:
 
     def expect(self, job: Job) -> None:
         """Counts a request that is submitted later, when it is prepared. Until its response, background work waits."""
+        self._traffic.count_queued(1)
         with self._changed:
             self._expected += 1
             self._returning.pop(job.flow, None)
@@ -276,6 +277,7 @@ class Engine:
         job.answer.add_done_callback(partial(self._answered, job.flow))
 
     def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
+        self._traffic.count_queued(-1)
         with self._changed:
             now = time.monotonic()
             self._expected -= 1

@@ -8,7 +8,6 @@ LUMEN_IMMICH_FALLBACK.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import re
 import socket
@@ -71,10 +70,8 @@ class _Refused(Exception):
         text = str(self)
         reason = text.encode("ascii", "replace").decode()[:REASON_MAX]
         headers = {hdrs.RETRY_AFTER: str(RETRY_AFTER_S)} if self.status == 503 else {}
-        body = orjson.dumps({"detail": text.encode("utf-8", "replace").decode()})
-        return web.Response(
-            status=self.status, reason=reason, headers=headers, body=body, content_type="application/json"
-        )
+        detail = {"detail": text.encode("utf-8", "replace").decode()}
+        return web.json_bytes_response(detail, dumps=orjson.dumps, status=self.status, reason=reason, headers=headers)
 
 
 # --- forms ------------------------------------------------------------------------------------------------------
@@ -231,7 +228,6 @@ class ImmichServer:
         self._waiting: dict[web.RequestHandler, float] = {}  # connections that wait for their client -> since when
         self._in_progress = 0  # whole requests
         self._forwarded = 0
-        self._numbers = itertools.count(1)
         self._session: Any = None  # of the fallback
         # A request that comes back with this has been forwarded in a circle.
         self._via = f"1.1 lumen-clip-{uuid.uuid4().hex[:8]}"
@@ -352,7 +348,7 @@ class ImmichServer:
         self._waiting.pop(request.protocol, None)
         self._in_progress += 1
         try:
-            asked = Request("", TASKS[kind], "", {}, bytes(upload.body[fields[field]]), upload.held)
+            asked = Request("immich", TASKS[kind], "", {}, bytes(upload.body[fields[field]]), upload.held)
             upload.held, upload.body = 0, bytearray()
             vector = await self._vector(request, asked, models, field)
         finally:
@@ -361,13 +357,12 @@ class ImmichServer:
         content = {CLIP: orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY).decode()}
         width, height = asked.image_size
         sizes = {"imageHeight": height, "imageWidth": width} if width else {}
-        return web.Response(body=orjson.dumps(content | sizes), content_type="application/json")
+        return web.json_bytes_response(content | sizes, dumps=orjson.dumps)
 
     async def _vector(self, request: web.Request, asked: Request, models: Models, field: str) -> Any:
         """The vector of the picture or text in `field`: float32 `[dim]`. Raises _Refused."""
         # All connections from one address are one client, so that immich's share does not grow with their number.
-        flow = f"http {request.remote}", id(request.protocol)
-        job = self._daemon.intake.job(f"immich-{next(self._numbers)}", flow, asked)
+        job = self._daemon.intake.job(asked, (f"http {request.remote}", id(request.protocol)))
         outcome = "cancelled"
         try:
             self._daemon.intake.begin(job, asked, models, alone=True)  # REQUESTS_MAX bounds the prepared pictures
@@ -430,7 +425,7 @@ class ImmichServer:
 
 
 async def _root(request: web.Request) -> web.Response:
-    return web.Response(body=orjson.dumps({"message": "Immich ML"}), content_type="application/json")
+    return web.json_bytes_response({"message": "Immich ML"}, dumps=orjson.dumps)
 
 
 async def _pass_on(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
 
 from metrics import Metrics
 
@@ -91,15 +90,6 @@ class RepeatLimiter(logging.Filter):
         return count < self.PER_MINUTE
 
 
-class FinishedRequest(Protocol):
-    """What is counted and logged of a request."""
-
-    correlation_id: str
-    task: str  # as the client named it
-    size: int  # bytes
-    arrived: float  # by time.monotonic()
-
-
 @dataclass
 class Summary:
     """The traffic since `since`."""
@@ -138,9 +128,6 @@ class Traffic:
         self._summary = Summary(time.monotonic(), 0)
         self.metrics.queue_depth.set_function(lambda: self._queue)
 
-    def count_streams(self, change: int) -> None:
-        self.metrics.open_streams.inc(change)
-
     def count_queued(self, change: int) -> None:
         """Counts the requests that wait for their response."""
         with self._lock:
@@ -160,10 +147,9 @@ class Traffic:
             self._rejected[reason] += 1
             self._summary.last_rejected = f"{reason}, {peer}"
 
-    def count_request(self, request: FinishedRequest, outcome: str) -> None:
-        """Counts a request that was answered, or whose client cancelled it."""
-        seconds = time.monotonic() - request.arrived
-        task = request.task if request.task in self._tasks else "unknown"
+    def count_request(self, task: str, seconds: float, outcome: str) -> None:
+        """Counts a request that was answered, or whose client cancelled it. `task`: as the client named it."""
+        task = task if task in self._tasks else "unknown"
         self.metrics.requests.labels(task, outcome).inc()
         with self._lock:
             if outcome == "cancelled":
@@ -172,9 +158,6 @@ class Traffic:
                 self.metrics.request_seconds.labels(task).observe(seconds)
                 self._summary.seconds.append(seconds)
                 self._summary.errors += outcome != "ok"
-        # %a and the limits keep a client from writing lines into the log.
-        text = "request %a: %a, %d bytes, %d ms, %s"
-        log.debug(text, request.correlation_id[:40], request.task[:40], request.size, 1000 * seconds, outcome)
 
     def log_summary(self, interval: float) -> None:
         """Logs the traffic since the last summary, if that was at least `interval` seconds ago and there was any."""

@@ -396,7 +396,7 @@ def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: Specie
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    advertiser.set_ready(daemon.GetCapabilities(empty_pb2.Empty(), None).runtime)
+    advertiser.set_ready(next(daemon.GetCapabilities(empty_pb2.Empty(), None)).runtime)
     threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
     machine.trim_memory()
     gc.freeze()  # what stays need not be looked through again and again

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
-from grpc_health.v1 import health, health_pb2
 
 import machine
 from decode_pool import DecodePool
@@ -21,16 +20,7 @@ from intake import Intake
 from journal import Journal
 from logs import Traffic
 from machine import clock
-from security import (
-    SHORT_CALLS_MAX,
-    ShortCallLimiter,
-    TokenInterceptor,
-    hide_exceptions,
-    read_token,
-    short_call_handlers,
-    stream_handler,
-    tls_credentials,
-)
+from security import SHORT_CALLS_MAX, ShortCalls, TokenInterceptor, read_token, stream_handler, tls_credentials
 from settings import VERSION, Settings
 from species import LABEL_FORMATS, RANKS
 from streams import OPEN_PER_PLACE, READING_S, SHUTTING_DOWN, Stream, Streams
@@ -72,12 +62,11 @@ class Daemon:
         decoders = DecodePool(cores)
         self.engine = Engine(self.journal.holding, self.traffic, cores, decoders.busy)
         self.intake = Intake(settings, self.journal, self.traffic, self.engine, decoders)
-        self.health = health.HealthServicer()
-        self.short_calls = ShortCallLimiter()
+        self.short_calls = ShortCalls(SERVICE, self.alive)
         self.loading = "starting"  # the reason that clients are given while the models load
         self._models: Models | None = None
         self.streams = Streams(settings.lumen_max_streams, self.intake)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.traffic.metrics.open_streams.set_function(self.streams.count_open)
 
     def serve(self, models: Models) -> None:
         """Starts answering requests."""
@@ -85,7 +74,7 @@ class Daemon:
         self._models = models
         if models.operator_sets and models.clip:
             models.operator_sets.start(models.clip.encoder(self.engine))
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self.short_calls.set_serving(True)
 
     def serving(self) -> Models | None:
         """The models, or None while they load and after the daemon was told to stop."""
@@ -99,7 +88,7 @@ class Daemon:
 
     def drain(self, seconds: float) -> None:
         """Refuses new calls, and ends each stream after its requests are answered. Waits up to `seconds`."""
-        self.health.enter_graceful_shutdown()
+        self.short_calls.health.enter_graceful_shutdown()
         self.streams.drain(seconds)
 
     def check(self) -> None:
@@ -114,7 +103,7 @@ class Daemon:
 
     def stop_serving(self) -> None:
         self.streams.draining = True
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.short_calls.set_serving(False)
 
     def trouble(self) -> str:
         """What is wrong with the threads of the engine or the decode pool, or ""."""
@@ -136,22 +125,14 @@ class Daemon:
         """Whether the process should go on: while the models load, and as long as inference has no trouble."""
         return self._models is None or not self.trouble()
 
-    def _set_health(self, status: Any) -> None:
-        for name in ("", SERVICE):
-            self.health.set(name, status)
-
     def handlers(self) -> dict[str, Any]:
         """The handlers of the four RPCs. Those that take Empty do not wait for it: silent calls hold nothing."""
-
-        def streamed(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
-            return lambda messages, context: iter((method(messages, context),))
-
         empty = empty_pb2.Empty
         return {
-            "Infer": stream_handler(hide_exceptions(self.Infer), pb.InferRequest, pb.InferResponse),
-            "GetCapabilities": stream_handler(hide_exceptions(streamed(self.GetCapabilities)), empty, pb.Capability),
-            "StreamCapabilities": stream_handler(hide_exceptions(self.StreamCapabilities), empty, pb.Capability),
-            "Health": stream_handler(hide_exceptions(streamed(self.Health)), empty, empty),
+            "Infer": stream_handler(self.Infer, pb.InferRequest, pb.InferResponse),
+            "GetCapabilities": stream_handler(self.GetCapabilities, empty, pb.Capability),
+            "StreamCapabilities": stream_handler(self.StreamCapabilities, empty, pb.Capability),
+            "Health": stream_handler(self.Health, empty, empty),
         }
 
     def _ready(self, context: Any) -> Models:
@@ -163,26 +144,20 @@ class Daemon:
         return self._models
 
     def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
-        models = self._ready(context)
-        stream = Stream(self.streams, models, request_iterator, context)
+        stream = Stream(self.streams, self._ready(context), request_iterator, context)
         if not self.streams.admit(stream):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
             self.traffic.count_rejected("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        self.traffic.count_streams(1)
-        try:
-            if not context.add_callback(partial(self.streams.remove, stream)):
-                self.streams.remove(stream)
-            if self.streams.draining:  # since `_ready`, so that `drain` may not have seen this stream
-                stream.close(SHUTTING_DOWN)
-            yield from stream.responses()
-        finally:
-            stream.over = True
-            self.traffic.count_streams(-1)
+        if not context.add_callback(partial(self.streams.remove, stream)):
+            self.streams.remove(stream)
+        if self.streams.draining:  # since `_ready`, so that `drain` may not have seen this stream
+            stream.close(SHUTTING_DOWN)
+        return stream.responses()
 
-    def GetCapabilities(self, _: Any, context: Any) -> pb.Capability:
+    def GetCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
         models = self._ready(context)
-        return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"), models.offered())
+        yield self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"), models.offered())
 
     def StreamCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
         """One for each model. The Lumen SDK sends tensors for `semantic_image_embed` to a service "siglip" alone, so
@@ -198,12 +173,12 @@ class Daemon:
         if apart:
             yield self._capability("siglip", models, (models.semantic,), apart)
 
-    def Health(self, _: Any, context: Any) -> empty_pb2.Empty:
+    def Health(self, _: Any, context: Any) -> Iterator[empty_pb2.Empty]:
         """Empty has no fields, so the trailing metadata says what does not run as the operator asked."""
         loaded = [model.backend for name in ("clip", "bioclip") if self._models and (model := self._models.get(name))]
         refusals = dict.fromkeys(back.refusal for back in loaded if back.refusal)  # always ASCII
         context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
-        return empty_pb2.Empty()
+        yield empty_pb2.Empty()
 
     def _capability(self, service: str, models: Models, names: Sequence[str], tasks: Sequence[Task]) -> pb.Capability:
         loaded = {name: model for name in names if (model := models.get(name))}
@@ -312,9 +287,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
-    short = short_call_handlers(daemon.short_calls, daemon.health, daemon.alive, SERVICE)
-    for name, handlers in (SERVICE, daemon.handlers()), *short.items():
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    for name, handlers in (SERVICE, daemon.handlers()), *daemon.short_calls.handlers().items():
         # A queue for each method, so that many calls of one method do not delay Health.
         server.add_registered_method_handlers(name, handlers)  # type: ignore[attr-defined]
     try:

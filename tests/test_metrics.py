@@ -64,7 +64,7 @@ def test_prometheus_reads_what_was_served(tmp_path: Path, tiny_onnx: Path) -> No
 def test_two_daemons_in_one_process_count_separately() -> None:
     """The library's default registry is one for the whole process."""
     first, second = Traffic(), Traffic()
-    first.count_streams(1)
+    first.metrics.open_streams.inc()
     first.count_queued(2)
     first.count_rejected("too many streams", "a peer")
     text = generate_latest(first.metrics.registry).decode()
