@@ -24,8 +24,8 @@ import orjson
 import machine
 from errors import BadInput
 from fair_queue import COST_WEIGHT, FIRST_COST, FairQueue, Flow, Shares
-from logs import Traffic
 from machine import clock
+from metrics import Traffic
 
 log = logging.getLogger("lumen.engine")
 

@@ -483,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(settings)
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
-            metrics.serve(daemon.traffic.metrics, options.host, settings.lumen_metrics_port)
+            metrics.serve(daemon.traffic, options.host, settings.lumen_metrics_port)
         drain_immich = serve_immich(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
@@ -509,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events, terminal):
         log.critical("%s; the process ends, so that a supervisor can start it again", trouble)
-        daemon.stop_serving()
+        daemon.drain(0)
         advertiser.close()
         time.sleep(LINGER_S)
         _leave(1)  # the requests in progress can no longer be answered

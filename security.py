@@ -129,9 +129,7 @@ def internal_error(error: BaseException) -> str:
     return f"internal error {number}; the daemon's log says more"
 
 
-def stream_handler(
-    behaviour: Callable[[Any, Any], Iterator[Any]], request: type[Message], response: type[Message]
-) -> Any:
+def stream_handler(behaviour: Callable[..., Any], request: type[Message], response: type[Message]) -> Any:
     """A handler for gRPC that receives MALFORMED for bytes that are no `request`.
 
     The text of unexpected exceptions goes to the log instead of the client, because it may contain a path.
@@ -197,10 +195,9 @@ class ShortCalls:
 
     def cancel_expired(self, timeout_s: float = SHORT_CALL_TIMEOUT_S) -> None:
         """Cancels the calls that are older than `timeout_s`."""
-        with self._lock:
-            expired = [context for context, since in self._waiting.items() if time.monotonic() - since > timeout_s]
-        for context in expired:
-            context.cancel()
+        for context, since in list(self._waiting.items()):
+            if time.monotonic() - since > timeout_s:
+                context.cancel()
 
     def handlers(self) -> dict[str, dict[str, Any]]:
         """Service name -> method name -> handler."""
@@ -221,12 +218,11 @@ class ShortCalls:
     @contextmanager
     def _admitted(self, context: Any) -> Iterator[None]:
         with self._lock:
-            oldest = next(iter(self._waiting)) if len(self._waiting) >= SHORT_CALLS_MAX else None
-            if oldest:
+            if len(self._waiting) >= SHORT_CALLS_MAX:
+                oldest = next(iter(self._waiting))
                 del self._waiting[oldest]
+                oldest.cancel()
             self._waiting[context] = time.monotonic()
-        if oldest:
-            oldest.cancel()
         try:
             yield
         finally:

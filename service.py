@@ -13,28 +13,19 @@ import grpc
 from google.protobuf import empty_pb2
 
 import machine
+import tasks
 from decode_pool import DecodePool
 from engine import TENSOR_MIME, Engine
 from gen import ml_service_pb2 as pb
 from intake import Intake
 from journal import Journal
-from logs import Traffic
 from machine import clock
+from metrics import Traffic
 from security import SHORT_CALLS_MAX, ShortCalls, TokenInterceptor, read_token, stream_handler, tls_credentials
 from settings import VERSION, Settings
 from species import LABEL_FORMATS, RANKS
 from streams import OPEN_PER_PLACE, READING_S, SHUTTING_DOWN, Stream, Streams
-from tasks import (
-    CALLER_LABELS_MAX,
-    IMAGE_MIMES,
-    TASKS,
-    TAXA_MAX,
-    TEXT_BYTES_MAX,
-    TEXT_MIMES,
-    TOPK_MAX,
-    Models,
-    Task,
-)
+from tasks import TASKS, Models, Task
 
 log = logging.getLogger("lumen.service")
 
@@ -66,7 +57,7 @@ class Daemon:
         self.loading = "starting"  # the reason that clients are given while the models load
         self._models: Models | None = None
         self.streams = Streams(settings.lumen_max_streams, self.intake)
-        self.traffic.metrics.open_streams.set_function(self.streams.count_open)
+        self.traffic.open_streams.set_function(self.streams.count_open)
 
     def serve(self, models: Models) -> None:
         """Starts answering requests."""
@@ -101,19 +92,13 @@ class Daemon:
         self.short_calls.cancel_expired(READING_S)
         return self.streams.make_room()
 
-    def stop_serving(self) -> None:
-        self.streams.draining = True
-        self.short_calls.set_serving(False)
-
     def trouble(self) -> str:
         """What is wrong with the threads of the engine or the decode pool, or ""."""
         engine, decoders, limit = self.engine, self.intake.decoders, self.settings.lumen_hang_s
         if not (engine.is_alive() and decoders.is_alive()):
             return "a thread of the engine or of the decoders has died"
-        for what, since in (
-            ("a batch or a task's step", engine.busy_since),
-            ("the preparation of a request", decoders.busy_since),
-        ):
+        busy = {"a batch or a task's step": engine.busy_since, "the preparation of a request": decoders.busy_since}
+        for what, since in busy.items():
             if since is not None and clock.now() - since > limit:
                 return f"{what} has been running for over {limit} s (LUMEN_HANG_S)"
         for tower, count in engine.failures.copy().items():
@@ -180,7 +165,7 @@ class Daemon:
         context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
         yield empty_pb2.Empty()
 
-    def _capability(self, service: str, models: Models, names: Sequence[str], tasks: Sequence[Task]) -> pb.Capability:
+    def _capability(self, service: str, models: Models, names: Sequence[str], offered: Sequence[Task]) -> pb.Capability:
         loaded = {name: model for name in names if (model := models.get(name))}
         backs = {name: model.backend for name, model in loaded.items()}
         runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
@@ -213,26 +198,27 @@ class Daemon:
             max_concurrency=self.settings.lumen_max_streams,
             precisions=sorted({back.precision for back in backs.values()}),
             extra=extra,
-            tasks=[self._io_task(task, models) for task in tasks],
+            tasks=[self._io_task(task, models) for task in offered],
             protocol_version=PROTOCOL_VERSION,
         )
 
     def _io_task(self, task: Task, models: Models) -> pb.IOTask:
         backend = models.model(task.models[0]).backend
-        limits = {"max_payload_size": str(TEXT_BYTES_MAX if task.takes == "text" else self.intake.request_bytes_max)}
-        if task.takes == "image":
+        text = task.takes == "text"
+        limits = {"max_payload_size": str(tasks.TEXT_BYTES_MAX if text else self.intake.request_bytes_max)}
+        if not text:
             limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)
         if task.topk:
-            limits |= {"topk_default": str(task.topk), "topk_max": str(TOPK_MAX)}
+            limits |= {"topk_default": str(task.topk), "topk_max": str(tasks.TOPK_MAX)}
         else:
             limits["dim"] = str(backend.dim)
         if task.species:
             limits |= {"label_formats": ",".join(LABEL_FORMATS), "ranks": ",".join((*RANKS, "auto"))}
-            limits["within_max"] = str(TAXA_MAX)
+            limits["within_max"] = str(tasks.TAXA_MAX)
         if task.caller_labels:
-            limits["labels_max"] = str(CALLER_LABELS_MAX)
+            limits["labels_max"] = str(tasks.CALLER_LABELS_MAX)
         tensor_id = task.tensor_id(backend.preprocess)
-        mimes = TEXT_MIMES if task.takes == "text" else IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
+        mimes = tasks.TEXT_MIMES if text else tasks.IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
         return pb.IOTask(
             name=task.name,
             input_mimes=mimes,

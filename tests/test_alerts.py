@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from logs import Traffic
+from metrics import Traffic
 from streams import OUTCOMES
 from tasks import TASKS
 from tests.kit import ROOT, code_of
@@ -33,7 +33,7 @@ def test_the_rules_ask_for_metrics_that_a_daemon_has() -> None:
     """Lost otherwise: an alert that never fires, because a metric, a task or an outcome is not called so any more."""
     served = Traffic(TASKS)
     served.count_batch("clip image", 1)
-    text = generate_latest(served.metrics.registry).decode()
+    text = generate_latest(served.registry).decode()
     known = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE)) | {"up"}
     known |= {rule["record"] for rule in RULES if "record" in rule}
     for rule in RULES:
