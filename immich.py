@@ -223,7 +223,13 @@ class Upload:
 class ImmichServer:
     """The HTTP server. Its coroutines run on its own thread; `drain` is for the main thread."""
 
-    def __init__(self, daemon: Daemon, bound: socket.socket) -> None:
+    def __init__(self, daemon: Daemon, host: str, port: int) -> None:
+        """Binds the port and starts the server. Raises OSError if the port cannot be bound."""
+        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen()  # connections wait until the loop runs
+        log.info("immich's requests on %s port %d", host, bound.getsockname()[1])
         self._daemon = daemon
         self._waiting: dict[web.RequestHandler, float] = {}  # connections that wait for their client -> since when
         self._in_progress = 0  # whole requests
@@ -434,13 +440,3 @@ async def _pass_on(request: web.Request, answer: aiohttp.ClientResponse) -> web.
         log.warning("a response of LUMEN_IMMICH_FALLBACK was cut off (%s)", type(error).__name__)
         request.protocol.force_close()  # the client would take a second status line for a part of the response
     return response
-
-
-def serve(daemon: Daemon, host: str, port: int) -> ImmichServer:
-    """Binds the port and starts the server. Raises OSError if the port cannot be bound."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, port))
-    bound.listen()  # connections wait until the loop runs
-    log.info("immich's requests on %s port %d", host, bound.getsockname()[1])
-    return ImmichServer(daemon, bound)

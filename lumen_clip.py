@@ -242,7 +242,7 @@ def serve_immich(daemon: Daemon, host: str) -> Callable[[float], None]:
     try:
         import immich  # aiohttp takes 9 MB
 
-        return immich.serve(daemon, host, port).drain
+        return immich.ImmichServer(daemon, host, port).drain
     except ModuleNotFoundError as error:
         text = f"{error.name} is not installed here; pip install -r requirements-immich.txt"
     except OSError as error:

@@ -223,10 +223,11 @@ class Stream:
             self._intake.begin(job, request, self._models, alone=self._in_progress == {job})
 
 
-# The outcome and the code of a request that fails with an error of the task.
+# The outcome and the code of a request that fails.
 FAILURES: dict[type[Any], tuple[str, Any]] = {
     BadInput: ("invalid_argument", pb.ERROR_CODE_INVALID_ARGUMENT),
     NotReady: ("unavailable", pb.ERROR_CODE_UNAVAILABLE),
+    Exception: ("internal", pb.ERROR_CODE_INTERNAL),  # any other
 }
 
 
@@ -251,7 +252,7 @@ def _response(job: Job) -> tuple[pb.InferResponse, str]:
             return response, "ok"
         except Exception as failure:
             error = failure
-    outcome, code = FAILURES.get(type(error), ("internal", pb.ERROR_CODE_INTERNAL))
+    outcome, code = FAILURES.get(type(error), FAILURES[Exception])
     text = internal_error(error) if outcome == "internal" else str(error)
     text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
     problem = pb.Error(code=code, message=text)

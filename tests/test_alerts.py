@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from metrics import Traffic
-from streams import OUTCOMES
+from streams import FAILURES
 from tasks import TASKS
 from tests.kit import ROOT, code_of
 
@@ -40,7 +40,7 @@ def test_the_rules_ask_for_metrics_that_a_daemon_has() -> None:
         used = re.findall(r"\b(?:lumen[:_][\w:]+|process_\w+|up)\b", rule["expr"])
         assert used and {name.removesuffix("_bucket") for name in used} <= known, rule["expr"]
         for label, values in re.findall(r'(task|outcome)=~?"([^"]+)"', rule["expr"]):
-            names = TASKS if label == "task" else [*OUTCOMES.values(), "cancelled"]
+            names = TASKS if label == "task" else ["ok", *(outcome for outcome, _ in FAILURES.values()), "cancelled"]
             for value in values.split("|"):
                 assert any(re.fullmatch(value, name) for name in names), value
     pictures = {name for name, task in TASKS.items() if task.takes == "image"}

@@ -268,7 +268,7 @@ def gated(watched: tuple[Any, Any]) -> tuple[Any, Any, int]:
     """(the model that waits at a gate, a stub of gRPC, the port for immich)"""
     backend, stub = watched
     port = free_port()
-    immich.serve(backend.daemon, "127.0.0.1", port)
+    immich.ImmichServer(backend.daemon, "127.0.0.1", port)
     return backend, stub, port
 
 
