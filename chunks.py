@@ -47,12 +47,11 @@ class Unfinished:
         """Adds a chunk. Raises BadInput if it does not fit the others."""
         if message.seq in self.parts:
             raise BadInput(f"seq: {message.seq} was sent twice")
-        first = self.request
         for name, told, now in (
             ("total", self.total, message.total),
-            ("task", first.task, message.task),
-            ("payload_mime", first.mime, message.payload_mime),
-            ("meta", first.meta, dict(message.meta)),
+            ("task", self.request.task, message.task),
+            ("payload_mime", self.request.mime, message.payload_mime),
+            ("meta", self.request.meta, dict(message.meta)),
         ):
             if told != now:
                 raise BadInput(f"{name}: it differs between the chunks of one request")

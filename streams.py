@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from chunks import ID_MAX, Assembler
-from engine import Job
+from engine import Job, forget_frames
 from errors import BadInput, NotReady, Overload
 from gen import ml_service_pb2 as pb
 from intake import Intake
@@ -236,27 +236,27 @@ def _response(job: Job) -> tuple[pb.InferResponse, str]:
 
     With an error, result and result_mime are empty, so that no client reads the response as an answer.
     """
-    error = job.answer.exception()
-    if error is None:
+    try:
         answer = job.answer.result()
-        try:
-            response = pb.InferResponse(
-                correlation_id=job.correlation_id,
-                is_final=True,
-                result=answer.encoded(),
-                meta={**answer.meta, "lat_ms": str(round((time.monotonic() - job.arrived) * 1000))},
-                total=1,
-                result_mime=answer.mime(),
-                result_schema=answer.schema,
-            )
-            return response, "ok"
-        except Exception as failure:
-            error = failure
-    outcome, code = FAILURES.get(type(error), FAILURES[Exception])
-    text = internal_error(error) if outcome == "internal" else str(error)
-    text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
-    problem = pb.Error(code=code, message=text)
-    return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1), outcome
+        response = pb.InferResponse(
+            correlation_id=job.correlation_id,
+            is_final=True,
+            result=answer.encoded(),
+            meta={**answer.meta, "lat_ms": str(round((time.monotonic() - job.arrived) * 1000))},
+            total=1,
+            result_mime=answer.mime(),
+            result_schema=answer.schema,
+        )
+        return response, "ok"
+    except futures.CancelledError:
+        raise
+    except Exception as error:
+        outcome, code = FAILURES.get(type(error), FAILURES[Exception])
+        text = internal_error(error) if outcome == "internal" else str(error)
+        text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
+        forget_frames(error)  # those of this function too, which hold the job
+        problem = pb.Error(code=code, message=text)
+        return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1), outcome
 
 
 class Streams:
