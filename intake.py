@@ -43,7 +43,8 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self._limit, self.used = limit, 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # entering a lock costs less than entering its condition
+        self._changed = threading.Condition(self._lock)
         self._waiting: OrderedDict[object, float] = OrderedDict()  # tickets in their order -> waiting since
 
     def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf, has_begun: bool = False) -> None:
@@ -51,7 +52,7 @@ class Budget:
 
         Raises Overload if there is not, or if the client has left (`gone`). `has_begun`: the request holds a part.
         """
-        with self._changed:
+        with self._lock:
             if not self._waiting and self.used + size <= self._limit:
                 self.used += size
                 return
@@ -71,18 +72,18 @@ class Budget:
 
     def overdraw(self, size: int) -> None:
         """Takes `size` at once, even beyond the limit. Later callers of `take` wait longer."""
-        with self._changed:
+        with self._lock:
             self.used += size
 
     def give(self, size: int) -> None:
-        with self._changed:
+        with self._lock:
             self.used -= size
             if self._waiting:
                 self._changed.notify_all()
 
     def waited(self) -> float:
         """Seconds since the longest wait in progress began; negative if nothing waits."""
-        with self._changed:
+        with self._lock:
             return time.monotonic() - min(self._waiting.values(), default=math.inf)
 
 
