@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -53,16 +54,17 @@ class Traffic:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("lumen_requests", "Requests by outcome", ["task", "outcome"], registry=registry)
         self.rejected = Counter("lumen_turned_away", "Rejected calls by reason", ["reason"], registry=registry)
-        self.request_seconds = Histogram(
+        request_seconds = Histogram(
             "lumen_request_seconds",
             "Time from a request's arrival to its response",
             ["task"],
             buckets=REQUEST_SECONDS,
             registry=registry,
         )
-        self.batch_items = Histogram(
-            "lumen_batch_items", "Items in a batch", ["line"], buckets=BATCH_ITEMS, registry=registry
-        )
+        items = Histogram("lumen_batch_items", "Items in a batch", ["line"], buckets=BATCH_ITEMS, registry=registry)
+        # `labels` is slow, and there are few sets of labels.
+        self._requests_of, self._seconds_of = cache(self.requests.labels), cache(request_seconds.labels)
+        self._items_of = cache(items.labels)
         queue_depth = Gauge("lumen_queue_depth", "Requests that wait for their response", registry=registry)
         queue_depth.set_function(lambda: self._queue)
         self.open_streams = Gauge("lumen_open_streams", "Open Infer streams", registry=registry)
@@ -79,7 +81,7 @@ class Traffic:
             self._summary.longest_queue = max(self._summary.longest_queue, self._queue)
 
     def count_batch(self, line: str, items: int) -> None:
-        self.batch_items.labels(line).observe(items)
+        self._items_of(line).observe(items)
         with self._lock:
             self._summary.batches += 1
             self._summary.items += items
@@ -94,12 +96,12 @@ class Traffic:
     def count_request(self, task: str, seconds: float, outcome: str) -> None:
         """Counts a request that was answered, or whose client cancelled it. `task`: as the client named it."""
         task = task if task in self._tasks else "unknown"
-        self.requests.labels(task, outcome).inc()
+        self._requests_of(task, outcome).inc()
         with self._lock:
             if outcome == "cancelled":
                 self._summary.cancelled += 1
             else:
-                self.request_seconds.labels(task).observe(seconds)
+                self._seconds_of(task).observe(seconds)
                 self._summary.seconds.append(seconds)
                 self._summary.errors += outcome != "ok"
 
