@@ -47,12 +47,11 @@ class Unfinished:
         """Adds a chunk. Raises BadInput if it does not fit the others."""
         if message.seq in self.parts:
             raise BadInput(f"seq: {message.seq} was sent twice")
-        first = self.request
         for name, told, now in (
             ("total", self.total, message.total),
-            ("task", first.task, message.task),
-            ("payload_mime", first.mime, message.payload_mime),
-            ("meta", first.meta, dict(message.meta)),
+            ("task", self.request.task, message.task),
+            ("payload_mime", self.request.mime, message.payload_mime),
+            ("meta", self.request.meta, dict(message.meta)),
         ):
             if told != now:
                 raise BadInput(f"{name}: it differs between the chunks of one request")
@@ -140,13 +139,14 @@ class Assembler:
         if len(message.meta) > META_MAX:
             raise BadInput(f"meta: {len(message.meta)} entries; allowed: {META_MAX}")
         waiting = self._open.get(key)
+        if len(payload) + (waiting.size if waiting else 0) > self._max_bytes:
+            raise BadInput(f"payload: over {self._max_bytes} bytes, the most that a request may have")
         if not waiting and message.total <= 1:
             if message.seq or message.offset:
                 raise BadInput(
                     f"total: {message.total} with seq {message.seq} and offset {message.offset}; "
                     "allowed: the number of chunks on each of them"
                 )
-            self._check_size(len(payload))
             return _request(message, payload, envelope)
         if message.total > CHUNKS_MAX:
             raise BadInput(f"total: {message.total}; allowed: up to {CHUNKS_MAX} chunks")
@@ -160,16 +160,11 @@ class Assembler:
                 raise BadInput(f"payload: more than {most} bytes of unfinished requests on one stream")
             waiting = self._open[key] = Unfinished(_request(message, b"", envelope), message.total, reserved)
         waiting.add(message, payload)
-        self._check_size(waiting.size)
         if len(waiting.parts) < waiting.total:
             return None
         request = waiting.joined()
         del self._open[key]
         return request
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise BadInput(f"payload: over {self._max_bytes} bytes, the most that a request may have")
 
 
 def _request(first: pb.InferRequest, payload: bytes, envelope: int) -> Request:

@@ -25,6 +25,7 @@ import machine
 from errors import BadInput
 from fair_queue import COST_WEIGHT, FIRST_COST, FairQueue, Flow, Shares
 from machine import clock
+from metrics import Traffic
 
 log = logging.getLogger("lumen.engine")
 
@@ -201,13 +202,13 @@ class Engine:
     def __init__(
         self,
         holding: Callable[[Sequence[str]], AbstractContextManager[object]] = nullcontext,
-        count_batch: Callable[[str, int], None] = lambda stage, items: None,
+        traffic: Traffic | None = None,
         workers: int = 1,
         decoding: Callable[[], int] = lambda: 0,
     ) -> None:
         """`holding`: a context for each batch, called with the digests of its payloads if its stage is journaled.
         `decoding`: how many cores decode pictures at the moment."""
-        self._holding, self._count_batch, self._decoding = holding, count_batch, decoding
+        self._holding, self._traffic, self._decoding = holding, traffic or Traffic(), decoding
         self._began: dict[int, float] = {}  # thread -> when its batch or its pass began, by `machine.clock`
         self.failures = Counter[str]()  # tower -> how many batches in a row failed completely
         self._changed = threading.Condition()
@@ -267,6 +268,7 @@ class Engine:
 
     def expect(self, job: Job) -> None:
         """Counts a request that is submitted later, when it is prepared. Until its response, background work waits."""
+        self._traffic.count_queued(1)
         with self._changed:
             self._expected += 1
             self._returning.pop(job.flow, None)
@@ -274,6 +276,7 @@ class Engine:
         job.answer.add_done_callback(partial(self._answered, job.flow))
 
     def _answered(self, flow: Flow, answer: futures.Future[Answer]) -> None:
+        self._traffic.count_queued(-1)
         with self._changed:
             now = time.monotonic()
             self._expected -= 1
@@ -474,7 +477,7 @@ class Engine:
         if batch.alone:
             stage.alone_items += count
             stage.alone_s += seconds
-        self._count_batch(stage.name, count)
+        self._traffic.count_batch(stage.name, count)
         if stage.tower:
             failed = all(isinstance(result, Exception) for result in batch.results)
             self.failures[stage.tower] = self.failures[stage.tower] + 1 if failed else 0

@@ -8,7 +8,6 @@ LUMEN_IMMICH_FALLBACK.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import re
 import socket
@@ -50,8 +49,8 @@ BOUNDARY_MAX = 70  # characters; RFC 2046
 REASON_MAX = 200  # characters of an error in the status line, which immich writes into its log
 
 CLIP = "clip"  # immich's name of smart search
-FIELDS = {"visual": "image", "textual": "text"}  # immich's type of a CLIP request -> the field with its input
-TASKS = {"visual": "clip_image_embed", "textual": "clip_embed"}
+# immich's type of a CLIP request -> the field with its input, and our task
+KINDS = {"visual": ("image", "clip_image_embed"), "textual": ("text", "clip_embed")}
 # The outcome and the status of a request that fails with an error of the task.
 FAILURES: dict[type[Any], tuple[str, int]] = {BadInput: ("invalid_argument", 400), NotReady: ("unavailable", 503)}
 EXAMPLE = 'allowed: {"clip": {"visual": {"modelName": NAME}}}, or textual in place of visual'
@@ -71,10 +70,8 @@ class _Refused(Exception):
         text = str(self)
         reason = text.encode("ascii", "replace").decode()[:REASON_MAX]
         headers = {hdrs.RETRY_AFTER: str(RETRY_AFTER_S)} if self.status == 503 else {}
-        body = orjson.dumps({"detail": text.encode("utf-8", "replace").decode()})
-        return web.Response(
-            status=self.status, reason=reason, headers=headers, body=body, content_type="application/json"
-        )
+        detail = {"detail": text.encode("utf-8", "replace").decode()}
+        return web.json_bytes_response(detail, dumps=orjson.dumps, status=self.status, reason=reason, headers=headers)
 
 
 # --- forms ------------------------------------------------------------------------------------------------------
@@ -125,7 +122,7 @@ def read_entries(text: bytes | bytearray) -> tuple[str, str, str]:
         return task, "", ""
     kind, options = next(iter(kinds.items()), ("", None))
     model = options.get("modelName") if isinstance(options, dict) else None
-    if kind not in FIELDS or not isinstance(model, str):
+    if kind not in KINDS or not isinstance(model, str):
         raise _Refused(422, f"entries: {EXAMPLE}")
     return task, kind, model
 
@@ -226,12 +223,17 @@ class Upload:
 class ImmichServer:
     """The HTTP server. Its coroutines run on its own thread; `drain` is for the main thread."""
 
-    def __init__(self, daemon: Daemon, bound: socket.socket) -> None:
+    def __init__(self, daemon: Daemon, host: str, port: int) -> None:
+        """Binds the port and starts the server. Raises OSError if the port cannot be bound."""
+        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen()  # connections wait until the loop runs
+        log.info("immich's requests on %s port %d", host, bound.getsockname()[1])
         self._daemon = daemon
         self._waiting: dict[web.RequestHandler, float] = {}  # connections that wait for their client -> since when
         self._in_progress = 0  # whole requests
         self._forwarded = 0
-        self._numbers = itertools.count(1)
         self._session: Any = None  # of the fallback
         # A request that comes back with this has been forwarded in a circle.
         self._via = f"1.1 lumen-clip-{uuid.uuid4().hex[:8]}"
@@ -257,7 +259,6 @@ class ImmichServer:
             logger=quiet,
             handler_cancellation=True,  # if a client disconnects, its job is cancelled
             auto_decompress=False,
-            keepalive_timeout=IDLE_S,
             read_bufsize=1 << 16,
         )
         await runner.setup()
@@ -341,7 +342,7 @@ class ImmichServer:
 
     async def _embed(self, upload: Upload, kind: str, model: str) -> web.Response:
         """Answers a request of smart search. Raises _Refused."""
-        models, field, request = self._models(), FIELDS[kind], upload.request
+        models, request, (field, task) = self._models(), upload.request, KINDS[kind]
         self._check_model(models, model)
         fields = dict(parts(upload.body, upload.boundary))
         if field not in fields:
@@ -349,25 +350,12 @@ class ImmichServer:
         if self._in_progress >= REQUESTS_MAX:
             self._daemon.traffic.count_rejected("too many requests over HTTP", str(request.remote))
             raise _Refused(503, f"{REQUESTS_MAX} requests are in progress; try later")
+        asked = Request("immich", task, "", {}, bytes(upload.body[fields[field]]), upload.held)
+        upload.held, upload.body = 0, bytearray()
+        # All connections from one address are one client, so that immich's share does not grow with their number.
+        job = self._daemon.intake.job(asked, (f"http {request.remote}", id(request.protocol)))
         self._waiting.pop(request.protocol, None)
         self._in_progress += 1
-        try:
-            asked = Request("", TASKS[kind], "", {}, bytes(upload.body[fields[field]]), upload.held)
-            upload.held, upload.body = 0, bytearray()
-            vector = await self._vector(request, asked, models, field)
-        finally:
-            self._in_progress -= 1
-        # The vector is a JSON array in a string: immich passes it to its database as it is.
-        content = {CLIP: orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY).decode()}
-        width, height = asked.image_size
-        sizes = {"imageHeight": height, "imageWidth": width} if width else {}
-        return web.Response(body=orjson.dumps(content | sizes), content_type="application/json")
-
-    async def _vector(self, request: web.Request, asked: Request, models: Models, field: str) -> Any:
-        """The vector of the picture or text in `field`: float32 `[dim]`. Raises _Refused."""
-        # All connections from one address are one client, so that immich's share does not grow with their number.
-        flow = f"http {request.remote}", id(request.protocol)
-        job = self._daemon.intake.job(f"immich-{next(self._numbers)}", flow, asked)
         outcome = "cancelled"
         try:
             self._daemon.intake.begin(job, asked, models, alone=True)  # REQUESTS_MAX bounds the prepared pictures
@@ -378,9 +366,14 @@ class ImmichServer:
             text = internal_error(error) if status == 500 else str(error).replace("payload: ", f"{field}: ", 1)
             raise _Refused(status, text) from None
         finally:
+            self._in_progress -= 1
             self._daemon.intake.finished(job, outcome)
-        assert isinstance(answer.content, dict), job.task
-        return answer.content["vector"]
+        assert isinstance(answer.content, dict), task
+        # The vector is a JSON array in a string: immich passes it to its database as it is.
+        vector = orjson.dumps(answer.content["vector"], option=orjson.OPT_SERIALIZE_NUMPY).decode()
+        width, height = asked.image_size
+        sizes = {"imageHeight": height, "imageWidth": width} if width else {}
+        return web.json_bytes_response({CLIP: vector, **sizes}, dumps=orjson.dumps)
 
     def _models(self) -> Models:
         models = self._daemon.serving()
@@ -430,7 +423,7 @@ class ImmichServer:
 
 
 async def _root(request: web.Request) -> web.Response:
-    return web.Response(body=orjson.dumps({"message": "Immich ML"}), content_type="application/json")
+    return web.json_bytes_response({"message": "Immich ML"}, dumps=orjson.dumps)
 
 
 async def _pass_on(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
@@ -447,13 +440,3 @@ async def _pass_on(request: web.Request, answer: aiohttp.ClientResponse) -> web.
         log.warning("a response of LUMEN_IMMICH_FALLBACK was cut off (%s)", type(error).__name__)
         request.protocol.force_close()  # the client would take a second status line for a part of the response
     return response
-
-
-def serve(daemon: Daemon, host: str, port: int) -> ImmichServer:
-    """Binds the port and starts the server. Raises OSError if the port cannot be bound."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, port))
-    bound.listen()  # connections wait until the loop runs
-    log.info("immich's requests on %s port %d", host, bound.getsockname()[1])
-    return ImmichServer(daemon, bound)

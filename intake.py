@@ -6,22 +6,27 @@ This file knows nothing of gRPC. Whatever a request contains, its job finishes a
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from decode_pool import DecodePool
 from engine import Engine, Job
 from errors import Overload
 from fair_queue import Flow
 from journal import Journal
-from logs import Traffic
+from metrics import Traffic
 from settings import Settings
 from tasks import Models, Request, Task, find_task, prepare, prepared_bytes, read_meta
+
+log = logging.getLogger("lumen.intake")
 
 PREPARED_MAX = 256 << 20  # bytes of pixels, labels and token ids that wait for the model, over all streams
 # Longer texts wait in the fair order: cleaning 64 KB of short lines takes half a second, during which the GIL is held.
@@ -37,8 +42,9 @@ class Budget:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = self._free = limit
-        self._changed = threading.Condition()
+        self._limit, self.used = limit, 0
+        self._lock = threading.Lock()  # entering a lock costs less than entering its condition
+        self._changed = threading.Condition(self._lock)
         self._waiting: OrderedDict[object, float] = OrderedDict()  # tickets in their order -> waiting since
 
     def take(self, size: int, gone: Callable[[], bool], patience: float = math.inf, has_begun: bool = False) -> None:
@@ -46,61 +52,55 @@ class Budget:
 
         Raises Overload if there is not, or if the client has left (`gone`). `has_begun`: the request holds a part.
         """
-        with self._changed:
-            if not self._waiting and self._free >= size:
-                self._free -= size
+        with self._lock:
+            if not self._waiting and self.used + size <= self._limit:
+                self.used += size
                 return
             deadline, ticket = time.monotonic() + patience, object()
             self._waiting[ticket] = time.monotonic()
             if has_begun:
                 self._waiting.move_to_end(ticket, last=False)
             try:
-                while self._free < size or next(iter(self._waiting)) is not ticket:
+                while self.used + size > self._limit or next(iter(self._waiting)) is not ticket:
                     if gone() or time.monotonic() > deadline:
                         raise Overload
                     self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic()) + 0.01))
-                self._free -= size
+                self.used += size
             finally:
                 del self._waiting[ticket]
                 self._changed.notify_all()  # there may be enough for the next one as well
 
     def overdraw(self, size: int) -> None:
         """Takes `size` at once, even beyond the limit. Later callers of `take` wait longer."""
-        with self._changed:
-            self._free -= size
+        with self._lock:
+            self.used += size
 
     def give(self, size: int) -> None:
-        with self._changed:
-            self._free += size
+        with self._lock:
+            self.used -= size
             if self._waiting:
                 self._changed.notify_all()
 
-    @property
-    def used(self) -> int:
-        return self._limit - self._free
-
     def waited(self) -> float:
         """Seconds since the longest wait in progress began; negative if nothing waits."""
-        with self._changed:
+        with self._lock:
             return time.monotonic() - min(self._waiting.values(), default=math.inf)
 
 
 class Lease:
-    """A part of a budget. It is given back once, however often `release` is called. Thread-safe."""
+    """A part of a budget, which is given back at the latest when `answer` is there or cancelled. Thread-safe."""
 
-    def __init__(self, budget: Budget, size: int) -> None:
+    def __init__(self, budget: Budget, size: int, answer: Future[Any]) -> None:
         self._budget, self._size = budget, size
         self._lock = threading.Lock()
-
-    def release(self, _: object = None) -> None:
-        """Gives back the rest. The argument makes the method usable as a future's callback."""
-        self.shrink(0)
+        answer.add_done_callback(lambda _: self.shrink(0))
 
     def shrink(self, size: int) -> None:
         """Gives back all but `size`."""
         with self._lock:
             surplus, self._size = max(self._size - size, 0), min(self._size, size)
-        self._budget.give(surplus)
+        if surplus:
+            self._budget.give(surplus)
 
 
 class Intake:
@@ -116,13 +116,9 @@ class Intake:
         self.pixels = Budget(settings.lumen_max_megapixels * 1_000_000)  # in the decoders, of all pictures together
         self.prepared = Budget(PREPARED_MAX)
 
-    def job(self, correlation_id: str, flow: Flow, request: Request | None) -> Job:
-        """Creates the job of a request; `begin` starts it. `request` is None if its chunks were not valid."""
-        task, size = (request.task[:TASK_NAME_SHOWN], len(request.payload)) if request else ("", 0)
-        job = Job(correlation_id, task, size, flow)
-        traffic = self._traffic  # a callback lives as long as the job and should hold no more than it needs
-        traffic.count_queued(1)
-        job.answer.add_done_callback(lambda _: traffic.count_queued(-1))
+    def job(self, request: Request, flow: Flow) -> Job:
+        """Creates the job of a request; `begin` starts it."""
+        job = Job(request.correlation_id, request.task[:TASK_NAME_SHOWN], len(request.payload), flow)
         self._engine.expect(job)
         return job
 
@@ -132,8 +128,7 @@ class Intake:
         Waits while too many prepared requests wait for the models, unless the client has no other request in progress
         (`alone`). Does not raise: errors finish the job. A job that is already over only gives back.
         """
-        payload = Lease(self.payloads, request.held)
-        job.answer.add_done_callback(payload.release)
+        payload = Lease(self.payloads, request.held, job.answer)
         if job.answer.done():
             return
         try:
@@ -144,8 +139,7 @@ class Intake:
                 self.prepared.overdraw(most)
             else:
                 self.prepared.take(most, job.answer.cancelled)
-            prepared = Lease(self.prepared, most)
-            job.answer.add_done_callback(prepared.release)
+            prepared = Lease(self.prepared, most, job.answer)
             work = partial(self._prepare, job, task, request, models, payload, prepared)
             if task.takes == "text" and len(request.payload) <= SHORT_TEXT_BYTES:
                 work()()  # at once, so that short texts do not wait behind pictures
@@ -156,7 +150,11 @@ class Intake:
 
     def finished(self, job: Job, outcome: str) -> None:
         """Counts a request that was answered, or whose client has left ("cancelled")."""
-        self._traffic.count_request(job, outcome)
+        seconds = time.monotonic() - job.arrived
+        self._traffic.count_request(job.task, seconds, outcome)
+        # %a and the limits keep a client from writing lines into the log.
+        text = "request %a: %a, %d bytes, %d ms, %s"
+        log.debug(text, job.correlation_id[:40], job.task[:40], job.size, 1000 * seconds, outcome)
         if outcome == "ok":
             self._journal.answered(job.digest)
 
@@ -166,8 +164,6 @@ class Intake:
         """Turns the payload into pixels or token ids; -> what submits the job to the engine. Does not raise."""
         began = time.thread_time()
         try:
-            if job.answer.done():
-                return _nothing
             if task.takes == "image":
                 job.digest = hashlib.sha256(request.payload).hexdigest()
                 self._journal.check(job.digest)
@@ -179,10 +175,10 @@ class Intake:
             return partial(self._engine.submit, job)
         except Exception as error:
             job.finish(error)
-            return _nothing
+            return lambda: None
         finally:
             request.payload, request.meta = b"", {}
-            payload.release()
+            payload.shrink(0)
 
     @contextmanager
     def _room(self, cancelled: Callable[[], bool], pixels: int) -> Iterator[None]:
@@ -192,7 +188,3 @@ class Intake:
             yield
         finally:
             self.pixels.give(pixels)
-
-
-def _nothing() -> None:
-    pass

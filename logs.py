@@ -1,21 +1,12 @@
-"""The daemon's log: its formats, the limit on repeated lines, and the summary of each minute's traffic."""
+"""The daemon's log: its formats, and the limit on repeated lines."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import threading
 import time
-from collections import Counter
-from collections.abc import Container
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
-
-from metrics import Metrics
-
-log = logging.getLogger("lumen.logs")
 
 OURS = "lumen"  # the names of our loggers begin with it, those of libraries do not
 
@@ -89,101 +80,3 @@ class RepeatLimiter(logging.Filter):
         if count + 1 == self.PER_MINUTE:
             record.msg = f"{record.msg} (similar lines are suppressed for a minute)"
         return count < self.PER_MINUTE
-
-
-class FinishedRequest(Protocol):
-    """What is counted and logged of a request."""
-
-    correlation_id: str
-    task: str  # as the client named it
-    size: int  # bytes
-    arrived: float  # by time.monotonic()
-
-
-@dataclass
-class Summary:
-    """The traffic since `since`."""
-
-    since: float  # by time.monotonic()
-    longest_queue: int
-    seconds: list[float] = field(default_factory=list)  # of requests that were answered
-    errors: int = 0
-    cancelled: int = 0
-    batches: int = 0
-    items: int = 0
-    last_rejected: str = ""
-
-    def log(self, now: float) -> None:
-        requests = len(self.seconds) + self.cancelled
-        if not requests:
-            return
-        p95 = sorted(self.seconds or [0.0])[-(-len(self.seconds) * 95 // 100) - 1]
-        batch = self.items / max(self.batches, 1)
-        text = "in %.0f s: %d requests, %d errors, %d cancelled, batches of %.1f, p95 %.0f ms, longest queue %d"
-        log.info(text, now - self.since, requests, self.errors, self.cancelled, batch, 1000 * p95, self.longest_queue)
-
-
-class Traffic:
-    """Counts requests, batches and rejected calls, for `metrics` and for a summary line in the log.
-
-    No text of a client gets into the metrics or, unescaped, into the log. Any thread may count.
-    """
-
-    def __init__(self, tasks: Container[str] = ()) -> None:
-        """`tasks`: the names of tasks that are counted each. All others are counted as "unknown"."""
-        self.metrics = Metrics()
-        self._tasks, self._lock = tasks, threading.Lock()
-        self._queue = 0
-        self._rejected = Counter[str]()  # by reason
-        self._summary = Summary(time.monotonic(), 0)
-        self.metrics.queue_depth.set_function(lambda: self._queue)
-
-    def count_streams(self, change: int) -> None:
-        self.metrics.open_streams.inc(change)
-
-    def count_queued(self, change: int) -> None:
-        """Counts the requests that wait for their response."""
-        with self._lock:
-            self._queue += change
-            self._summary.longest_queue = max(self._summary.longest_queue, self._queue)
-
-    def count_batch(self, line: str, items: int) -> None:
-        self.metrics.batch_items.labels(line).observe(items)
-        with self._lock:
-            self._summary.batches += 1
-            self._summary.items += items
-
-    def count_rejected(self, reason: str, peer: str) -> None:
-        """Counts a call that was rejected as a whole."""
-        self.metrics.rejected.labels(reason).inc()
-        with self._lock:
-            self._rejected[reason] += 1
-            self._summary.last_rejected = f"{reason}, {peer}"
-
-    def count_request(self, request: FinishedRequest, outcome: str) -> None:
-        """Counts a request that was answered, or whose client cancelled it."""
-        seconds = time.monotonic() - request.arrived
-        task = request.task if request.task in self._tasks else "unknown"
-        self.metrics.requests.labels(task, outcome).inc()
-        with self._lock:
-            if outcome == "cancelled":
-                self._summary.cancelled += 1
-            else:
-                self.metrics.request_seconds.labels(task).observe(seconds)
-                self._summary.seconds.append(seconds)
-                self._summary.errors += outcome != "ok"
-        # %a and the limits keep a client from writing lines into the log.
-        text = "request %a: %a, %d bytes, %d ms, %s"
-        log.debug(text, request.correlation_id[:40], request.task[:40], request.size, 1000 * seconds, outcome)
-
-    def log_summary(self, interval: float) -> None:
-        """Logs the traffic since the last summary, if that was at least `interval` seconds ago and there was any."""
-        now = time.monotonic()
-        with self._lock:
-            summary = self._summary
-            if now - summary.since < interval:
-                return
-            self._summary = Summary(now, self._queue)
-        summary.log(now)
-        if summary.last_rejected:
-            log.info("rejected calls since the start: %s; last: %s", dict(self._rejected), summary.last_rejected)

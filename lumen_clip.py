@@ -241,7 +241,7 @@ def serve_immich(daemon: Daemon, host: str) -> Callable[[float], None]:
     try:
         import immich  # aiohttp takes 9 MB
 
-        return immich.serve(daemon, host, port).drain
+        return immich.ImmichServer(daemon, host, port).drain
     except ModuleNotFoundError as error:
         text = f"{error.name} is not installed here; pip install -r requirements-immich.txt"
     except OSError as error:
@@ -388,7 +388,7 @@ def serve(daemon: Daemon, advertiser: Advertiser, models: Models, loader: Specie
     daemon.serve(models)
     if loader:
         loader.in_background(models, lambda text: notify(f"STATUS={text}"))
-    advertiser.set_ready(daemon.GetCapabilities(None, None).runtime)
+    advertiser.set_ready(next(daemon.GetCapabilities(None, None)).runtime)
     threading.Thread(target=look_after_memory, args=(daemon,), name="memory", daemon=True).start()
     machine.trim_memory()
     gc.freeze()  # what stays need not be looked through again and again
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(settings)
         daemon = Daemon(settings, journal)
         if settings.lumen_metrics_port:
-            metrics.serve(daemon.traffic.metrics, options.host, settings.lumen_metrics_port)
+            metrics.serve(daemon.traffic, options.host, settings.lumen_metrics_port)
         drain_immich = serve_immich(daemon, options.host)
         _server, port = start_server(daemon, options.host, options.port)  # kept, else gRPC stops it
     except (SettingError, OSError) as error:
@@ -499,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve(daemon, advertiser, *event)
     if trouble := supervise(daemon, events, terminal):
         log.critical("%s; the process ends, so that a supervisor can start it again", trouble)
-        daemon.stop_serving()
+        daemon.drain(0)
         advertiser.close()
         time.sleep(LINGER_S)
         _leave(1)  # the requests in progress can no longer be answered

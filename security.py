@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ log = logging.getLogger("lumen.security")
 SHORT_CALLS_MAX = 16  # health checks and reflection calls at the same time
 SHORT_CALL_TIMEOUT_S = 20  # for the whole call, its request message included
 LIVENESS = "liveness"  # the name under which the standard health service says whether the process should be ended
+# The states of the standard health service: whether requests are answered, or the process is alive.
+STATES = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 HEALTH_WATCHES_MAX = 64  # open Watch calls of the standard health service; they occupy no thread
 
 
@@ -118,8 +121,19 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]
         return self._rejection
 
 
-def hide_exceptions(behaviour: Callable[[Any, Any], Iterator[Any]]) -> Callable[[Any, Any], Iterator[Any]]:
-    """Sends the text of unexpected exceptions to the log instead of the client, because it may contain a path."""
+def internal_error(error: BaseException) -> str:
+    """Logs the exception under a number and forgets its frames; -> the text for the client, with only the number."""
+    number = uuid.uuid4().hex[:8]
+    log.error("internal error %s", number, exc_info=error)
+    forget_frames(error)
+    return f"internal error {number}; the daemon's log says more"
+
+
+def stream_handler(behaviour: Callable[..., Any], request: type[Message], response: type[Message]) -> Any:
+    """A handler for gRPC that receives MALFORMED for bytes that are no `request`.
+
+    The text of unexpected exceptions goes to the log instead of the client, because it may contain a path.
+    """
 
     def wrapped(messages: Any, context: Any) -> Iterator[Any]:
         try:
@@ -130,68 +144,22 @@ def hide_exceptions(behaviour: Callable[[Any, Any], Iterator[Any]]) -> Callable[
                 raise
             context.abort(grpc.StatusCode.INTERNAL, internal_error(error))
 
-    return wrapped
-
-
-def internal_error(error: BaseException) -> str:
-    """Logs the exception under a number and forgets its frames; -> the text for the client, with only the number."""
-    number = uuid.uuid4().hex[:8]
-    log.error("internal error %s", number, exc_info=error)
-    forget_frames(error)
-    return f"internal error {number}; the daemon's log says more"
+    return grpc.stream_stream_rpc_method_handler(wrapped, partial(_parse, request), response.SerializeToString)
 
 
 MALFORMED = object()  # in place of a message that could not be parsed
 
 
-def stream_handler(behaviour: Callable[..., Any], request: type[Message], response: type[Message]) -> Any:
-    """A handler for gRPC that receives MALFORMED for bytes that are no `request`.
+def _parse(request: type[Message], data: bytes) -> Any:
+    """A message, or MALFORMED.
 
     If a deserializer raises, gRPC ends the call at once and again when the handler returns. Such a call is never
     released: it keeps its memory and its place among the streams of its connection.
     """
-
-    def parse(data: bytes) -> Any:
-        try:
-            return request.FromString(data)
-        except DecodeError:
-            return MALFORMED
-
-    return grpc.stream_stream_rpc_method_handler(behaviour, parse, response.SerializeToString)
-
-
-class ShortCallLimiter:
-    """Limits the calls that wait for a request message and should end soon: standard health and reflection.
-
-    Each occupies a thread, gRPC sets no deadline for them, and anyone may open them. When the limit is reached, the
-    oldest call is cancelled. Each call is cancelled after SHORT_CALL_TIMEOUT_S.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls: dict[Any, float] = {}  # context -> start by time.monotonic(); oldest first
-
-    @contextmanager
-    def admit(self, context: Any) -> Iterator[None]:
-        with self._lock:
-            oldest = next(iter(self._calls)) if len(self._calls) >= SHORT_CALLS_MAX else None
-            if oldest:
-                del self._calls[oldest]
-            self._calls[context] = time.monotonic()
-        if oldest:
-            oldest.cancel()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls.pop(context, None)
-
-    def cancel_expired(self, timeout_s: float = SHORT_CALL_TIMEOUT_S) -> None:
-        """Cancels the calls that are older than `timeout_s`."""
-        with self._lock:
-            expired = [context for context, since in self._calls.items() if time.monotonic() - since > timeout_s]
-        for context in expired:
-            context.cancel()
+    try:
+        return request.FromString(data)
+    except DecodeError:
+        return MALFORMED
 
 
 def _valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
@@ -201,60 +169,90 @@ def _valid(messages: Iterator[Any], context: Any) -> Iterator[Any]:
         yield message
 
 
-def short_call_handlers(
-    limiter: ShortCallLimiter, servicer: health.HealthServicer, alive: Callable[[], bool], service: str
-) -> dict[str, dict[str, Any]]:
-    """Handlers for the standard health of `service` and for reflection: service name -> method name -> handler.
+class ShortCalls:
+    """Standard health and reflection, whose calls wait for a request message and should end soon.
 
-    `alive` answers a Check of LIVENESS, a name that Watch does not know. It is asked for each Check, so that the answer
-    is right even if the main thread hangs.
+    Each occupies a thread meanwhile, gRPC sets no deadline for them, and anyone may open them. If there are more than
+    SHORT_CALLS_MAX, the oldest one is cancelled. Each is cancelled after SHORT_CALL_TIMEOUT_S.
 
     Check and Watch take one message, but are registered as streams. For a unary call gRPC occupies a thread before the
     message has arrived, and that wait cannot be ended.
     """
-    watches = threading.BoundedSemaphore(HEALTH_WATCHES_MAX)
 
-    def read_request(messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
-        with limiter.admit(context):
+    def __init__(self, service: str, alive: Callable[[], bool]) -> None:
+        """`alive` answers a Check of LIVENESS, a name that Watch does not know. It is asked for each Check, so that the
+        answer is right even if the main thread hangs."""
+        self._service, self._alive = service, alive
+        self.health = health.HealthServicer()
+        self.set_serving(False)
+        self._watches = threading.BoundedSemaphore(HEALTH_WATCHES_MAX)
+        self._lock = threading.Lock()
+        self._waiting: dict[Any, float] = {}  # context -> start by time.monotonic(); oldest first
+
+    def set_serving(self, serving: bool) -> None:
+        for name in ("", self._service):
+            self.health.set(name, STATES[serving])
+
+    def cancel_expired(self, timeout_s: float = SHORT_CALL_TIMEOUT_S) -> None:
+        """Cancels the calls that are older than `timeout_s`."""
+        for context, since in list(self._waiting.items()):
+            if time.monotonic() - since > timeout_s:
+                context.cancel()
+
+    def handlers(self) -> dict[str, dict[str, Any]]:
+        """Service name -> method name -> handler."""
+        request, response = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        question, answer = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+        reflector: Any = reflection.ReflectionServicer((self._service, health.SERVICE_NAME, reflection.SERVICE_NAME))
+
+        def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+            with self._admitted(context):
+                yield from reflector.ServerReflectionInfo(_valid(messages, context), context)
+
+        watch = grpc.stream_stream_rpc_method_handler(self._watch, partial(_parse, request), response.SerializeToString)
+        return {
+            health.SERVICE_NAME: {"Check": stream_handler(self._check, request, response), "Watch": watch},
+            reflection.SERVICE_NAME: {"ServerReflectionInfo": stream_handler(reflect, question, answer)},
+        }
+
+    @contextmanager
+    def _admitted(self, context: Any) -> Iterator[None]:
+        with self._lock:
+            if len(self._waiting) >= SHORT_CALLS_MAX:
+                oldest = next(iter(self._waiting))
+                del self._waiting[oldest]
+                oldest.cancel()
+            self._waiting[context] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting.pop(context, None)
+
+    def _request(self, messages: Iterator[Any], context: Any) -> health_pb2.HealthCheckRequest:
+        with self._admitted(context):
             request = next(_valid(messages, context), None)
         if request is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call carried no request")
         assert request is not None
-        if request.service not in ("", service, LIVENESS):
+        if request.service not in ("", self._service, LIVENESS):
             request.service = "unknown"  # the servicer keeps every name that it is asked for
         return request
 
-    def check(messages: Iterator[Any], context: Any) -> Iterator[Any]:
-        request = read_request(messages, context)
+    def _check(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
+        request = self._request(messages, context)
         if request.service == LIVENESS:
-            states = health_pb2.HealthCheckResponse
-            yield states(status=states.SERVING if alive() else states.NOT_SERVING)
+            yield health_pb2.HealthCheckResponse(status=STATES[self._alive()])
         else:
-            yield servicer.Check(request, context)
+            yield self.health.Check(request, context)
 
-    def watch(messages: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
-        request = read_request(messages, context)
-        if not watches.acquire(blocking=False):
+    def _watch(self, messages: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
+        request = self._request(messages, context)
+        if not self._watches.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{HEALTH_WATCHES_MAX} watch health already; try later")
-        if context.add_callback(watches.release):
-            servicer.Watch(request, context, send)
+        if context.add_callback(self._watches.release):
+            self.health.Watch(request, context, send)
         else:
-            watches.release()
+            self._watches.release()
 
-    watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # gRPC then occupies no thread
-
-    reflector: Any = reflection.ReflectionServicer((service, health.SERVICE_NAME, reflection.SERVICE_NAME))
-
-    def reflect(messages: Iterator[Any], context: Any) -> Iterator[Any]:
-        with limiter.admit(context):
-            yield from reflector.ServerReflectionInfo(_valid(messages, context), context)
-
-    request, response = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
-    question, answer = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
-    return {
-        health.SERVICE_NAME: {
-            "Check": stream_handler(hide_exceptions(check), request, response),
-            "Watch": stream_handler(watch, request, response),
-        },
-        reflection.SERVICE_NAME: {"ServerReflectionInfo": stream_handler(hide_exceptions(reflect), question, answer)},
-    }
+    _watch.experimental_non_blocking = True  # type: ignore[attr-defined]  # gRPC then occupies no thread

@@ -4,47 +4,28 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
-from grpc_health.v1 import health, health_pb2
 
 import machine
+import tasks
 from decode_pool import DecodePool
 from engine import TENSOR_MIME, Engine
 from gen import ml_service_pb2 as pb
 from intake import Intake
 from journal import Journal
-from logs import Traffic
 from machine import clock
-from security import (
-    SHORT_CALLS_MAX,
-    ShortCallLimiter,
-    TokenInterceptor,
-    hide_exceptions,
-    read_token,
-    short_call_handlers,
-    stream_handler,
-    tls_credentials,
-)
+from metrics import Traffic
+from security import SHORT_CALLS_MAX, ShortCalls, TokenInterceptor, read_token, stream_handler, tls_credentials
 from settings import VERSION, Settings
 from species import LABEL_FORMATS, RANKS
 from streams import OPEN_PER_PLACE, READING_S, SHUTTING_DOWN, Stream, Streams
-from tasks import (
-    CALLER_LABELS_MAX,
-    IMAGE_MIMES,
-    TASKS,
-    TAXA_MAX,
-    TEXT_BYTES_MAX,
-    TEXT_MIMES,
-    TOPK_MAX,
-    Models,
-    Task,
-)
+from tasks import TASKS, Models, Task
 
 log = logging.getLogger("lumen.service")
 
@@ -70,14 +51,13 @@ class Daemon:
         self.traffic = Traffic(TASKS)
         cores = machine.usable_cores()
         decoders = DecodePool(cores)
-        self.engine = Engine(self.journal.holding, self.traffic.count_batch, cores, decoders.busy)
+        self.engine = Engine(self.journal.holding, self.traffic, cores, decoders.busy)
         self.intake = Intake(settings, self.journal, self.traffic, self.engine, decoders)
-        self.health = health.HealthServicer()
-        self.short_calls = ShortCallLimiter()
+        self.short_calls = ShortCalls(SERVICE, self.alive)
         self.loading = "starting"  # the reason that clients are given while the models load
         self._models: Models | None = None
         self.streams = Streams(settings.lumen_max_streams, self.intake)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.traffic.open_streams.set_function(self.streams.count_open)
 
     def serve(self, models: Models) -> None:
         """Starts answering requests."""
@@ -85,7 +65,7 @@ class Daemon:
         self._models = models
         if models.operator_sets and models.clip:
             models.operator_sets.start(models.clip.encoder(self.engine))
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self.short_calls.set_serving(True)
 
     def serving(self) -> Models | None:
         """The models, or None while they load and after the daemon was told to stop."""
@@ -99,7 +79,7 @@ class Daemon:
 
     def drain(self, seconds: float) -> None:
         """Refuses new calls, and ends each stream after its requests are answered. Waits up to `seconds`."""
-        self.health.enter_graceful_shutdown()
+        self.short_calls.health.enter_graceful_shutdown()
         self.streams.drain(seconds)
 
     def check(self) -> None:
@@ -112,19 +92,13 @@ class Daemon:
         self.short_calls.cancel_expired(READING_S)
         return self.streams.make_room()
 
-    def stop_serving(self) -> None:
-        self.streams.draining = True
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-
     def trouble(self) -> str:
         """What is wrong with the threads of the engine or the decode pool, or ""."""
         engine, decoders, limit = self.engine, self.intake.decoders, self.settings.lumen_hang_s
         if not (engine.is_alive() and decoders.is_alive()):
             return "a thread of the engine or of the decoders has died"
-        for what, since in (
-            ("a batch or a task's step", engine.busy_since),
-            ("the preparation of a request", decoders.busy_since),
-        ):
+        busy = {"a batch or a task's step": engine.busy_since, "the preparation of a request": decoders.busy_since}
+        for what, since in busy.items():
             if since is not None and clock.now() - since > limit:
                 return f"{what} has been running for over {limit} s (LUMEN_HANG_S)"
         for tower, count in engine.failures.copy().items():
@@ -136,22 +110,14 @@ class Daemon:
         """Whether the process should go on: while the models load, and as long as inference has no trouble."""
         return self._models is None or not self.trouble()
 
-    def _set_health(self, status: Any) -> None:
-        for name in ("", SERVICE):
-            self.health.set(name, status)
-
     def handlers(self) -> dict[str, Any]:
         """The handlers of the four RPCs. Those that take Empty do not wait for it: silent calls hold nothing."""
-
-        def streamed(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
-            return lambda messages, context: iter((method(messages, context),))
-
         empty = empty_pb2.Empty
         return {
-            "Infer": stream_handler(hide_exceptions(self.Infer), pb.InferRequest, pb.InferResponse),
-            "GetCapabilities": stream_handler(hide_exceptions(streamed(self.GetCapabilities)), empty, pb.Capability),
-            "StreamCapabilities": stream_handler(hide_exceptions(self.StreamCapabilities), empty, pb.Capability),
-            "Health": stream_handler(hide_exceptions(streamed(self.Health)), empty, empty),
+            "Infer": stream_handler(self.Infer, pb.InferRequest, pb.InferResponse),
+            "GetCapabilities": stream_handler(self.GetCapabilities, empty, pb.Capability),
+            "StreamCapabilities": stream_handler(self.StreamCapabilities, empty, pb.Capability),
+            "Health": stream_handler(self.Health, empty, empty),
         }
 
     def _ready(self, context: Any) -> Models:
@@ -163,26 +129,20 @@ class Daemon:
         return self._models
 
     def Infer(self, request_iterator: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
-        models = self._ready(context)
-        stream = Stream(self.streams, models, request_iterator, context)
+        stream = Stream(self.streams, self._ready(context), request_iterator, context)
         if not self.streams.admit(stream):
             text = f"{self.settings.lumen_max_streams} Infer streams are open already; try later"
             self.traffic.count_rejected("too many streams", context.peer())
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        self.traffic.count_streams(1)
-        try:
-            if not context.add_callback(partial(self.streams.remove, stream)):
-                self.streams.remove(stream)
-            if self.streams.draining:  # since `_ready`, so that `drain` may not have seen this stream
-                stream.close(SHUTTING_DOWN)
-            yield from stream.responses()
-        finally:
-            stream.over = True
-            self.traffic.count_streams(-1)
+        if not context.add_callback(partial(self.streams.remove, stream)):
+            self.streams.remove(stream)
+        if self.streams.draining:  # since `_ready`, so that `drain` may not have seen this stream
+            stream.close(SHUTTING_DOWN)
+        return stream.responses()
 
-    def GetCapabilities(self, _: Any, context: Any) -> pb.Capability:
+    def GetCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
         models = self._ready(context)
-        return self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"), models.offered())
+        yield self._capability("clip" if models.clip else "bioclip", models, ("clip", "bioclip"), models.offered())
 
     def StreamCapabilities(self, _: Any, context: Any) -> Iterator[pb.Capability]:
         """One for each model. The Lumen SDK sends tensors for `semantic_image_embed` to a service "siglip" alone, so
@@ -198,14 +158,14 @@ class Daemon:
         if apart:
             yield self._capability("siglip", models, (models.semantic,), apart)
 
-    def Health(self, _: Any, context: Any) -> empty_pb2.Empty:
+    def Health(self, _: Any, context: Any) -> Iterator[empty_pb2.Empty]:
         """Empty has no fields, so the trailing metadata says what does not run as the operator asked."""
         backs = [model.backend for model in self._models.loaded.values()] if self._models else []
         refusals = dict.fromkeys(back.refusal for back in backs if back.refusal)  # always ASCII
         context.set_trailing_metadata([("lumen-degraded", f"the NPU is not used: {text}") for text in refusals])
-        return empty_pb2.Empty()
+        yield empty_pb2.Empty()
 
-    def _capability(self, service: str, models: Models, names: Sequence[str], tasks: Sequence[Task]) -> pb.Capability:
+    def _capability(self, service: str, models: Models, names: Sequence[str], offered: Sequence[Task]) -> pb.Capability:
         loaded = {name: model for name in names if (model := models.loaded.get(name))}
         backs = {name: model.backend for name, model in loaded.items()}
         runtimes = list(dict.fromkeys(back.runtime for back in backs.values()))
@@ -238,26 +198,27 @@ class Daemon:
             max_concurrency=self.settings.lumen_max_streams,
             precisions=sorted({back.precision for back in backs.values()}),
             extra=extra,
-            tasks=[self._io_task(task, models) for task in tasks],
+            tasks=[self._io_task(task, models) for task in offered],
             protocol_version=PROTOCOL_VERSION,
         )
 
     def _io_task(self, task: Task, models: Models) -> pb.IOTask:
         backend = models.loaded[task.models[0]].backend
-        limits = {"max_payload_size": str(TEXT_BYTES_MAX if task.takes == "text" else self.intake.request_bytes_max)}
-        if task.takes == "image":
+        text = task.takes == "text"
+        limits = {"max_payload_size": str(tasks.TEXT_BYTES_MAX if text else self.intake.request_bytes_max)}
+        if not text:
             limits["max_pixels"] = str(self.settings.lumen_max_megapixels * 1_000_000)
         if task.topk:
-            limits |= {"topk_default": str(task.topk), "topk_max": str(TOPK_MAX)}
+            limits |= {"topk_default": str(task.topk), "topk_max": str(tasks.TOPK_MAX)}
         else:
             limits["dim"] = str(backend.dim)
         if task.species:
             limits |= {"label_formats": ",".join(LABEL_FORMATS), "ranks": ",".join((*RANKS, "auto"))}
-            limits["within_max"] = str(TAXA_MAX)
+            limits["within_max"] = str(tasks.TAXA_MAX)
         if task.caller_labels:
-            limits["labels_max"] = str(CALLER_LABELS_MAX)
+            limits["labels_max"] = str(tasks.CALLER_LABELS_MAX)
         tensor_id = task.tensor_id(backend.preprocess)
-        mimes = TEXT_MIMES if task.takes == "text" else IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
+        mimes = tasks.TEXT_MIMES if text else tasks.IMAGE_MIMES + ((TENSOR_MIME,) if tensor_id else ())
         return pb.IOTask(
             name=task.name,
             input_mimes=mimes,
@@ -312,9 +273,7 @@ def start_server(daemon: Daemon, host: str, port: int) -> tuple[grpc.Server, int
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
-    short = short_call_handlers(daemon.short_calls, daemon.health, daemon.alive, SERVICE)
-    for name, handlers in (SERVICE, daemon.handlers()), *short.items():
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    for name, handlers in (SERVICE, daemon.handlers()), *daemon.short_calls.handlers().items():
         # A queue for each method, so that many calls of one method do not delay Health.
         server.add_registered_method_handlers(name, handlers)  # type: ignore[attr-defined]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import grpc
 
 from chunks import ID_MAX, Assembler
-from engine import Job
+from engine import Job, forget_frames
 from errors import BadInput, NotReady, Overload
 from gen import ml_service_pb2 as pb
 from intake import Intake
@@ -53,6 +54,7 @@ class Closing:
     details: str = ""
 
 
+ENDED = Closing()
 SHUTTING_DOWN = Closing(grpc.StatusCode.UNAVAILABLE, "the daemon is shutting down")
 
 
@@ -68,36 +70,34 @@ class Stream:
         self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_progress: set[Job] = set()
-        self._window, self._window_size = threading.Semaphore(WINDOW), WINDOW
-        self._assembler = Assembler(self._intake.request_bytes_max)
+        self._window = queue.SimpleQueue[None]()  # a semaphore, of which `put` and `get` cost less than threading's
+        self._window_size = 0
+        self.assembler = Assembler(self._intake.request_bytes_max)
         self._queueing = threading.Lock()  # guards the order of `_jobs`
         self._closed = False  # `_jobs` contains a Closing
         self._gone = False  # the client has left or the call is over
         self._held = 0  # bytes taken from the budget for incomplete requests
         self._idle_since = clock.now()
-        self._reading_since: float | None = None  # when the reader began to wait for a message
-        self._yielding_since: float | None = None  # when gRPC began to send the current response
-        self._answered_since: float | None = None  # when the last request in progress was answered
+        self.reading_since = math.inf  # when the reader began to wait for a message; infinity if it does not
+        self._yielding_since = math.inf  # when gRPC began to send the current response; infinity if there is none
+        self._answered_since = -math.inf  # when the last request in progress was answered
         self._half_closed = False  # the client sends no more requests
         self.over = False  # its thread has ended
 
     def responses(self) -> Iterator[pb.InferResponse]:
-        if not self._context.add_callback(self._leave):
-            return
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
         answered = 0
         try:
+            threading.Thread(target=self._read, name="reader", daemon=True).start()
             while isinstance(job := self._jobs.get(), Job):
-                response = self._response(job)
-                self._intake.finished(job, OUTCOMES[response.error.code])
-                self._yielding_since = clock.now()
+                response, outcome = _response(job)
+                self._intake.finished(job, outcome)
+                self._yielding_since = self._answered_since = clock.now()
                 self._in_progress.discard(job)
-                self._answered_since = self._yielding_since
                 if not self.needs_place():
                     self._streams.place_may_be_free()
                 yield response
-                self._yielding_since, self._idle_since = None, clock.now()
-                self._window.release()
+                self._yielding_since, self._idle_since = math.inf, clock.now()
+                self._window.put(None)
                 answered += 1
             if job.code is not grpc.StatusCode.OK and not self._gone:
                 log.info("a stream ended: %s, %s", job.code.name, job.details)
@@ -108,18 +108,19 @@ class Stream:
             pass  # the client has left
         finally:
             log.debug("a stream is over after %d answers, %d were not sent", answered, len(self._in_progress))
-            self._leave()
+            self.leave()
             for job in list(self._in_progress):
                 self._intake.finished(job, "cancelled")
+            self.over = True
 
     def check(self, now: float) -> None:
         """Ends a stream that is idle, or whose client does not read. The main thread calls this every few seconds."""
-        silent, sending_since = self.silent(now), self._yielding_since
-        if sending_since is not None and now - sending_since > READER_IDLE_S and not self._gone:
+        silent = self.silent(now)
+        if now - self._yielding_since > READER_IDLE_S and not self._gone:
             log.info("a stream ended: the client does not read its responses")
             self._gone = True
             self._context.cancel()
-        elif self._assembler.unfinished() and silent > CHUNK_IDLE_S:
+        elif self.assembler.unfinished() and silent > CHUNK_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no chunk for {CHUNK_IDLE_S} s"))
         elif silent > STREAM_IDLE_S:
             self.close(Closing(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request for {STREAM_IDLE_S} s"))
@@ -134,19 +135,11 @@ class Stream:
 
     def may_end(self, now: float) -> bool:
         """Whether the last request was answered just now, so that the client may be about to end the stream."""
-        return not self._in_progress and self._answered_since is not None and now - self._answered_since < ANSWERED_S
-
-    def uploading(self, now: float) -> float:
-        """Seconds since the oldest incomplete request began; negative if there is none."""
-        return now - self._assembler.since()
+        return not self._in_progress and now - self._answered_since < ANSWERED_S
 
     def silent(self, now: float) -> float:
         """Seconds for which the stream has had no request in progress."""
-        return 0.0 if self._in_progress or self._yielding_since is not None else now - self._idle_since
-
-    def reading(self, now: float) -> float:
-        """Seconds for which the reader has been waiting for a message."""
-        return 0.0 if self._reading_since is None else now - self._reading_since
+        return 0.0 if self._in_progress or self._yielding_since < math.inf else now - self._idle_since
 
     def close(self, closing: Closing) -> None:
         """Ends the stream after the requests in progress are answered. Later requests are not begun."""
@@ -154,20 +147,21 @@ class Stream:
             self._closed = True
             self._jobs.put(closing)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Cancels the requests in progress: the client has left or the call is over."""
         self._gone = True
         for job in list(self._in_progress):
             job.answer.cancel()
-        self._window.release()
-        self._jobs.put(Closing())
+        self._window.put(None)
+        self._jobs.put(ENDED)
 
     def _read(self) -> None:
         closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "the stream carried no request")
         try:
-            self._reading_since = clock.now()
+            self.reading_since = clock.now()
             for message in self._messages:
-                self._reading_since, self._idle_since = None, clock.now()
-                closing = Closing()
+                self.reading_since, self._idle_since = math.inf, clock.now()
+                closing = ENDED
                 if message is MALFORMED:
                     closing = Closing(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an InferRequest")
                     break
@@ -175,12 +169,13 @@ class Stream:
                 del message  # otherwise it stays in memory until the next one arrives
                 if self._gone:
                     break
-                self._reading_since = clock.now()
-            self._reading_since = None
-            for key in self._assembler.unfinished():
+                self.reading_since = clock.now()
+            self.reading_since = math.inf
+            for key in self.assembler.unfinished():
                 if self._gone:
                     break
-                self._start(key, None, BadInput("total: the stream ended before the last chunk of this request"))
+                error = BadInput("total: the stream ended before the last chunk of this request")
+                self._start(Request(key, "", "", {}, b""), error)
             self._half_closed = True
             self._streams.place_may_be_free()
         except Overload:
@@ -190,7 +185,7 @@ class Stream:
         except Exception as error:
             closing = Closing(grpc.StatusCode.INTERNAL, internal_error(error))
         finally:
-            self._reading_since = None
+            self.reading_since = math.inf
             self._intake.payloads.give(self._held)
             self._jobs.put(closing)
 
@@ -198,78 +193,77 @@ class Stream:
         """Adds a message to its request, and starts the request if it is complete. Raises Overload."""
         payload = message.payload  # each access makes a copy
         message.ClearField("payload")
-        room, has_begun = self._assembler.room_for(message, payload)
+        room, has_begun = self.assembler.room_for(message, payload)
         self._intake.payloads.take(room, lambda: self._gone, CHUNK_IDLE_S, has_begun)
         self._held += room
         try:
-            request = self._assembler.add(message, payload)
+            request = self.assembler.add(message, payload)
         except BadInput as error:
-            self._start(message.correlation_id[:ID_MAX], None, error)
+            self._start(Request(message.correlation_id[:ID_MAX], "", "", {}, b""), error)
         else:
             if request:
                 self._held -= request.held
-                self._start(request.correlation_id, request)
-        kept = self._assembler.held()
+                self._start(request)
+        kept = self.assembler.held()
         self._intake.payloads.give(self._held - kept)
         self._held = kept
 
-    def _start(self, correlation_id: str, request: Request | None, error: BadInput | None = None) -> None:
+    def _start(self, request: Request, error: BadInput | None = None) -> None:
         """Adds a job to the queue of responses and starts it. With `error` the request has failed already."""
-        wider = 2 * self._models.images_at_once() - self._window_size  # the tuning may have found larger batches
-        if wider > 0:
-            self._window.release(wider)
-            self._window_size += wider
-        self._window.acquire()
-        job = self._intake.job(correlation_id, self._flow, request)
+        size = max(WINDOW, 2 * self._models.images_at_once())  # the tuning may have found larger batches
+        while self._window_size < size:
+            self._window_size += 1
+            self._window.put(None)
+        self._window.get()
+        job = self._intake.job(request, self._flow)
         with self._queueing:
             if self._closed:
                 job.answer.cancel()
             else:
                 self._in_progress.add(job)
                 self._jobs.put(job)
-        if self._gone:  # `_leave` may have run before this job was added
+        if self._gone:  # `leave` may have run before this job was added
             job.answer.cancel()
         if error:
             job.finish(error)
-        if request:
+        else:
             self._intake.begin(job, request, self._models, alone=self._in_progress == {job})
 
-    def _response(self, job: Job) -> pb.InferResponse:
-        """Waits for the answer to a job. Raises CancelledError if the client has left."""
-        if error := job.answer.exception():
-            return _error_response(job, error)
-        answer = job.answer.result()
-        milliseconds = round((time.monotonic() - job.arrived) * 1000)
-        try:
-            return pb.InferResponse(
-                correlation_id=job.correlation_id,
-                is_final=True,
-                result=answer.encoded(),
-                meta={**answer.meta, "lat_ms": str(milliseconds)},
-                total=1,
-                result_mime=answer.mime(),
-                result_schema=answer.schema,
-            )
-        except Exception as error:
-            return _error_response(job, error)
 
-
-OUTCOMES = {
-    0: "ok",
-    pb.ERROR_CODE_INVALID_ARGUMENT: "invalid_argument",
-    pb.ERROR_CODE_UNAVAILABLE: "unavailable",
-    pb.ERROR_CODE_INTERNAL: "internal",
+# The outcome and the code of a request that fails.
+FAILURES: dict[type[Any], tuple[str, Any]] = {
+    BadInput: ("invalid_argument", pb.ERROR_CODE_INVALID_ARGUMENT),
+    NotReady: ("unavailable", pb.ERROR_CODE_UNAVAILABLE),
+    Exception: ("internal", pb.ERROR_CODE_INTERNAL),  # any other
 }
 
 
-def _error_response(job: Job, error: BaseException) -> pb.InferResponse:
-    """The response with an error. Its result and result_mime are empty, so that no client reads it as an answer."""
-    codes: dict[type[Any], Any] = {BadInput: pb.ERROR_CODE_INVALID_ARGUMENT, NotReady: pb.ERROR_CODE_UNAVAILABLE}
-    code = codes.get(type(error), pb.ERROR_CODE_INTERNAL)
-    text = internal_error(error) if code == pb.ERROR_CODE_INTERNAL else str(error)
-    text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
-    problem = pb.Error(code=code, message=text)
-    return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1)
+def _response(job: Job) -> tuple[pb.InferResponse, str]:
+    """Waits for the answer to a job; -> (response, outcome). Raises CancelledError if the client has left.
+
+    With an error, result and result_mime are empty, so that no client reads the response as an answer.
+    """
+    try:
+        answer = job.answer.result()
+        response = pb.InferResponse(
+            correlation_id=job.correlation_id,
+            is_final=True,
+            result=answer.encoded(),
+            meta={**answer.meta, "lat_ms": str(round((time.monotonic() - job.arrived) * 1000))},
+            total=1,
+            result_mime=answer.mime(),
+            result_schema=answer.schema,
+        )
+        return response, "ok"
+    except futures.CancelledError:
+        raise
+    except Exception as error:
+        outcome, code = FAILURES.get(type(error), FAILURES[Exception])
+        text = internal_error(error) if outcome == "internal" else str(error)
+        text = text.encode("utf-8", "replace").decode()  # protobuf takes no lone surrogates
+        forget_frames(error)  # those of this function too, which hold the job
+        problem = pb.Error(code=code, message=text)
+        return pb.InferResponse(correlation_id=job.correlation_id, is_final=True, error=problem, total=1), outcome
 
 
 class Streams:
@@ -299,8 +293,11 @@ class Streams:
     def _has_place(self, stream: Stream) -> bool:
         taken = [other for other in self._streams if other.needs_place()]
         first = all(other.connection != stream.connection for other in taken)
-        still_open = sum(not other.over for other in self._streams)
-        return (first or len(taken) < self._most) and still_open < OPEN_PER_PLACE * self._most
+        return (first or len(taken) < self._most) and self.count_open() < OPEN_PER_PLACE * self._most
+
+    def count_open(self) -> int:
+        """The number of streams whose thread has not ended."""
+        return sum(not stream.over for stream in list(self._streams))
 
     def _end_a_silent_stream(self, now: float) -> bool:
         """Ends the stream that has been silent for longest, if that is at least WANTED_IDLE_S."""
@@ -317,6 +314,8 @@ class Streams:
             self._changed.notify_all()
 
     def remove(self, stream: Stream) -> None:
+        """gRPC calls this when it has sent the final status of a stream, or when the client has left."""
+        stream.leave()
         with self._changed:
             self._streams.discard(stream)
             self._changed.notify_all()
@@ -331,12 +330,11 @@ class Streams:
 
     def check(self) -> None:
         """Ends streams that occupy memory or a place without need."""
-        now = clock.now()
-        streams = list(self._streams)
+        now, streams = clock.now(), list(self._streams)
         for stream in streams:
             stream.check(now)
-        oldest = max(streams, key=lambda stream: stream.uploading(now), default=None)
-        if oldest and oldest.uploading(now) > UPLOAD_S and self.intake.payloads.waited() > WANTED_BYTES_S:
+        oldest = min(streams, key=lambda stream: stream.assembler.since(), default=None)
+        if oldest and now - oldest.assembler.since() > UPLOAD_S and self.intake.payloads.waited() > WANTED_BYTES_S:
             text = f"a request has been incomplete for over {UPLOAD_S} s, and others wait for its memory; try later"
             oldest.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
 
@@ -347,7 +345,7 @@ class Streams:
         on, and has no limit for all messages together. Requests in progress are answered first.
         """
         now = clock.now()
-        slow = [stream for stream in list(self._streams) if stream.reading(now) > READING_S]
+        slow = [stream for stream in list(self._streams) if now - stream.reading_since > READING_S]
         for stream in slow:
             stream.close(Closing(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory is short; try later, or in chunks"))
         return len(slow)

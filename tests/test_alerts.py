@@ -13,8 +13,8 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from logs import Traffic
-from streams import OUTCOMES
+from metrics import Traffic
+from streams import FAILURES
 from tasks import TASKS
 from tests.kit import ROOT, code_of
 
@@ -33,14 +33,14 @@ def test_the_rules_ask_for_metrics_that_a_daemon_has() -> None:
     """Lost otherwise: an alert that never fires, because a metric, a task or an outcome is not called so any more."""
     served = Traffic(TASKS)
     served.count_batch("clip image", 1)
-    text = generate_latest(served.metrics.registry).decode()
+    text = generate_latest(served.registry).decode()
     known = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE)) | {"up"}
     known |= {rule["record"] for rule in RULES if "record" in rule}
     for rule in RULES:
         used = re.findall(r"\b(?:lumen[:_][\w:]+|process_\w+|up)\b", rule["expr"])
         assert used and {name.removesuffix("_bucket") for name in used} <= known, rule["expr"]
         for label, values in re.findall(r'(task|outcome)=~?"([^"]+)"', rule["expr"]):
-            names = TASKS if label == "task" else [*OUTCOMES.values(), "cancelled"]
+            names = TASKS if label == "task" else ["ok", *(outcome for outcome, _ in FAILURES.values()), "cancelled"]
             for value in values.split("|"):
                 assert any(re.fullmatch(value, name) for name in names), value
     pictures = {name for name, task in TASKS.items() if task.takes == "image"}

@@ -329,9 +329,9 @@ def test_a_picture_that_is_given_as_a_text_is_warned_of(demo: Node, tmp_path: Pa
 def test_heic_files_of_a_folder_are_sent_or_counted(tmp_path: Path, reads: bool) -> None:
     """Lost otherwise: all pictures of a telephone, and nobody who knows."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import lumen_clip, service\n"
-        "service.IMAGE_MIMES = tuple(mime for mime in service.IMAGE_MIMES if mime[-4:] not in ('heic', 'heif'))\n"
-        f"service.IMAGE_MIMES += ('image/heic',) * {reads}; sys.exit(lumen_clip.main())"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import lumen_clip, tasks\n"
+        "tasks.IMAGE_MIMES = tuple(mime for mime in tasks.IMAGE_MIMES if mime[-4:] not in ('heic', 'heif'))\n"
+        f"tasks.IMAGE_MIMES += ('image/heic',) * {reads}; sys.exit(lumen_clip.main())"
     )
     album, only = tmp_path / "album", tmp_path / "album" / "only"
     only.mkdir(parents=True)

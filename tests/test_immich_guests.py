@@ -268,7 +268,7 @@ def gated(watched: tuple[Any, Any]) -> tuple[Any, Any, int]:
     """(the model that waits at a gate, a stub of gRPC, the port for immich)"""
     backend, stub = watched
     port = free_port()
-    immich.serve(backend.daemon, "127.0.0.1", port)
+    immich.ImmichServer(backend.daemon, "127.0.0.1", port)
     return backend, stub, port
 
 
@@ -318,7 +318,7 @@ def test_overload_is_told_and_a_client_that_leaves_takes_its_work_along(
     backend.gate.set()
     assert peers[0].answer()[0] == 200
     wait_until(lambda: send(port, bodies[3])[0] == 200)
-    counted = backend.daemon.traffic.metrics.requests.labels("clip_embed", "cancelled")._value.get()
+    counted = backend.daemon.traffic.requests.labels("clip_embed", "cancelled")._value.get()
     assert counted == 2 and backend.daemon.intake.payloads.used == 0
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from gen import ml_service_pb2 as pb
-from logs import Traffic
-from metrics import MetricsServer
+from metrics import MetricsServer, Traffic
 from tests.hostile import held, impatient, threads_and_files
 from tests.kit import Node, wait_until, write_labels
 
@@ -64,16 +63,16 @@ def test_prometheus_reads_what_was_served(tmp_path: Path, tiny_onnx: Path) -> No
 def test_two_daemons_in_one_process_count_separately() -> None:
     """The library's default registry is one for the whole process."""
     first, second = Traffic(), Traffic()
-    first.count_streams(1)
+    first.open_streams.inc()
     first.count_queued(2)
     first.count_rejected("too many streams", "a peer")
-    text = generate_latest(first.metrics.registry).decode()
+    text = generate_latest(first.registry).decode()
     for line in (
         "lumen_open_streams 1.0",
         "lumen_queue_depth 2.0",
         'lumen_turned_away_total{reason="too many streams"} 1.0',
     ):
-        assert line in text.splitlines() and line not in generate_latest(second.metrics.registry).decode()
+        assert line in text.splitlines() and line not in generate_latest(second.registry).decode()
     names = {name for name in re.findall(r"^# TYPE (\w+)", text, re.MULTILINE) if not name.startswith("process_")}
     assert names == {
         "lumen_requests_total",
