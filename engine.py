@@ -293,6 +293,20 @@ class Engine:
             self._new.append(job)
             self._changed.notify()
 
+    def results_of(self, stage: Stage, items: Sequence[Any]) -> list[Any]:
+        """Runs items that belong to no request, and waits for their results. Raises what the stage raised for one."""
+        found: list[Any] = []
+
+        def steps() -> Steps:
+            found.extend((yield stage, items))
+            return Answer("", b"", {})
+
+        job = Job("", "", 0)
+        job.steps = steps()
+        self.submit(job)
+        job.answer.result()
+        return found
+
     def stop(self) -> None:
         """Ends the threads. Waits up to five seconds for batches in progress, whose results are dropped."""
         with self._changed:

@@ -13,7 +13,7 @@ import numpy as np
 
 import backends
 import machine
-from engine import Answer, Engine, Job, Stage, Steps
+from engine import Engine, Stage
 from errors import BackendError
 from model_files import Backend, Encode, Vectors
 from tokenizer import true_length
@@ -132,17 +132,7 @@ class Model:
     def encoder(self, engine: Engine) -> Encode:
         """Returns a function that encodes prompts in the background while the daemon serves. It blocks its thread."""
 
-        def encode(texts: list[str]) -> Vectors:
-            tokens, rows = self.backend.tokenize(texts), []
-
-            def steps() -> Steps:
-                rows.extend((yield self.background, list(tokens)))  # not cached: they are needed once
-                return Answer("", b"", {})
-
-            job = Job("", "", 0)
-            job.steps = steps()
-            engine.submit(job)
-            job.answer.result()
-            return np.stack(rows)
+        def encode(texts: list[str]) -> Vectors:  # not cached: they are needed once
+            return np.stack(engine.results_of(self.background, list(self.backend.tokenize(texts))))
 
         return encode

@@ -14,7 +14,7 @@ from typing import Any
 import label_cache
 import machine
 import tree_of_life
-from engine import Answer, Engine, Job, Stage, Steps
+from engine import Engine, Stage
 from errors import LabelError, SettingError
 from label_cache import CacheKey, TextVectors
 from labels import ENCODE_BATCH
@@ -192,16 +192,7 @@ class SpeciesLoader:
             self._model.backend.unload_text()
             return items
 
-        stage = self._engine.add(Stage("bioclip unload", unload, 1, Stage.BACKGROUND))
-
-        def steps() -> Steps:
-            yield stage, [None]
-            return Answer("", b"", {})
-
-        job = Job("", "", 0)
-        job.steps = steps()
-        self._engine.submit(job)
-        job.answer.result()
+        self._engine.results_of(self._engine.add(Stage("bioclip unload", unload, 1, Stage.BACKGROUND)), [None])
 
 
 class _TooSlow(Exception):
