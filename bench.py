@@ -157,8 +157,8 @@ class Limits:
 
         alone = onnxruntime.SessionOptions()
         alone.intra_op_num_threads = 1
-        whole = onnxruntime.InferenceSession(str(backend.image_path))
-        one_core = onnxruntime.InferenceSession(str(backend.image_path), alone)
+        whole = onnxruntime.InferenceSession(str(backend.image.path))
+        one_core = onnxruntime.InferenceSession(str(backend.image.path), alone)
         name, fixed = whole.get_inputs()[0].name, whole.get_inputs()[0].shape[0]
 
         for pixels in self._ready_pixels():

@@ -264,7 +264,7 @@ class FolderBackend(Backend):
     def __init__(self, folder: ModelFolder, image: ImageTower) -> None:
         """Raises SettingError or BackendError."""
         options, manifest, config = folder.options, folder.manifest, folder.config
-        self._options, self._image = options, image
+        self._options, self.image = options, image
         self._open_text_tower(folder)
         self.runtime, self.accelerator, self.npu = image.runtime, image.accelerator, image.npu
         self.preprocess, self.workers = image.preprocess, image.workers
@@ -330,14 +330,14 @@ class FolderBackend(Backend):
         self._text_session = None
 
     def encode_images(self, pixels: Pixels) -> Vectors:
-        return self._image.encode(pixels)
+        return self.image.encode(pixels)
 
     def encode_single(self, pixels: Pixels) -> Vectors:
-        return self._image.encode_single(pixels)
+        return self.image.encode_single(pixels)
 
     def prepare_single(self) -> None:
-        self._image.prepare_single()
-        self.single_image_cores = self._image.single_image_cores
+        self.image.prepare_single()
+        self.single_image_cores = self.image.single_image_cores
 
 
 def open_onnx(options: ModelOptions, say: Say = quiet) -> FolderBackend:
