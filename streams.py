@@ -70,8 +70,7 @@ class Stream:
         self._flow = self.connection, next(self._numbers)
         self._jobs: queue.SimpleQueue[Job | Closing] = queue.SimpleQueue()
         self._in_progress: set[Job] = set()
-        self._window = queue.SimpleQueue[None]()  # a semaphore, of which `put` and `get` cost less than threading's
-        self._window_size = 0
+        self._window, self._window_size = threading.Semaphore(WINDOW), WINDOW
         self.assembler = Assembler(self._intake.request_bytes_max)
         self._queueing = threading.Lock()  # guards the order of `_jobs`
         self._closed = False  # `_jobs` contains a Closing
@@ -97,7 +96,7 @@ class Stream:
                     self._streams.place_may_be_free()
                 yield response
                 self._yielding_since, self._idle_since = math.inf, clock.now()
-                self._window.put(None)
+                self._window.release()
                 answered += 1
             if job.code is not grpc.StatusCode.OK and not self._gone:
                 log.info("a stream ended: %s, %s", job.code.name, job.details)
@@ -152,7 +151,7 @@ class Stream:
         self._gone = True
         for job in list(self._in_progress):
             job.answer.cancel()
-        self._window.put(None)
+        self._window.release()
         self._jobs.put(ENDED)
 
     def _read(self) -> None:
@@ -210,11 +209,11 @@ class Stream:
 
     def _start(self, request: Request, error: BadInput | None = None) -> None:
         """Adds a job to the queue of responses and starts it. With `error` the request has failed already."""
-        size = max(WINDOW, 2 * self._models.images_at_once())  # the tuning may have found larger batches
-        while self._window_size < size:
-            self._window_size += 1
-            self._window.put(None)
-        self._window.get()
+        wider = 2 * self._models.images_at_once() - self._window_size  # the tuning may have found larger batches
+        if wider > 0:
+            self._window.release(wider)
+            self._window_size += wider
+        self._window.acquire()
         job = self._intake.job(request, self._flow)
         with self._queueing:
             if self._closed:
