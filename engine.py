@@ -237,9 +237,9 @@ class Engine:
     def add(self, stage: Stage) -> Stage:
         """Call it before `start` for a stage with threads of its own."""
         stage.queue = FairQueue(self._shares[stage.kind])
-        self._stages.append(stage)
         shared = self._workers if stage.spread else self._inference
         stage.pool = Pool(stage.threads) if stage.threads else shared
+        self._stages.append(stage)
         for i in range(stage.threads):
             self._add_thread(f"{stage.name}-{i}", stage.pool, 0)
         return stage
@@ -402,7 +402,9 @@ class Engine:
 
     def _until_next(self) -> float | None:
         """Seconds until a batch may start although nothing happens; None if a batch or a request must end first."""
-        begin = [stage.look_again_at for stage in self._stages if stage.queue.length and stage.pool.free]
+        waiting = [stage for stage in self._stages if stage.queue.length and stage.pool.free]
+        # Asked again, under the lock of the wait, because a request may have ended since `_choose` asked.
+        begin = [stage.look_again_at if self._waits(stage) else 0.0 for stage in waiting]
         return max(0.0, min(begin) - time.monotonic()) if begin else None
 
     def _advance(self, job: Job) -> None:

@@ -429,16 +429,18 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"--to {to}: it exists already and is not an empty folder")
     pictures = read_photos(photos)
-    options = ExportOptions("CLIP", "torch", model, data_dir, device="cpu")
-    backends.check_modules(options)
-    source = TorchBackend(options)
+    staging = to.with_name(f".{to.name}.{os.getpid()}")
+    before = ExportOptions("CLIP", "torch", model, data_dir, device="cpu")
+    after = ExportOptions("CLIP", "onnxrt", str(staging), data_dir)
+    for options in (before, after):
+        backends.check_modules(options)
+    source = TorchBackend(before)
     # Vectors of two precisions must not be mixed in one index unseen, so the name says which these are.
     name = (model_id or source.model_id) + ("" if precision == "fp32" else f"-{precision}")
     wanted, reference = Wanted(name, precision, notice, tower), Reference(source, model)
-    staging = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         write_folder(source, reference, staging, wanted)
-        written = open_onnx(ExportOptions("CLIP", "onnxrt", str(staging), data_dir))
+        written = open_onnx(after)
         check(cosines(reference, written, pictures), FLOORS[precision].worst)
         for part in set(PARTS["both"]) - set(PARTS[tower]):
             shutil.rmtree(staging / part)

@@ -195,7 +195,7 @@ class ShortCalls:
 
     def cancel_expired(self, timeout_s: float = SHORT_CALL_TIMEOUT_S) -> None:
         """Cancels the calls that are older than `timeout_s`."""
-        for context, since in list(self._waiting.items()):
+        for context, since in self._waiting.copy().items():
             if time.monotonic() - since > timeout_s:
                 context.cancel()
 

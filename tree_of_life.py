@@ -29,7 +29,7 @@ import species
 from errors import BackendError, DamagedCache, LabelError, SettingError, one_line
 from label_cache import CacheKey, TextVectors
 from model_files import Encode, Say, encoder_of, fetch_file, quiet
-from settings import DATA_DIR, SPECIES_SOURCES, ModelOptions
+from settings import DATA_DIR, DEFAULT_MODELS, SPECIES_SOURCES, ModelOptions
 from species import RECIPE
 
 log = logging.getLogger("lumen.tree_of_life")
@@ -39,6 +39,7 @@ NAMES_10M = ("imageomics/TreeOfLife-10M", "embeddings/txt_emb_species.json")
 REPO_200M = "imageomics/TreeOfLife-200M"
 REVISION_200M = "5f2dc493b3dc0e544438a04038ab15faa646b749"
 FILE_200M = "embeddings/txt_emb_bioclip-2"  # with .npy the vectors, with .json their names
+NAMES_200M = "names.json"  # its names, while it is converted
 PUBLISHED = "published"  # the recipe of published vectors
 # The least cosine of a published vector, an average over 80 prompts, with the vector of our prompt. Vectors of another
 # model have a cosine near 0.
@@ -258,9 +259,9 @@ def published(folder: Path, model_id: str, progress: label_cache.Progress) -> Te
         hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
         with hub.open(f"datasets/{REPO_200M}@{REVISION_200M}/{FILE_200M}.npy", "rb", cache_type="none") as source:
             dim, count = _npy_shape(source)
-            names, order = _names_in_order(building, count)
-            used = _panels(building, source, dim, order, progress)
-        return _assemble(folder, model_id, dim, list(itertools.compress(names, used)), used)
+            used = _panels(building, source, dim, _order(building, count), progress)
+        names = list(itertools.compress(sorted(lineages_of(building / NAMES_200M)), used))
+        return _assemble(folder, model_id, dim, names, used)
     except LabelError:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk each raise their own kinds
@@ -277,17 +278,19 @@ def _npy_shape(source: Any) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _names_in_order(building: Path, count: int) -> tuple[list[str], NDArray[np.int32]]:
-    """The sorted lineages, and the column of each, int32 `[count]`."""
-    path, source = building / "names.json", f"{FILE_200M}.json"
+def _order(building: Path, count: int) -> NDArray[np.int32]:
+    """Downloads the names, once; -> the column of each in their sorted order, int32 `[count]`.
+
+    The names themselves, over 100 MB, are read again when the vectors are there.
+    """
+    path, source = building / NAMES_200M, f"{FILE_200M}.json"
     try:
         lineages = lineages_of(path)
     except LabelError:  # it has not been downloaded yet, or is damaged
         lineages = fetch_file(path, REPO_200M, source, quiet, REVISION_200M, check=lineages_of)
     if len(lineages) != count:
         raise LabelError(f"TreeOfLife-200M: {len(lineages)} names for {count} vectors")
-    order = sorted(range(count), key=lineages.__getitem__)
-    return [lineages[column] for column in order], np.array(order, np.int32)
+    return np.array(sorted(range(count), key=lineages.__getitem__), np.int32)
 
 
 def _panels(
@@ -357,7 +360,8 @@ def build(options: argparse.Namespace) -> TextVectors:
             return published(options.to, "imageomics/bioclip-2", show)
 
     path = names_file(options.labels, DATA_DIR)
-    model = ModelOptions("BIOCLIP", options.backend, options.model, DATA_DIR, device=options.device)
+    name = options.model or DEFAULT_MODELS["BIOCLIP"]
+    model = ModelOptions("BIOCLIP", options.backend, name, DATA_DIR, device=options.device)
     backend = backends.create_backend(model)
     encode = encoder_of(backend)
     return computed(options.to, path, backend.model_id, backend.dim, encode, lambda done, total: None)
@@ -396,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("build", help="compute or fetch them; goes on where it was stopped")
     making.add_argument("--labels", default=SOURCES[0], metavar="SOURCE", help=f"{', '.join(SOURCES)}, or a JSON file")
-    making.add_argument("--model", default="hf-hub:imageomics/bioclip-2", help="as BIOCLIP_MODEL")
+    making.add_argument("--model", default="", help="as BIOCLIP_MODEL")
     making.add_argument("--backend", default="torch", choices=("torch", "onnxrt"), help="as BIOCLIP_BACKEND")
     making.add_argument("--device", default="", help="as BIOCLIP_DEVICE")
     making.add_argument("--to", type=Path, required=True, metavar="FOLDER")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -207,23 +206,17 @@ def test_a_stream_that_is_open_already_gets_the_window_of_a_larger_batch(watched
     """Lost otherwise: most of a GPU, for an import that began while the first start was still tuning."""
     backend, stub = watched
     backend.gate = turnstile = Turnstile()
-    models = backend.daemon.serving()
-    sent = queue.SimpleQueue[Any]()
-    request = pb.InferRequest(task="clip_image_embed", payload=encoded(picture(RED, (64, 64))))
-
-    def in_progress() -> int:
-        return int(backend.daemon.engine._expected)
-
-    for _ in range(200):
-        sent.put(request)
-    call = stub.Infer(iter(sent.get, None), timeout=LIMIT_S)
-    try:
-        wait_until(lambda: in_progress() == streams.WINDOW)
-        models.clip.image.batch_size = 64
-        turnstile.release()  # the stream goes on, and learns of it
-        assert next(call).result
-        wait_until(lambda: in_progress() == 2 * 64)
-    finally:
-        sent.put(None)
-        call.cancel()
+    photo, over = encoded(picture(RED, (64, 64))), threading.Event()
+    requests = iter(lambda: None if over.is_set() else pb.InferRequest(task="clip_image_embed", payload=photo), None)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        responses = reader.submit(lambda: sum(not r.result for r in stub.Infer(requests, timeout=LIMIT_S)))
+        wait_until(lambda: backend.daemon.engine._expected == streams.WINDOW)
+        backend.daemon.serving().clip.image.batch_size = 64
+        until = time.monotonic() + LIMIT_S
+        while backend.daemon.engine._expected <= 2 * streams.WINDOW:
+            assert time.monotonic() < until
+            turnstile.release()  # the first picture is answered at some time: the stream goes on, and learns of it
+            time.sleep(0.2)
+        over.set()
         turnstile.set()
+        assert responses.result() == 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import engine
+import errors
 from engine import Answer, Engine, Job, Stage, Steps
 from tests.kit import LIMIT_S, wait_until
 
@@ -299,3 +300,17 @@ def test_a_stall_is_not_charged_to_the_client_whose_batch_it_was(start: Start) -
     assert sum(job.answer.done() for job in others) < 100  # of which each takes 20 ms
     for job in others:
         job.answer.cancel()
+
+
+def test_background_work_does_not_wait_for_a_request_that_just_ended() -> None:
+    """Lost otherwise: minutes in which a board could compute its species, for a picture that was damaged."""
+    running = Engine()
+    stage = running.add(Stage("background", list, 4, Stage.BACKGROUND))
+    stage.queue.push(("", ""), (Job("", "", 0), 0))
+    running._background_from = time.monotonic() + 100
+    request = Job("", "", 0)
+    running.expect(request)
+    assert running._choose() is None  # the request is in progress
+    request.finish(errors.BadInput("damaged"))
+    wait = running._until_next()
+    assert wait is not None and wait <= engine.IDLE_S
