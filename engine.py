@@ -78,8 +78,8 @@ class Stage:
     waits_until: float = 0.0  # for its share, by time.monotonic(), as `look_again_at`; see `Engine._waits`
     look_again_at: float = 0.0
     ran_items: int = 0  # in all batches
-    ran_s: float = 0.0  # that they took
-    alone_items: int = 0  # the same of those that began while no request was in progress
+    ran_s: float = 0.0  # seconds that these batches took
+    alone_items: int = 0  # the same two of the batches that began while no request was in progress
     alone_s: float = 0.0
     _fits: int = 0  # items of a batch, until `_fits_until`, by time.monotonic()
     _fits_until: float = 0.0
@@ -132,8 +132,8 @@ class Job:
     steps: Steps | None = None
     # Of the current `yield`: each element is the item first, then its result. The job continues with the last of them.
     results: Any = None
-    missing: int = 0  # how many are not there yet
-    error: Exception | None = None  # one of them
+    missing: int = 0  # the number of results that are not there yet
+    error: Exception | None = None  # a result that is an exception
     answer: futures.Future[Answer] = field(default_factory=futures.Future)
 
     def finish(self, result: Answer | Exception) -> None:
@@ -222,7 +222,8 @@ class Engine:
         self._shared_at = 0.0  # when a request last came while another was in progress, by time.monotonic()
         self._running = 0  # batches
         self._cores, self._workers = workers, Pool(workers)
-        self._inference, self._background = Pool(1), Pool(1)  # they take turns: the first has the count of both
+        # Only one of the two threads runs a batch at a time, so `_inference.free` counts for both.
+        self._inference, self._background = Pool(1), Pool(1)
         self._background_from = 0.0  # when background work may run while requests wait, by time.monotonic()
         self._idle_from = 0.0  # IDLE_S after the last response, by time.monotonic()
         self._ended: list[Batch] = []

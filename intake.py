@@ -43,7 +43,7 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self._limit, self.used = limit, 0
-        self._lock = threading.RLock()  # to enter it costs less than to enter its condition
+        self._lock = threading.RLock()  # entering it costs less than entering the condition
         self._changed = threading.Condition(self._lock)
         self._waiting: OrderedDict[object, float] = OrderedDict()  # tickets in their order -> waiting since
 

@@ -212,11 +212,12 @@ def test_a_stream_that_is_open_already_gets_the_window_of_a_larger_batch(watched
         responses = reader.submit(lambda: sum(not r.result for r in stub.Infer(requests, timeout=LIMIT_S)))
         wait_until(lambda: backend.daemon.engine._expected == streams.WINDOW)
         backend.daemon.serving().clip.image.batch_size = 64
-        until = time.monotonic() + LIMIT_S
+        until, pause = time.monotonic() + LIMIT_S, 0.1
         while backend.daemon.engine._expected <= 2 * streams.WINDOW:
             assert time.monotonic() < until
             turnstile.release()  # the first picture is answered at some time: the stream goes on, and learns of it
-            time.sleep(0.2)
+            time.sleep(pause)
+            pause *= 2  # until it is long enough for the stream to receive so many requests
         over.set()
         turnstile.set()
         assert responses.result() == 0
